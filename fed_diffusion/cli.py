@@ -1,0 +1,186 @@
+"""fed-diffusion run | sample | evaluate: what a user types."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
+
+INTERRUPTED = 130
+console = Console(stderr=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: done; 1: the run failed; 2: refused before it began; 130: interrupted."""
+    arguments = parser().parse_args(argv)
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # for data.name and model.name of one's own
+    try:
+        code: int = arguments.command(arguments)
+        return code
+    except ConfigError as error:
+        console.print(f"[bold red]refused:[/] {_escape(str(error))}", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return INTERRUPTED
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="fed-diffusion", description="Federated training of diffusion models."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train, sample, evaluate; prints the run directory")
+    run.add_argument("preset", help="a name in conf/ or the path of a YAML file")
+    run.add_argument("--engine", choices=("local", "flower"), default="local")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as in pruning.level=S"
+    )
+    run.add_argument("--out", type=Path, help="the run directory (default: runs/<preset>-<time>)")
+    run.set_defaults(command=run_command)
+
+    sample = commands.add_parser("sample", help="generate images from a trained run")
+    sample.add_argument("run", type=Path, metavar="RUN")
+    sample.add_argument("--num", type=int, default=64)
+    sample.add_argument("--out", type=Path, required=True, help="a PNG file")
+    sample.add_argument("--seed", type=int)
+    sample.add_argument("--steps", type=int, help="steps of the sampler")
+    sample.set_defaults(command=sample_command)
+
+    evaluate = commands.add_parser("evaluate", help="sample and measure a trained run again")
+    evaluate.add_argument("run", type=Path, metavar="RUN")
+    evaluate.set_defaults(command=evaluate_command)
+    return top
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Train a preset on the chosen engine; the run directory is the last line of the output."""
+    from fed_diffusion.experiment import check
+    from fed_diffusion.runs import new_run_path
+
+    config = load_config(arguments.preset, parse_pairs(arguments.set))
+    path = (arguments.out or new_run_path(config)).resolve()
+    if (path / "metrics.jsonl").exists():
+        raise ConfigError(f"--out {path} holds a run already; give another directory.")
+    with _live_progress(config) as report:
+        if arguments.engine == "flower":
+            from fed_diffusion.flower_engine import EngineError, run_on_flower
+
+            check(config)
+            try:
+                code = run_on_flower(config, path, progress=report)
+            except EngineError as error:
+                console.print(f"[bold red]failed:[/] {_escape(str(error))}", soft_wrap=True)
+                return 1
+        else:
+            from fed_diffusion.federation.simulate import simulate
+
+            code = 0
+            simulate(config, path, progress=report)
+    _print_results(path)
+    print(path, flush=True)
+    return code
+
+
+def sample_command(arguments: argparse.Namespace) -> int:
+    """Write a grid of generated images."""
+    from fed_diffusion.report.grids import save_grid
+    from fed_diffusion.runs import Sampler
+
+    if arguments.num < 1:
+        raise ConfigError(f"--num = {arguments.num} is not allowed; at least 1.")
+    sampler = Sampler.from_run(arguments.run)
+    images = sampler.sample(arguments.num, seed=arguments.seed, steps=arguments.steps)
+    save_grid(images, arguments.out)
+    print(arguments.out.resolve())
+    return 0
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    """Measure quality again, write it to results.json and the report, and print it."""
+    from fed_diffusion.experiment import measure
+    from fed_diffusion.report.html import write_report
+    from fed_diffusion.runs import RunDir, Sampler
+
+    run = RunDir.open(arguments.run)
+    results = run.results()
+    sampler = Sampler.from_run(arguments.run)
+    results["quality"] = measure(sampler, sampler.sample(sampler.config.evaluation.samples), None)
+    run.write_results(results)
+    write_report(run.path)
+    print(json.dumps(results["quality"], indent=2))
+    return 0
+
+
+class _live_progress:
+    """A bar with round, loss, images/s and time left; plain lines without a terminal."""
+
+    def __init__(self, config: Config):
+        self._rounds = config.rounds
+        self._bar = Progress(
+            TextColumn("[bold]round"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=config.rounds)
+
+    def __enter__(self) -> _live_progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        speed = line["images"] / max(line["seconds"], 1e-9)
+        text = f"loss {line['loss']:.4f}  {speed:.0f} images/s"
+        if line["rejected"]:
+            text += f"  rejected {len(line['rejected'])}"
+        self._bar.update(self._task, completed=line["round"], description=text)
+        if line["round"] == self._rounds:
+            self._bar.update(self._task, description=f"{text}  sampling and evaluating")
+        if not console.is_terminal:
+            console.print(f"round {line['round']}/{self._rounds}  {text}", highlight=False)
+
+
+def _print_results(path: Path) -> None:
+    from fed_diffusion.runs import RunDir
+
+    results = RunDir(path).results()
+    quality, seconds = results["quality"], results["seconds"]
+    fid = (
+        f"FID {quality['fid']:.2f} (floor {quality['fid_floor']:.2f}, {quality['extractor']}, "
+        f"{quality['samples']} samples)"
+        if quality["fid"] is not None
+        else f"no quality figures: {quality['why']}"
+    )
+    console.print(
+        f"{results['method']}  loss {results['loss']:.4f}  Gamma* {results['gamma_star']}  {fid}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"train {seconds['train']:.0f} s, evaluate {seconds['evaluate']:.0f} s", highlight=False
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""Images as uint8 tensors, and how they are split over the clients."""
+
+from __future__ import annotations
+
+from fed_diffusion.data.datasets import (
+    ImageSet,
+    class_count,
+    image_shape,
+    load_dataset,
+    to_uint8,
+    to_unit,
+)
+from fed_diffusion.data.partition import partition, split_holdout
+
+__all__ = [
+    "ImageSet",
+    "class_count",
+    "image_shape",
+    "load_dataset",
+    "partition",
+    "split_holdout",
+    "to_uint8",
+    "to_unit",
+]

@@ -1,0 +1,365 @@
+"""Sets of images: the embedded digits, the torchvision sets, a folder, or a function of your own.
+
+Everything is kept as uint8 [n, C, H, W]; `to_unit` brings a batch to the [-1, 1] that networks see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from fed_diffusion.config import ConfigError, DataConfig
+from fed_diffusion.data.image_folder import read_folder
+
+DATA_DIR_VARIABLE = "FED_DIFFUSION_DATA"
+DOWNLOAD_TIMEOUT_S = 15.0  # per connection and read, not for the whole file
+
+
+class _Known(NamedTuple):
+    channels: int
+    sides: tuple[int, ...]
+    """Sides that data.size may ask for, the default first."""
+    classes: int
+
+
+# 28 pixels halve only twice; padded to 32 they pass through U-Nets of any usual depth
+KNOWN = {
+    "digits": _Known(1, (8,), 10),
+    "cifar10": _Known(3, (32,), 10),
+    "svhn": _Known(3, (32,), 10),
+    "fashion_mnist": _Known(1, (32, 28), 10),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images in memory, with labels and client folders where there are any.
+
+    Attributes
+    ----------
+    images
+        uint8 [n, C, H, W].
+    labels
+        int64 [n], class indices from 0; None without classes.
+    folders
+        Names of the client folders, by client index; None unless the set comes in such folders.
+    folder_of
+        int64 [n], which of `folders` each image is from; None if and only if `folders` is.
+    name
+        Where the images are from.
+
+    Raises
+    ------
+    ValueError
+        Where the types or shapes are not these.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None = None
+    folders: tuple[str, ...] | None = None
+    folder_of: torch.Tensor | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(
+                "images must be uint8 [n, C, H, W] with values 0 to 255, not "
+                f"{self.images.dtype} {list(self.images.shape)}"
+            )
+        _check_indices("labels", self.labels, len(self), None)
+        if (self.folders is None) != (self.folder_of is None):
+            raise ValueError("folders and folder_of must be given together")
+        _check_indices("folder_of", self.folder_of, len(self), len(self.folders or ()))
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def subset(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> ImageSet:
+        """The images at `indices` [m], in that order, with their labels; a copy."""
+        chosen = torch.as_tensor(np.asarray(indices, dtype=np.int64))
+        return ImageSet(
+            images=self.images[chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+            folders=self.folders,
+            folder_of=None if self.folder_of is None else self.folder_of[chosen],
+            name=self.name,
+        )
+
+
+def _check_indices(name: str, values: torch.Tensor | None, n: int, limit: int | None) -> None:
+    if values is None:
+        return
+    if values.dtype != torch.int64 or values.shape != (n,):
+        raise ValueError(
+            f"{name} must be int64 [{n}], one per image, not {values.dtype} {list(values.shape)}"
+        )
+    if n and (int(values.min()) < 0 or (limit is not None and int(values.max()) >= limit)):
+        raise ValueError(
+            f"{name} must count from 0{'' if limit is None else f' to {limit - 1}'}, found "
+            f"{int(values.min())} to {int(values.max())}"
+        )
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images as float32 in [-1, 1]: x / 127.5 - 1."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """Values in [-1, 1] rounded to uint8, those outside clamped; undoes `to_unit` exactly."""
+    return ((x.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def image_shape(config: DataConfig) -> tuple[int, int, int]:
+    """(C, H, W) of the images, without loading any.
+
+    Raises
+    ------
+    ConfigError
+        Where data.size or data.channels is missing (image_folder, your own function) or is not
+        what the named set has, or where data.name is unknown.
+    """
+    known = KNOWN.get(config.name)
+    if known is not None:
+        _check_known(config, "channels", (known.channels,))
+        _check_known(config, "size", known.sides)
+        side = config.size or known.sides[0]
+        return known.channels, side, side
+    _check_name(config.name)
+    for key, value in (("size", config.size), ("channels", config.channels)):
+        if value is None:
+            what = "the side of your images in pixels" if key == "size" else "1 (grey) or 3 (RGB)"
+            raise ConfigError(
+                f"data.{key} is not set; data.name = {config.name!r} needs it: {what}."
+            )
+    assert config.size is not None
+    assert config.channels is not None
+    return config.channels, config.size, config.size
+
+
+def class_count(config: DataConfig) -> int | None:
+    """Number of classes, without loading the images: the named set's, else data.classes."""
+    known = KNOWN.get(config.name)
+    if known is None:
+        _check_name(config.name)
+        return config.classes
+    _check_known(config, "classes", (known.classes,))
+    return known.classes
+
+
+def _check_known(config: DataConfig, key: str, allowed: tuple[int, ...]) -> None:
+    value = getattr(config, key)
+    if value is not None and value not in allowed:
+        raise ConfigError(
+            f"data.{key} = {value} contradicts data.name = {config.name!r}, which has "
+            f"{' or '.join(map(str, allowed))}. Leave data.{key} unset."
+        )
+
+
+def _check_name(name: str) -> None:
+    module, sep, function = name.partition(":")
+    allowed = [*KNOWN, "image_folder"]
+    if name == "image_folder" or (sep and module and function):
+        return
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(
+        f"data.name = {name!r} is unknown.{hint} Allowed: {', '.join(allowed)}, or "
+        "your_module:function."
+    )
+
+
+def data_dir(config: DataConfig) -> Path:
+    """Where downloads go: data.dir, else $FED_DIFFUSION_DATA, else ~/.cache/fed-diffusion."""
+    chosen = config.dir or os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/fed-diffusion"
+    return Path(chosen).expanduser()
+
+
+def load_dataset(config: DataConfig, split: Literal["train", "test"] = "train") -> ImageSet:
+    """Load the images that `config` names; the torchvision sets are downloaded on first use.
+
+    digits, image_folder and your own function have one split only: "test" gives the same images
+    as "train". A function of your own is called with the `DataConfig` and returns an `ImageSet`,
+    or (images uint8 [n, C, H, W], labels [n] or None) as arrays or tensors.
+
+    Raises
+    ------
+    ConfigError
+        Names the key, what was found, what is expected and how to fix it.
+    """
+    shape = image_shape(config)
+    classes = class_count(config)
+    if config.name == "digits":
+        return _load_digits()
+    if config.name == "image_folder":
+        images, labels, folders, folder_of = read_folder(config, shape)
+        return ImageSet(
+            images=torch.from_numpy(images),
+            labels=None if labels is None else torch.from_numpy(labels),
+            folders=folders,
+            folder_of=None if folder_of is None else torch.from_numpy(folder_of),
+            name=config.name,
+        )
+    if config.name in KNOWN:
+        return _load_torchvision(config, split, shape)
+    return _load_own(config, shape, classes)
+
+
+def _load_digits() -> ImageSet:
+    """All 1,797 digits; their 17 grey levels 0..16 are spread over 0..255."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.round(digits.images * 255 / 16).astype(np.uint8)[:, None]
+    labels = digits.target.astype(np.int64)
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), name="digits")
+
+
+def _load_torchvision(
+    config: DataConfig, split: Literal["train", "test"], shape: tuple[int, int, int]
+) -> ImageSet:
+    root = data_dir(config)
+    try:
+        # without a lock: md5 sums (or the reader) tell a file that is still being written
+        images, labels = _open_torchvision(config.name, root, split, download=False)
+    except Exception:  # absent, cut off or broken: torchvision raises anything from its readers
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with _alone_in(root), _socket_timeout(DOWNLOAD_TIMEOUT_S):
+                images, labels = _open_torchvision(config.name, root, split, download=True)
+        except Exception as error:
+            raise ConfigError(_by_hand(config, root, split, error)) from error
+    border = (shape[2] - images.shape[3]) // 2
+    images = torch.nn.functional.pad(images, (border,) * 4)  # black, as the background is
+    return ImageSet(images, labels, name=config.name)
+
+
+def _open_torchvision(
+    name: str, root: Path, split: Literal["train", "test"], download: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from torchvision import datasets
+
+    if name == "svhn":
+        svhn = datasets.SVHN(root, split=split, download=download)
+        images, labels = torch.from_numpy(np.ascontiguousarray(svhn.data)), svhn.labels
+    elif name == "cifar10":
+        cifar = datasets.CIFAR10(root, train=split == "train", download=download)
+        images, labels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2), cifar.targets
+    else:
+        fashion = datasets.FashionMNIST(root, train=split == "train", download=download)
+        images, labels = fashion.data[:, None], fashion.targets
+    return images.contiguous(), torch.as_tensor(labels, dtype=torch.int64)
+
+
+def _by_hand(config: DataConfig, root: Path, split: str, error: Exception) -> str:
+    """What went wrong, and which files to put where without a network."""
+    from torchvision import datasets
+
+    if config.name == "svhn":
+        url, filename, _ = datasets.SVHN.split_list[split]
+        old, wanted = root / filename, [(url, root / filename)]
+    elif config.name == "cifar10":
+        cifar = datasets.CIFAR10
+        old, wanted = root / cifar.base_folder, [(cifar.url, root / cifar.filename)]
+    else:
+        fashion = datasets.FashionMNIST
+        old = root / "FashionMNIST" / "raw"
+        wanted = [(fashion.mirrors[0] + name, old / name) for name, _ in fashion.resources]
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    lines = "\n".join(f"  {url}  ->  {path}" for url, path in wanted)
+    return (
+        f"data.name = {config.name!r}: its files are not in data.dir = {str(root)!r}, or are "
+        f"damaged, and the download failed ({reason}).\nDelete {old} if it is there and download "
+        f"by hand (archives are unpacked for you):\n{lines}\nOr set data.dir, or the environment "
+        f"variable {DATA_DIR_VARIABLE}, to the folder that has them."
+    )
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """A silent server ends in an error; torchvision itself sets no limit."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time downloads; the others wait and find the files."""
+    with (folder / ".download.lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass  # no such locks on this system or file system: do without
+        yield
+
+
+def _load_own(config: DataConfig, shape: tuple[int, int, int], classes: int | None) -> ImageSet:
+    key = f"data.name = {config.name!r}"
+    module_name, _, function_name = config.name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+        result = function(config)
+    except Exception as error:  # anything may go wrong in foreign code
+        hint = ""
+        if isinstance(error, ModuleNotFoundError):
+            hint = " Install the module, or put its folder on PYTHONPATH."
+        raise ConfigError(f"{key} failed with {type(error).__name__}: {error}.{hint}") from error
+    try:
+        dataset = _as_image_set(result, config.name)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key} gives what cannot be used: {error}.") from error
+    found = tuple(dataset.images.shape[1:])
+    if found != shape:
+        raise ConfigError(
+            f"{key} gives images of [C, H, W] = {list(found)}, but data.channels = {shape[0]} and "
+            f"data.size = {shape[1]}. Change one to match the other."
+        )
+    if classes is not None and len(dataset):
+        if dataset.labels is None:
+            raise ConfigError(f"{key} gives no labels, but data.classes = {classes}.")
+        if int(dataset.labels.max()) >= classes:
+            raise ConfigError(
+                f"{key} gives the label {int(dataset.labels.max())}, but data.classes = {classes} "
+                f"allows 0 to {classes - 1}."
+            )
+    return dataset
+
+
+def _as_image_set(result: Any, name: str) -> ImageSet:
+    if isinstance(result, ImageSet):
+        return result
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            "expected an ImageSet or a tuple (images uint8 [n, C, H, W], labels or None), got "
+            f"{type(result).__name__}"
+        )
+    images, labels = result
+    if labels is not None:
+        labels = _as_tensor(labels)
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers, not {labels.dtype}")
+        labels = labels.to(torch.int64)
+    return ImageSet(_as_tensor(images), labels, name=name)
+
+
+def _as_tensor(values: Any) -> torch.Tensor:
+    """A tensor on the CPU; arrays torch cannot wrap (reversed, read-only) are copied."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().cpu().contiguous()
+    return torch.from_numpy(np.require(np.asarray(values), requirements=["C", "W"]))

@@ -1,0 +1,170 @@
+"""Which client holds which images: index arrays, a function of (images, config, seed) alone."""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+import numpy as np
+
+from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.data.datasets import ImageSet
+from fed_diffusion.rng import Purpose, generator
+
+LARGEST_ALPHA = 1e9  # as good as equal parts; far above it NumPy's Dirichlet overflows
+
+
+def partition(dataset: ImageSet, config: Config) -> list[np.ndarray]:
+    """Split the images over the clients as data.partition says.
+
+    - ``iid``: at random; sizes differ by at most 1.
+    - ``dirichlet``: each class is cut over the clients in proportions Dir(alpha, ..., alpha)
+      (Hsu et al. 2019); a client left with nothing is given one image of the largest.
+    - ``shards``: each class is cut into pieces, every piece of one class only, and each client
+      is dealt at most `classes_per_client` of them (McMahan et al. 2017); see `_shards`.
+    - ``folders``: client n holds what is in the n-th folder.
+
+    Returns
+    -------
+    list of int64 arrays, one per client
+        Sorted, disjoint, together all indices of `dataset`, none of them empty. Hold-out is not
+        taken off yet (`split_holdout`); it leaves each client at least one image to train on.
+
+    Raises
+    ------
+    ConfigError
+        With more clients than images, or a partition that needs labels or folders the set lacks.
+    """
+    n, kind = len(dataset), config.data.partition
+    if kind == "folders":
+        return _by_folder(dataset, config)
+    if config.clients > n:
+        raise ConfigError(
+            f"clients = {config.clients} is more than the {n} images of {dataset.name!r}; every "
+            f"client needs at least one to train on. Use at most {n} clients, or more images."
+        )
+    draw = generator(config.seed, Purpose.PARTITION)
+    if kind == "iid":
+        parts = np.array_split(draw.permutation(n), config.clients)
+    elif kind == "dirichlet":
+        parts = _dirichlet(_labels(dataset, kind), config.clients, config.data.alpha, draw)
+    else:
+        per_client = config.data.classes_per_client
+        parts = _shards(_labels(dataset, kind), config.clients, per_client, draw)
+    return [np.sort(part).astype(np.int64) for part in parts]
+
+
+def split_holdout(
+    indices: np.ndarray, config: Config, client: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Set floor(data.holdout * n) of a client's n images aside for its held-out loss.
+
+    Returns
+    -------
+    train, holdout
+        Sorted int64 arrays, disjoint, together `indices`; `train` is never empty unless `indices`
+        is.
+    """
+    indices = np.sort(np.asarray(indices, dtype=np.int64))
+    n = len(indices)
+    held = max(0, min(math.floor(config.data.holdout * n), n - 1))
+    order = generator(config.seed, Purpose.HOLDOUT, client=client).permutation(n)
+    return indices[np.sort(order[held:])], indices[np.sort(order[:held])]
+
+
+def _labels(dataset: ImageSet, kind: str) -> np.ndarray:
+    """Labels renumbered 0..K-1 without gaps."""
+    if dataset.labels is None:
+        raise ConfigError(
+            f"data.partition = {kind!r} needs class labels and {dataset.name!r} has none. Use "
+            "'iid' (or 'folders'), or for image_folder sort the images into class sub-folders."
+        )
+    return np.unique(dataset.labels.numpy(), return_inverse=True)[1]
+
+
+def _by_folder(dataset: ImageSet, config: Config) -> list[np.ndarray]:
+    if dataset.folders is None or dataset.folder_of is None:
+        raise ConfigError(
+            f"data.partition = 'folders' needs images in one folder per client, and "
+            f"{dataset.name!r} has no such folders. Use data.name = 'image_folder', or one of "
+            "iid, dirichlet, shards."
+        )
+    found = len(dataset.folders)
+    if found != config.clients:
+        raise ConfigError(
+            f"clients = {config.clients}, but data.partition = 'folders' found {found} client "
+            f"folders. Set clients = {found}, or add or remove folders."
+        )
+    parts = _group(np.arange(len(dataset)), dataset.folder_of.numpy(), found)
+    for name, part in zip(dataset.folders, parts, strict=True):
+        if not len(part):
+            raise ConfigError(f"data.partition = 'folders': the client folder {name!r} is empty.")
+    return parts
+
+
+def _group(order: np.ndarray, owner: np.ndarray, clients: int) -> list[np.ndarray]:
+    """`order` split by owner[i], each part in the order of `order`."""
+    by_owner = order[np.argsort(owner[order], kind="stable")]
+    ends = np.cumsum(np.bincount(owner, minlength=clients))
+    return np.split(by_owner, ends[:-1])
+
+
+def _dirichlet(
+    labels: np.ndarray, clients: int, alpha: float, draw: np.random.Generator
+) -> list[np.ndarray]:
+    n = len(labels)
+    owner = np.empty(n, dtype=np.int64)
+    concentration = np.full(clients, min(alpha, LARGEST_ALPHA))
+    for label in range(labels.max() + 1):
+        members = draw.permutation(np.flatnonzero(labels == label))
+        ends = np.cumsum(draw.dirichlet(concentration))[:-1] * len(members)
+        owner[members] = np.searchsorted(np.floor(ends), np.arange(len(members)), side="right")
+    # parts in random order, so that what an empty client gets is a random image of the largest
+    parts = _group(draw.permutation(n), owner, clients)
+    largest = [(-len(part), client) for client, part in enumerate(parts)]
+    heapq.heapify(largest)
+    for client in [c for c, part in enumerate(parts) if not len(part)]:
+        size, donor = heapq.heappop(largest)  # ties go to the lower index
+        parts[client], parts[donor] = parts[donor][-1:], parts[donor][:-1]
+        heapq.heappush(largest, (size + 1, donor))
+    return parts
+
+
+def _shards(
+    labels: np.ndarray, clients: int, per_client: int, draw: np.random.Generator
+) -> list[np.ndarray]:
+    """McMahan's pathological split, with shards that never straddle two classes.
+
+    clients * per_client shards (or one per image, if that is fewer) are shared among the classes
+    so that the largest shard is as small as possible; each class is shuffled and cut into its
+    shards, equal to within one image; the shards are shuffled and dealt like cards. So a client
+    holds 1 to `per_client` shards, hence at most that many classes. With equal classes whose
+    number divides the number of shards, all shards have the same size and this is the original.
+    """
+    sizes = np.bincount(labels)
+    if clients * per_client < len(sizes):
+        raise ConfigError(
+            f"data.classes_per_client = {per_client} for clients = {clients} leaves some of the "
+            f"{len(sizes)} classes to nobody. Use at least {math.ceil(len(sizes) / clients)}."
+        )
+    pieces = _apportion(sizes, min(clients * per_client, len(labels)))
+    shards: list[np.ndarray] = []
+    for label, count in enumerate(pieces):
+        shards += np.array_split(draw.permutation(np.flatnonzero(labels == label)), count)
+    deal = draw.permutation(len(shards))
+    return [np.concatenate([shards[i] for i in deal[client::clients]]) for client in range(clients)]
+
+
+def _apportion(sizes: np.ndarray, total: int) -> list[int]:
+    """`total` shards over classes of `sizes` images: 1 each, then one by one to the largest piece.
+
+    For len(sizes) <= total <= sum(sizes) no class gets more shards than it has images.
+    """
+    pieces = [1] * len(sizes)
+    largest = [(-float(size), label) for label, size in enumerate(sizes)]
+    heapq.heapify(largest)
+    for _ in range(total - len(sizes)):
+        _, label = heapq.heappop(largest)  # ties go to the lower label
+        pieces[label] += 1
+        heapq.heappush(largest, (-float(sizes[label]) / pieces[label], label))
+    return pieces

@@ -1,0 +1,1 @@
+"""The OU process, partitions of time, the denoising loss and the samplers."""

@@ -1,0 +1,62 @@
+"""The denoising score matching loss (5), with times drawn by the paper's own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fed_diffusion.diffusion.partitions import loss_weights
+from fed_diffusion.diffusion.process import diffuse
+
+Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""eps_theta(x_u [n, C, H, W], u [n], labels [n] or None) -> noise estimate, shaped like x_u."""
+
+
+@dataclass(frozen=True)
+class DSMLoss:
+    """Monte-Carlo estimator of F_n (5) for a noise-predicting network.
+
+    F_n(theta) = sum_k (gamma_k / sigma_k^2) E ||eps_theta(X_{u_k}, u_k) - eps||^2, k = 0..K-1.
+    Drawing k with p_k proportional to gamma_k / sigma_k^2 gives every sample the same weight
+    Z = sum_k gamma_k / sigma_k^2; so the simple loss, mean ||eps_theta - eps||^2 over batch and
+    dimensions, is an unbiased estimate of F_n / (Z d).
+
+    Parameters
+    ----------
+    u
+        The partition, float64 [K + 1].
+    """
+
+    u: Tensor
+
+    @property
+    def Z(self) -> float:
+        return float(loss_weights(self.u).sum())
+
+    def draw_times(self, n: int, generator: torch.Generator) -> Tensor:
+        """n times u_k, stratified: one draw in each n-th of the distribution, in random order.
+
+        The order is drawn independently of the data, so each image sees each stratum equally often.
+        """
+        device = generator.device
+        u = self.u.to(device)
+        cdf = torch.cumsum(loss_weights(u), 0)
+        strata = torch.randperm(n, generator=generator, device=device)
+        jitter = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+        k = torch.searchsorted(cdf, (strata + jitter) / n * cdf[-1], right=True)
+        return u[k.clamp(max=len(cdf) - 1)]
+
+    def __call__(
+        self,
+        network: Network,
+        x0: Tensor,
+        generator: torch.Generator,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The simple loss of one batch, a scalar; multiply by Z d for F_n."""
+        u = self.draw_times(len(x0), generator)
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        return (network(diffuse(x0, eps, u), u, labels) - eps).square().mean()

@@ -1,0 +1,131 @@
+"""Partitions of time u_0 = T > u_1 > ... > u_K = delta.
+
+Each is a pure function that returns K + 1 float64 values. Theorem 4.11 needs steps
+gamma_k = u_k - u_{k+1} <= kappa min{1, u_{k+1}}; `kappa` gives the smallest such kappa.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def gammas(u: Tensor) -> Tensor:
+    """Step lengths gamma_k = u_k - u_{k+1}, shape [K]."""
+    return u[:-1] - u[1:]
+
+
+def kappa(u: Tensor) -> float:
+    """The smallest kappa with gamma_k <= kappa min{1, u_{k+1}} for every k (Lemma 4.5)."""
+    return float((gammas(u) / u[1:].clamp(max=1.0)).max())
+
+
+def loss_weights(u: Tensor) -> Tensor:
+    """gamma_k / sigma_k^2 for k = 0..K-1: the weights of (5) on the noise prediction, shape [K]."""
+    return gammas(u) / -torch.expm1(-2 * u[:-1])
+
+
+def kappa_minimal(T: float, delta: float, K: int) -> Tensor:
+    """The partition with the smallest kappa that any K steps from T to delta can have.
+
+    Every step takes equality, u_{k+1} = max(u_k - kappa, u_k / (1 + kappa)), which no admissible
+    partition of the same kappa can outrun.
+
+    Raises
+    ------
+    ValueError
+        Unless delta < 1 <= T and K >= log(1/delta) (the condition of Remark 4.12).
+    """
+    _check(T, delta, K)
+    if math.log(1 / delta) > K:
+        raise ValueError(f"K = {K} is below log(1/delta) = {math.log(1 / delta):.2f} (Remark 4.12)")
+    low, high = 0.0, T / delta  # one step of kappa = T / delta goes all the way
+    while high - low > 1e-15 * high:
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        if _steps_needed(T, delta, middle) <= K:
+            high = middle
+        else:
+            low = middle
+    u = [T]
+    for _ in range(K):
+        u.append(max(u[-1] - high, u[-1] / (1 + high), delta))
+    u[-1] = delta  # the rolled-out root can miss the end by rounding
+    return torch.tensor(u, dtype=torch.float64)
+
+
+def _steps_needed(T: float, delta: float, kappa: float) -> int:
+    even = math.ceil(max(T - 1 - kappa, 0.0) / kappa)
+    rest = T - kappa * even
+    return even + max(math.ceil(math.log(rest / delta) / math.log1p(kappa)), 0)
+
+
+def half_half(T: float, delta: float, K: int) -> Tensor:
+    """floor(K/2) even steps from T to 1, the rest geometric to delta (Benton et al. 2024)."""
+    _check(T, delta, K)
+    if T <= 1 or K < 2:
+        raise ValueError(f"half_half needs T > 1 and K >= 2; T = {T}, K = {K}")
+    even = K // 2
+    first = torch.linspace(T, 1.0, even + 1, dtype=torch.float64)
+    return torch.cat([first, geometric(1.0, delta, K - even)[1:]])
+
+
+def geometric(T: float, delta: float, K: int) -> Tensor:
+    """Equal ratios u_{k+1} / u_k."""
+    _check(T, delta, K)
+    u = torch.exp(torch.linspace(math.log(T), math.log(delta), K + 1, dtype=torch.float64))
+    u[0], u[-1] = T, delta
+    return u
+
+
+def uniform(T: float, delta: float, K: int) -> Tensor:
+    """Equal steps."""
+    _check(T, delta, K)
+    u = torch.linspace(T, delta, K + 1, dtype=torch.float64)
+    u[0], u[-1] = T, delta
+    return u
+
+
+def ddpm_linear(T: float, delta: float, K: int) -> Tensor:
+    """The times of DDPM's linear betas, 1e-4 to 0.02 over 1000 levels (Ho et al. 2020)."""
+    return _ddpm(np.linspace(1e-4, 0.02, 1000), T, delta, K)
+
+
+def ddpm_cosine(T: float, delta: float, K: int) -> Tensor:
+    """The times of the cosine schedule, betas clipped at 0.999 (Nichol & Dhariwal 2021)."""
+    j = np.arange(1001) / 1000
+    f = np.cos((j + 0.008) / 1.008 * np.pi / 2) ** 2
+    return _ddpm(np.clip(1 - f[1:] / f[:-1], 0, 0.999), T, delta, K)
+
+
+def _ddpm(betas: np.ndarray, T: float, delta: float, K: int) -> Tensor:
+    """u(j) = -1/2 log alpha_bar_j from u(j) = T to u(j) = delta, equally spaced in j."""
+    _check(T, delta, K)
+    levels = np.concatenate([[0.0], -0.5 * np.cumsum(np.log1p(-betas))])
+    if levels[-1] * (1 + 1e-9) < T:
+        raise ValueError(f"T = {T} is above the schedule's range; at most {levels[-1]:.4f}")
+    j = np.arange(len(levels))
+    first, last = np.interp([T, delta], levels, j).tolist()
+    u = np.interp(np.linspace(first, last, K + 1), j, levels)
+    u[0], u[-1] = T, delta
+    return torch.from_numpy(u)
+
+
+PARTITIONS: dict[str, Callable[[float, float, int], Tensor]] = {
+    "kappa_minimal": kappa_minimal,
+    "half_half": half_half,
+    "geometric": geometric,
+    "uniform": uniform,
+    "ddpm_linear": ddpm_linear,
+    "ddpm_cosine": ddpm_cosine,
+}
+
+
+def _check(T: float, delta: float, K: int) -> None:
+    if not (0 < delta < 1 <= T and K >= 1):
+        raise ValueError(f"need 0 < delta < 1 <= T and K >= 1; delta = {delta}, T = {T}, K = {K}")

@@ -1,0 +1,110 @@
+"""What can be known about an evaluation before there are images, and the record of one without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.data.datasets import class_count
+
+FEWEST_IMAGES = 2
+WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+
+def check_evaluation(config: Config) -> None:
+    """Refuse, before training, an evaluation that is bound to fail after it.
+
+    Raises
+    ------
+    ConfigError
+        Names the key under `evaluation`, the value and what is allowed.
+    """
+    settings = config.evaluation
+    if settings.samples == 0 or settings.reference == "none":
+        return
+    if settings.samples < FEWEST_IMAGES:
+        raise ConfigError(
+            f"evaluation.samples = {settings.samples} is too few: FID needs at least "
+            f"{FEWEST_IMAGES} images. Use 0 to switch quality figures off."
+        )
+    folder = None if settings.reference == "data" else Path(settings.reference).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(
+            f"evaluation.reference = {settings.reference!r} is not allowed: use data (the run's "
+            "own data set), none (no quality figures) or an existing folder of images."
+        )
+    if settings.extractor == "inception":
+        if settings.weights is not None:
+            check_weights(settings.weights)
+    elif folder is not None:
+        _check_class_folders(folder)
+    elif class_count(config.data) is None:
+        raise ConfigError(
+            "evaluation.extractor = 'classifier' needs labelled images, and the number of classes "
+            f"of data.name = {config.data.name!r} is unknown. Set data.classes, or "
+            "evaluation.extractor=inception."
+        )
+
+
+def _check_class_folders(folder: Path) -> None:
+    if sum(entry.is_dir() for entry in folder.iterdir()) < 2:
+        raise ConfigError(
+            "evaluation.extractor = 'classifier' needs labelled images, one sub-folder per class, "
+            f"and evaluation.reference = {str(folder)!r} has fewer than two. Or set "
+            "evaluation.extractor=inception."
+        )
+
+
+def check_weights(weights: str) -> Path:
+    """The Inception weights file, once it is known to hold a state dict and no code.
+
+    Raises
+    ------
+    ConfigError
+        `evaluation.weights` does not exist, or is something else.
+    """
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"evaluation.weights = {weights!r} does not exist. Give torch-fidelity's file "
+            f"{WEIGHTS_FILE}, or leave the setting out to have it downloaded."
+        )
+    try:
+        # torch-fidelity itself unpickles whatever it is given: let nothing but tensors reach it
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        problem = None if isinstance(state, dict) and "fc.weight" in state else "no such weights"
+    except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+        problem = f"{type(error).__name__} on reading it"
+    if problem is not None:
+        raise ConfigError(
+            f"evaluation.weights = {weights!r} is not a file of Inception weights ({problem}). "
+            f"It must be torch-fidelity's {WEIGHTS_FILE}."
+        )
+    return path
+
+
+def no_quality(
+    why: str,
+    samples: int,
+    nfe: int,
+    *,
+    seed: int | None = None,
+    reference: str | None = None,
+    extractor: str | None = None,
+) -> dict[str, Any]:
+    """The keys of `quality.evaluate` without figures: nulls, and the reason for them."""
+    return {
+        "fid": None,
+        "fid_floor": None,
+        "inception_score": None,
+        "kid": None,
+        "samples": samples,
+        "reference": reference,
+        "extractor": extractor,
+        "nfe": nfe,
+        "seed": seed,
+        "why": why,
+    }

@@ -1,0 +1,256 @@
+"""A small classifier as a feature extractor for FID, KID and the Inception Score.
+
+The Inception network was trained on photographs and has to be downloaded; for 8x8 digits a small
+network trained on the labelled reference set tells more, and needs nothing but the data. Figures
+made with it compare only with figures made with the same reference set and seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_fidelity import FeatureExtractorBase, register_feature_extractor
+
+from fed_diffusion.config import ConfigError
+from fed_diffusion.data.datasets import ImageSet, to_unit
+from fed_diffusion.rng import Purpose, torch_generator, torch_seed
+
+CLASSIFIER = "fed-diffusion-classifier"
+"""The name under which torch-fidelity knows `ClassifierFeatures`."""
+FEATURES = 64
+BATCH = 64
+LEARNING_RATE = 5e-3
+EPOCHS = 8
+FEWEST_STEPS = 200
+SMALL = 16
+"""Side in pixels up to which a training step is too little work to share between threads."""
+
+
+class Classifier(nn.Module):
+    """A convolutional classifier whose last layer sees `FEATURES` spatial means.
+
+    Every convolution but the first halves the side, until 2 pixels or fewer are left, so that the
+    features see the whole image at any size.
+
+    Parameters
+    ----------
+    channels : 1 or 3
+    size : side of the images it is meant for, in pixels
+    classes : number of logits
+    """
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [*_convolution(channels, FEATURES // 2, stride=1)]
+        width, side = FEATURES // 2, size
+        while width < FEATURES or side > 2:
+            layers += _convolution(width, FEATURES, stride=2)
+            width, side = FEATURES, math.ceil(side / 2)
+        self.layers = nn.Sequential(*layers)
+        self.logits = nn.Linear(FEATURES, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """[n, C, H, W] floats in [-1, 1] to [n, FEATURES]."""
+        # a mean, not adaptive_avg_pool2d: that one's gradient is not deterministic on CUDA
+        out: Tensor = self.layers(x).mean(dim=(2, 3))
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, C, H, W] floats in [-1, 1] to logits [n, classes]."""
+        out: Tensor = self.logits(self.features(x))
+        return out
+
+
+def _convolution(channels: int, width: int, stride: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
+
+
+def labels_missing(reference: ImageSet) -> str | None:
+    """Why no classifier can be trained on `reference`; None if one can."""
+    if reference.labels is None:
+        return f"extractor = classifier needs labels, and {reference.name} has none"
+    if len(reference.labels) == 0 or bool((reference.labels == reference.labels[0]).all()):
+        return f"extractor = classifier needs two classes or more, and {reference.name} has not"
+    return None
+
+
+def train_classifier(
+    reference: ImageSet,
+    seed: int,
+    epochs: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Classifier:
+    """Train a `Classifier` on labelled images; the same seed, device and threads give the same one.
+
+    Parameters
+    ----------
+    reference : images uint8 [n, C, H, W] with labels int64 [n]
+    seed : start values and order of the batches come from it
+    epochs : passes over the images; default 8, or as many as `FEWEST_STEPS` steps take
+    device : where it is trained and stays
+
+    Raises
+    ------
+    ConfigError
+        The images have no labels, or only one class.
+    """
+    missing = labels_missing(reference)
+    if missing is not None or reference.labels is None:
+        raise ConfigError(f"evaluation.{missing}. Use evaluation.extractor=inception.")
+    n, channels, size, _ = reference.images.shape
+    steps_per_epoch = math.ceil(n / BATCH)
+    epochs = epochs or max(EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))
+    with torch.random.fork_rng(devices=[]):
+        # the CPU's generator alone: torch.manual_seed would reseed the GPUs' as well
+        torch.default_generator.manual_seed(torch_seed(seed, Purpose.EVALUATION))
+        network = Classifier(channels, size, int(reference.labels.max()) + 1)
+    network.to(device)
+    order = torch_generator(seed, Purpose.EVALUATION, client=1)
+    optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=epochs * steps_per_epoch + 1
+    )
+    network.train()
+    with torch.enable_grad(), reproducible(), _threads_worth(size):
+        for _ in range(epochs):
+            for batch in torch.randperm(n, generator=order).split(BATCH):
+                if len(batch) > 1:  # a single image has no batch statistics
+                    _step(network, optimizer, reference.images[batch], reference.labels[batch])
+                schedule.step()
+    return network.requires_grad_(False).eval()
+
+
+def _step(network: Classifier, optimizer: Any, images: Tensor, labels: Tensor) -> None:
+    device = network.logits.weight.device
+    optimizer.zero_grad()
+    F.cross_entropy(network(to_unit(images.to(device))), labels.to(device)).backward()
+    optimizer.step()
+
+
+@contextlib.contextmanager
+def _threads_worth(size: int) -> Iterator[None]:
+    """One CPU thread for small images; more gain little, and lose tenfold on busy cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if size <= SMALL else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def reproducible() -> Any:
+    """A context in which cuDNN uses deterministic full-precision kernels; nothing on the CPU."""
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+
+
+@dataclass(frozen=True)
+class Fingerprinted:
+    """A reference set as a cache key: two sets of the same content are equal.
+
+    Sweeps load the same data for each run; what depends on the content alone is then computed once
+    per process.
+    """
+
+    fingerprint: str
+    reference: ImageSet = field(compare=False, repr=False)
+
+
+def fingerprint(reference: ImageSet) -> Fingerprinted:
+    """The key of a reference set: a SHA-256 over shape, images and labels."""
+    digest = hashlib.sha256(repr(tuple(reference.images.shape)).encode())
+    digest.update(reference.images.contiguous().numpy().data)
+    if reference.labels is not None:
+        digest.update(reference.labels.contiguous().numpy().data)
+    return Fingerprinted(digest.hexdigest(), reference)
+
+
+def trained_classifier(
+    key: Fingerprinted, seed: int, device: torch.device | str = "cpu"
+) -> Classifier:
+    """`train_classifier`, remembered for the process."""
+    return _trained(key, seed, str(device))
+
+
+@lru_cache(maxsize=2)
+def _trained(key: Fingerprinted, seed: int, device: str) -> Classifier:
+    return train_classifier(key.reference, seed, device=device)
+
+
+class ClassifierFeatures(FeatureExtractorBase):
+    """A `Classifier` as torch-fidelity takes it: FID, KID and PRC see 64 features, ISC the logits.
+
+    torch-fidelity makes extractors itself, from a name and its keyword arguments; the trained
+    network is one of them:
+    `calculate_metrics(feature_extractor=CLASSIFIER, classifier=network, ...)`.
+    """
+
+    def __init__(
+        self, name: str, features_list: list[str], classifier: Classifier, **_: Any
+    ) -> None:
+        super().__init__(name, features_list)
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """uint8 [n, C, H, W] to the requested features, in the order they were asked for.
+
+        Raises
+        ------
+        TypeError
+            Anything but a uint8 tensor of four dimensions: a float image's range is anybody's
+            guess, and a wrong guess gives a plausible, wrong figure.
+        """
+        require_images(images)
+        features = self.classifier.features(to_unit(images))
+        provided = {"64": features, "logits": self.classifier.logits(features)}
+        return tuple(provided[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "64", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return {"isc": "logits", "fid": "64", "kid": "64", "prc": "64"}[metric]
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False  # the first compilation takes longer than the whole evaluation
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        raise NotImplementedError("the classifier is not compiled")
+
+
+def require_images(images: object) -> None:
+    """Refuse whatever is not a uint8 tensor [n, C, H, W] with one or three channels.
+
+    Raises
+    ------
+    TypeError
+        Says what was given and what to do.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images are a uint8 tensor [n, C, H, W], not a {type(images).__name__}")
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise TypeError(
+            f"images are a uint8 tensor [n, 1 or 3, H, W], not {images.dtype} "
+            f"{list(images.shape)}; turn floats in [-1, 1] into uint8 with data.datasets.to_uint8"
+        )
+
+
+register_feature_extractor(CLASSIFIER, ClassifierFeatures)

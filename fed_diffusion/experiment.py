@@ -1,0 +1,188 @@
+"""One run as the server sees it, whatever engine carries the messages.
+
+Both engines drive the same object: check the configuration, hand out tasks, take updates, close
+rounds; and after the last round sample, evaluate and write the report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fed_diffusion.config import Config, ConfigError, method_name
+from fed_diffusion.data import ImageSet, load_dataset, partition
+from fed_diffusion.diffusion.partitions import PARTITIONS
+from fed_diffusion.evaluation.quality import check_evaluation, evaluate, no_quality
+from fed_diffusion.federation.coordinator import Coordinator, RoundSummary, Task, Update
+from fed_diffusion.federation.worker import device_of, pinned_threads
+from fed_diffusion.models.build import build_network, parameters_of
+from fed_diffusion.report.grids import save_grid
+from fed_diffusion.report.html import write_report
+from fed_diffusion.rng import Purpose
+from fed_diffusion.runs import RunDir, Sampler
+
+Progress = Callable[[dict[str, Any]], None]
+"""Called with each round's line of metrics.jsonl."""
+
+
+def check(config: Config, dataset: ImageSet | None = None) -> ImageSet:
+    """Everything that can be refused is refused here, before compute; returns the data set.
+
+    Raises
+    ------
+    ConfigError
+        Names the key, the value, what is allowed and how to fix it.
+    """
+    diffusion = config.diffusion
+    try:
+        PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
+    except ValueError as error:
+        raise ConfigError(f"diffusion.partition = {diffusion.partition!r}: {error}") from error
+    device = config.worker.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"worker.device = {device!r}, and torch sees no CUDA device; use auto or cpu."
+        )
+    check_evaluation(config)
+    build_network(config)
+    if dataset is None:
+        dataset = load_dataset(config.data)
+    partition(dataset, config)
+    return dataset
+
+
+class Experiment:
+    """The server's side of one run: the coordinator, the run directory and the final hook.
+
+    Use it as: `for task in tasks(r)`, then `receive` (or `reject`) each reply, then `close_round`;
+    after the last round `finish`. `config.rounds` says how many there are.
+    """
+
+    def __init__(self, config: Config, path: str | Path, dataset: ImageSet | None = None):
+        self.config = config
+        self.dataset = check(config, dataset)
+        self.run = RunDir.create(path, config)
+        self.coordinator = Coordinator(config, parameters_of(build_network(config)))
+        self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
+        self.history: list[RoundSummary] = []
+        self._began = self._round_began = time.perf_counter()
+
+    def tasks(self, round: int) -> Iterator[Task]:
+        self._round_began = time.perf_counter()
+        with pinned_threads(self.config.worker.threads):
+            yield from self.coordinator.tasks(round)
+
+    def receive(self, update: Update) -> bool:
+        with self._timed("aggregate"), pinned_threads(self.config.worker.threads):
+            return self.coordinator.receive(update)
+
+    def reject(self, client: int, reason: str) -> None:
+        self.coordinator.reject(client, reason)
+
+    def close_round(self) -> RoundSummary:
+        """Average, write the round's line and checkpoint, draw the small grid where it is due."""
+        with self._timed("aggregate"), pinned_threads(self.config.worker.threads):
+            summary = self.coordinator.close_round()
+        summary.seconds = time.perf_counter() - self._round_began
+        self.seconds["train"] += summary.seconds
+        self.history.append(summary)
+        state = {"round": summary.round, "preset": self.config.preset}
+        self.run.save_checkpoint(self.coordinator.theta, self.coordinator.ema, state)
+        self.run.append_metrics(summary.to_dict())
+        every = self.config.evaluation.every
+        if every and summary.round % every == 0 and summary.round < self.config.rounds:
+            with self._timed("evaluate"):
+                images = self._sampler().sample(16, purpose=Purpose.GRID)
+                save_grid(images, self.run.path / "samples" / f"round-{summary.round:04d}.png")
+        return summary
+
+    def finish(self) -> dict[str, Any]:
+        """The post-training hook: samples, quality, results.json and the report."""
+        with self._timed("evaluate"):
+            quality = self._evaluate()
+        results = self._results(quality)
+        self.run.write_results(results)
+        write_report(self.run.path)
+        self.run.write_status("finished")
+        return results
+
+    def _sampler(self) -> Sampler:
+        coordinator = self.coordinator
+        return Sampler(
+            self.config, coordinator.ema if self.config.ema.decay > 0 else coordinator.theta
+        )
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Sample once; the first images make the grid, all of them the figures."""
+        sampler, config = self._sampler(), self.config.evaluation
+        images = sampler.sample(max(config.samples, config.grid))
+        save_grid(images[: config.grid], self.run.path / "samples" / "final.png")
+        return measure(sampler, images[: config.samples], self.dataset)
+
+    def _results(self, quality: dict[str, Any]) -> dict[str, Any]:
+        last, config = self.history[-1], self.config
+        total = time.perf_counter() - self._began
+        return {
+            "preset": config.preset,
+            "method": config.method or method_name(config.pruning),
+            "clients": config.clients,
+            "rounds": last.round,
+            "seed": config.seed,
+            "parameters": self.coordinator.parameters,
+            "loss": last.loss,
+            "holdout_loss": last.holdout_loss,
+            "dsm_objective": last.dsm_objective,
+            "gamma_star": min(s.gamma for s in self.history),
+            "w2_max": max(s.w2_max for s in self.history),
+            "bytes_up": sum(s.bytes_up for s in self.history),
+            "bytes_down": sum(s.bytes_down for s in self.history),
+            "seconds": {k: round(v, 3) for k, v in (self.seconds | {"total": total}).items()},
+            "rejected": sum(len(s.rejected) for s in self.history),
+            "quality": quality,
+        }
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - began
+
+
+def measure(sampler: Sampler, images: torch.Tensor, dataset: ImageSet | None) -> dict[str, Any]:
+    """Quality figures of generated images against the configured reference, or why there are none.
+
+    Parameters
+    ----------
+    images
+        uint8 [n, C, H, W].
+    dataset
+        The run's own data, where the server has it.
+    """
+    config = sampler.config
+    reference = reference_set(config, dataset)
+    nfe = sampler.evaluations()
+    if reference is None:
+        why = "evaluation.reference is none: the server has no images to compare with"
+        return no_quality(why, len(images), nfe)
+    if len(images) == 0:
+        return no_quality("evaluation.samples is 0", 0, nfe)
+    device = str(device_of(config))
+    return evaluate(images, reference, config.evaluation, seed=config.seed, nfe=nfe, device=device)
+
+
+def reference_set(config: Config, dataset: ImageSet | None) -> ImageSet | None:
+    """The images that evaluation.reference names: the run's own, a folder's, or none."""
+    reference = config.evaluation.reference
+    if reference == "none":
+        return None
+    if reference == "data":
+        return dataset if dataset is not None else load_dataset(config.data)
+    folder = {"name": "image_folder", "dir": reference, "partition": "iid", "classes": None}
+    return load_dataset(config.data.model_copy(update=folder))

@@ -1,0 +1,195 @@
+"""Equation (8): each coordinate is averaged over the workers that trained it.
+
+(8) is a ratio of two additive sums, sum(m theta) and sum(m). Both are kept as integers (values in
+fixed point with 40 fractional bits), and integer addition is associative: the result has the same
+bits in any order and grouping of arrival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+FRACTION_BITS = 40
+SCALE = 2.0**FRACTION_BITS
+LIMIT = 2.0 ** (63 - FRACTION_BITS)
+"""Bound on a coordinate's weighted sum of magnitudes, so that int64 cannot overflow."""
+BLOCK = 1 << 18
+"""Coordinates handled at once: the float64 temporaries stay in cache."""
+
+
+class UpdateError(ValueError):
+    """An update that must not count; the message says what is wrong with it."""
+
+
+class MaskedMean:
+    """The coordinate-wise mean (8), streamed in O(D) memory whatever the number of workers.
+
+    Parameters
+    ----------
+    theta
+        The current parameters by name (float32); coordinates that nobody trained keep them.
+
+    Examples
+    --------
+    >>> mean = MaskedMean({"w": torch.zeros(2)})
+    >>> mean.add({"w": torch.tensor([1.0, 5.0])}, {"w": torch.tensor([True, False])})
+    >>> mean.add({"w": torch.tensor([3.0, 5.0])}, {"w": torch.tensor([True, False])})
+    >>> mean.result()
+    {'w': tensor([2., 0.])}
+    """
+
+    def __init__(self, theta: Mapping[str, Tensor]):
+        self._theta = dict(theta)
+        self._sums = {n: torch.zeros(v.shape, dtype=torch.int64) for n, v in self._theta.items()}
+        # Unmasked tensors are counted by one number; a tensor of counts exists only where needed.
+        self._weight = dict.fromkeys(self._theta, 0)
+        self._workers = dict.fromkeys(self._theta, 0)
+        self._weights: dict[str, Tensor] = {}
+        self._trainers: dict[str, Tensor] = {}
+        self._magnitude = dict.fromkeys(self._theta, 0.0)
+
+    def add(
+        self,
+        values: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        """Add one worker's theta_{r,n,S} under its mask.
+
+        Parameters
+        ----------
+        values
+            Float tensors shaped like theta, the same names; what the mask drops is not read.
+        masks
+            Bool tensors by name; a name that is missing is kept whole.
+        weight
+            A positive whole number (equation (8) has 1).
+
+        Raises
+        ------
+        UpdateError
+            Wrong names, shapes or dtype, values that are not finite, or sums beyond 2^23: nothing
+            of the update has been added then.
+        """
+        masks = masks or {}
+        whole = int(weight)
+        if whole != weight or whole < 1:
+            raise UpdateError(f"weight = {weight}; it must be a positive whole number")
+        magnitudes = self._check(values, masks, whole)
+        for name, value in values.items():
+            self._magnitude[name] += magnitudes[name]
+            _add_fixed_point(self._sums[name], value, masks.get(name), whole)
+            self._count(name, masks.get(name), whole)
+
+    def _check(
+        self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor], weight: int
+    ) -> dict[str, float]:
+        if values.keys() != self._theta.keys():
+            odd = sorted(values.keys() ^ self._theta.keys())[:3]
+            raise UpdateError(f"tensor names differ from the model's, first of them: {odd}")
+        if unknown := sorted(masks.keys() - self._theta.keys())[:3]:
+            raise UpdateError(f"masks for tensors the model lacks, first of them: {unknown}")
+        magnitudes = {}
+        for name, value in values.items():
+            shape = self._theta[name].shape
+            if value.shape != shape or not value.is_floating_point():
+                raise UpdateError(
+                    f"{name} is {value.dtype} {tuple(value.shape)}, not floating {tuple(shape)}"
+                )
+            mask = masks.get(name)
+            if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
+                raise UpdateError(f"the mask of {name} is not bool {tuple(shape)}")
+            largest = _largest(value, mask)
+            if not largest < float("inf"):
+                raise UpdateError(f"{name} holds values that are not finite")
+            if self._magnitude[name] + largest * weight >= LIMIT:
+                raise UpdateError(f"{name} holds values as large as {largest:.3g}: beyond 2^23")
+            magnitudes[name] = largest * weight
+        return magnitudes
+
+    def _count(self, name: str, mask: Tensor | None, weight: int) -> None:
+        if mask is None:
+            self._weight[name] += weight
+            self._workers[name] += 1
+            return
+        shape = self._theta[name].shape
+        trainers = self._trainers.setdefault(name, torch.zeros(shape, dtype=torch.int32))
+        trainers += mask
+        if weight != 1 or name in self._weights:
+            if name not in self._weights:  # so far every weight was 1
+                self._weights[name] = (trainers - mask.to(torch.int32)).to(torch.int64)
+            self._weights[name] += mask * weight
+
+    def result(self) -> dict[str, Tensor]:
+        """theta_{r+1}: the mean where somebody trained, theta_r elsewhere; float32."""
+        return {name: self._mean(name) for name in self._theta}
+
+    def _mean(self, name: str) -> Tensor:
+        old = self._theta[name]
+        new = torch.empty_like(old).flatten()
+        sums, flat = self._sums[name].flatten(), old.flatten()
+        weights = self._weights.get(name, self._trainers.get(name))
+        for start in range(0, flat.numel(), BLOCK):
+            block = slice(start, start + BLOCK)
+            total = sums[block].to(torch.float64) / SCALE
+            if weights is None:
+                weight = self._weight[name]
+                new[block] = total / weight if weight else flat[block]
+            else:
+                count = weights.flatten()[block].to(torch.float64) + self._weight[name]
+                new[block] = torch.where(count > 0, total / count, flat[block].double()).float()
+        return new.view(old.shape)
+
+    def coverage(self) -> dict[str, Tensor]:
+        """|N_r^i| for every coordinate i: how many workers trained it (int32, theta's shapes)."""
+        return {
+            name: self._workers[name] + self._trainers.get(name, torch.zeros(1, dtype=torch.int32))
+            if name in self._trainers
+            else torch.full(self._theta[name].shape, self._workers[name], dtype=torch.int32)
+            for name in self._theta
+        }
+
+    def gamma(self) -> int:
+        """Gamma_r = min_i |N_r^i|."""
+        return min(
+            self._workers[name] + (int(self._trainers[name].min()) if name in self._trainers else 0)
+            for name in self._theta
+        )
+
+    def trained(self) -> float:
+        """The fraction of coordinates with at least one trainer."""
+        total = sum(value.numel() for value in self._theta.values())
+        bare = sum(
+            (int((self._trainers[n] == 0).sum()) if n in self._trainers else v.numel())
+            for n, v in self._theta.items()
+            if not self._workers[n]
+        )
+        return 1 - bare / total
+
+
+def _largest(value: Tensor, mask: Tensor | None) -> float:
+    """The largest kept magnitude; NaN and infinities come through."""
+    if value.numel() == 0:
+        return 0.0
+    if mask is not None:
+        value = value.where(mask, 0)
+    low, high = torch.aminmax(value)
+    return max(-float(low), float(high)) if low == low else float("nan")
+
+
+def _add_fixed_point(sums: Tensor, value: Tensor, mask: Tensor | None, weight: int) -> None:
+    """sums += weight * round(value 2^40) where the mask keeps, block by block."""
+    flat, target = value.detach().flatten(), sums.view(-1)
+    kept = None if mask is None else mask.flatten()
+    for start in range(0, flat.numel(), BLOCK):
+        block = slice(start, start + BLOCK)
+        # Scaling by a power of two is exact; rounding is then at most 2^-41 of the value's unit.
+        fixed = flat[block].to(torch.float64).mul_(SCALE).round_().to(torch.int64)
+        if weight != 1:
+            fixed *= weight
+        if kept is not None:
+            fixed *= kept[block]
+        target[block] += fixed

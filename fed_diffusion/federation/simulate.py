@@ -1,0 +1,122 @@
+"""Both sides of a run on this machine, without Flower: for tests, notebooks and one GPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from fed_diffusion.config import Config
+from fed_diffusion.data import ImageSet
+from fed_diffusion.experiment import Experiment, Progress
+from fed_diffusion.federation.coordinator import Task, Update
+from fed_diffusion.federation.worker import Worker, device_of
+
+
+class Runner(Protocol):
+    """Runs tasks and yields (task, update or the exception that ended it) as they finish."""
+
+    def __call__(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Update | Exception]]: ...
+
+
+def simulate(
+    config: Config,
+    out: str | Path,
+    *,
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run the whole experiment and return its results.
+
+    Parameters
+    ----------
+    out
+        The run directory.
+    processes
+        Clients at once; default: cores / worker.threads on the CPU, one on a GPU. The parameters
+        that come out do not depend on it.
+    progress
+        Called with each round's line of metrics.
+    """
+    experiment = Experiment(config, out)
+    if processes is None:
+        on_gpu = device_of(config).type == "cuda"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        processes = 1 if on_gpu else max(1, (cores or 1) // config.worker.threads)
+    with task_runner(config, experiment.dataset, min(processes, config.clients)) as run:
+        for round in range(1, config.rounds + 1):
+            for task, outcome in run(experiment.tasks(round)):
+                if isinstance(outcome, Update):
+                    experiment.receive(outcome)
+                else:
+                    experiment.reject(task.client, f"{type(outcome).__name__}: {outcome}")
+            summary = experiment.close_round()
+            if progress is not None:
+                progress(summary.to_dict())
+    return experiment.finish()
+
+
+@contextmanager
+def task_runner(config: Config, dataset: ImageSet, processes: int) -> Iterator[Runner]:
+    """Runs tasks in this process, or in a pool of the standard library's processes."""
+    if processes == 1:
+        yield _InTurn(Worker(config, dataset))
+        return
+    # spawn, not fork: torch's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _start_process, (config.to_dict(),)) as pool:
+        yield _InProcesses(pool, processes)
+
+
+class _InTurn:
+    """One resident model, clients one after another."""
+
+    def __init__(self, worker: Worker):
+        self._worker = worker
+
+    def __call__(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Update | Exception]]:
+        for task in tasks:
+            try:
+                yield task, self._worker.run(task)
+            except Exception as error:  # a client that fails costs its own update
+                yield task, error
+
+
+class _InProcesses:
+    """A pool of processes, each with its resident model; at most one task ahead of each."""
+
+    def __init__(self, pool: ProcessPoolExecutor, processes: int):
+        self._pool = pool
+        self._ahead = 2 * processes
+
+    def __call__(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Update | Exception]]:
+        waiting: dict[Future[Update], Task] = {}
+        remaining = iter(tasks)
+        while True:
+            while len(waiting) < self._ahead and (task := next(remaining, None)) is not None:
+                waiting[self._pool.submit(_run_task, task)] = task
+            if not waiting:
+                return
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                task, error = waiting.pop(future), future.exception()
+                if error is not None and not isinstance(error, Exception):
+                    raise error
+                yield task, error if error is not None else future.result()
+
+
+_worker: Worker | None = None
+
+
+def _start_process(settings: dict[str, Any]) -> None:
+    global _worker
+    _worker = Worker(Config.model_validate(settings))
+
+
+def _run_task(task: Task) -> Update:
+    assert _worker is not None
+    return _worker.run(task)

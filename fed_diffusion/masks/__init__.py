@@ -1,0 +1,1 @@
+"""Masks as recipes: which coordinates each worker keeps, and why."""

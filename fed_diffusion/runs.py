@@ -1,0 +1,230 @@
+"""The run directory: what is written where, and how a trained model is read back.
+
+config.yaml          the resolved configuration: enough to repeat the run
+metrics.jsonl        one line per round
+checkpoint/          theta.safetensors, ema.safetensors, state.json; replaced as a whole
+samples/             round-0005.png ..., final.png
+results.json         the figures of a finished run
+report.html          all of it on one page
+status.json          how the run ended: finished, or failed and why
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fed_diffusion.config import Config, ConfigError, build_config
+from fed_diffusion.data import image_shape, to_uint8
+from fed_diffusion.diffusion.partitions import PARTITIONS
+from fed_diffusion.diffusion.process import Score, per_image, sigma
+from fed_diffusion.diffusion.samplers import exponential_integrator
+from fed_diffusion.federation.worker import device_of, network_with
+from fed_diffusion.rng import Purpose, torch_generator
+
+DEFAULT_ROOT = "runs"
+
+
+def new_run_path(config: Config, root: str | Path = DEFAULT_ROOT) -> Path:
+    """runs/<preset>-<time>, with a number behind it where that exists already."""
+    stem = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidates = (
+        Path(root) / (stem + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 100)))
+    )
+    return next(path for path in candidates if not path.exists()).resolve()
+
+
+class RunDir:
+    """The files of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).resolve()
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config) -> RunDir:
+        """Make the directory and write config.yaml.
+
+        Raises
+        ------
+        ConfigError
+            The directory holds a run already: nothing is ever overwritten.
+        """
+        run = cls(path)
+        if run.metrics.exists():
+            raise ConfigError(f"{run.path} holds a run already; give another directory (--out).")
+        (run.path / "samples").mkdir(parents=True, exist_ok=True)
+        write_atomic(run.path / "config.yaml", config.to_yaml())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        """An existing run; `ConfigError` where there is none."""
+        run = cls(path)
+        if not (run.path / "config.yaml").is_file():
+            raise ConfigError(f"{run.path} is no run directory: it has no config.yaml.")
+        return run
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def config(self) -> Config:
+        return build_config(yaml.safe_load((self.path / "config.yaml").read_text("utf-8")))
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        write_atomic(self.path / "results.json", json.dumps(results, indent=2) + "\n")
+
+    def results(self) -> dict[str, Any]:
+        path = self.path / "results.json"
+        if not path.is_file():
+            raise ConfigError(f"{self.path} has no results.json: the run did not finish.")
+        loaded: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return loaded
+
+    def write_status(self, state: str, reason: str | None = None) -> None:
+        """The last thing a server writes: finished, or failed with the reason."""
+        write_atomic(self.path / "status.json", json.dumps({"state": state, "reason": reason}))
+
+    def save_checkpoint(
+        self, theta: Mapping[str, Tensor], ema: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> None:
+        """Write checkpoint/ beside the old one, then swap: a reader sees one or the other."""
+        fresh = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.path))
+        save_file(dict(theta), fresh / "theta.safetensors")
+        save_file(dict(ema), fresh / "ema.safetensors")
+        write_atomic(fresh / "state.json", json.dumps(dict(state)))
+        final, old = self.path / "checkpoint", self.path / ".checkpoint-old"
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        fresh.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def load_theta(self, *, ema: bool) -> dict[str, Tensor]:
+        path = self.path / "checkpoint" / ("ema.safetensors" if ema else "theta.safetensors")
+        if not path.is_file():
+            raise ConfigError(f"{self.path} has no checkpoint yet: not one round is finished.")
+        loaded: dict[str, Tensor] = load_file(path)
+        return loaded
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the whole new one."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
+    ) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).chmod(0o644)
+    os.replace(file.name, path)
+
+
+class Sampler:
+    """A trained score network that generates images.
+
+    Examples
+    --------
+    >>> import fed_diffusion
+    >>> images = fed_diffusion.load("runs/digits-20260101-120000").sample(16)  # doctest: +SKIP
+    """
+
+    def __init__(self, config: Config, theta: dict[str, Tensor]):
+        self.config = config
+        self.device = device_of(config)
+        network = network_with(config, theta).to(self.device)
+        self.network = network.to(memory_format=torch.channels_last)
+        self.shape = image_shape(config.data)
+
+    @classmethod
+    def from_run(cls, path: str | Path, *, ema: bool = True) -> Sampler:
+        """The model of a run directory; its moving average unless ema=False."""
+        run = RunDir.open(path)
+        return cls(run.config(), run.load_theta(ema=ema))
+
+    def score(self, labels: Tensor | None = None) -> Score:
+        """s_theta(y, u) = -eps_theta(y, u) / sigma_u as a function of (y, u)."""
+
+        def evaluate(y: Tensor, u: Tensor) -> Tensor:
+            eps: Tensor = self.network(y, u, labels)
+            return -eps / per_image(sigma(u), y)
+
+        return evaluate
+
+    def partition(self, steps: int | None = None) -> Tensor:
+        """The sampler's partition of time; `steps` defaults to evaluation.steps, then diffusion.K.
+
+        Raises
+        ------
+        ConfigError
+            Fewer steps than the partition can have.
+        """
+        diffusion = self.config.diffusion
+        steps = steps or self.config.evaluation.steps or diffusion.K
+        try:
+            return PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, steps)
+        except ValueError as error:
+            raise ConfigError(f"evaluation.steps = {steps} cannot be used: {error}") from error
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num: int,
+        *,
+        seed: int | None = None,
+        steps: int | None = None,
+        batch: int | None = None,
+        labels: Tensor | None = None,
+        purpose: Purpose = Purpose.SAMPLES,
+    ) -> Tensor:
+        """Generate images with the exponential integrator (10).
+
+        Parameters
+        ----------
+        num
+            How many.
+        seed
+            Default: the run's seed. The same seed gives the same images.
+        steps
+            Steps of the partition; default: evaluation.steps, then diffusion.K.
+        labels
+            int64 [num], for a conditional network.
+
+        Returns
+        -------
+        Tensor
+            uint8 [num, C, H, W] on the CPU.
+        """
+        u = self.partition(steps)
+        batch = batch or self.config.evaluation.batch
+        seed = self.config.seed if seed is None else seed
+        images = []
+        for index, start in enumerate(range(0, num, batch)):
+            n = min(batch, num - start)
+            noise = torch_generator(seed, purpose, round=index, device=self.device)
+            y = torch.randn((n, *self.shape), generator=noise, device=self.device)
+            chosen = None if labels is None else labels[start : start + n].to(self.device)
+            y = exponential_integrator(
+                self.score(chosen), y, u, generator=noise, denoise=self.config.evaluation.denoise
+            )
+            images.append(to_uint8(y).cpu())
+        return torch.cat(images) if images else torch.empty((0, *self.shape), dtype=torch.uint8)
+
+    def evaluations(self, steps: int | None = None) -> int:
+        """Network evaluations per image (NFE)."""
+        return len(self.partition(steps)) - 1 + int(self.config.evaluation.denoise)

@@ -1,0 +1,1 @@
+"""The theory that goes with the method: exact oracles, bounds, advice."""

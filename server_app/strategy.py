@@ -1,0 +1,209 @@
+"""A Flower Strategy whose rounds are the Coordinator's: tasks out, updates in one at a time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from logging import INFO, WARNING
+
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from client_app.messages import to_records, to_update
+from fed_diffusion.experiment import Experiment
+from fed_diffusion.federation.aggregate import UpdateError
+from fed_diffusion.federation.coordinator import RoundSummary, Task
+
+POLL_S = 0.05
+"""Between looks for replies; Flower's own loop waits up to 3 s."""
+JOIN_S = 120.0
+"""How long to wait for the first node, and for nodes to answer the opening query."""
+
+
+class FedDiffusion(Strategy):
+    """Coordinate-wise aggregation (8) with per-client masks, on Flower's grid.
+
+    `run` is the whole training with its own round loop: replies are folded in as they arrive and
+    dropped at once, and a client that fails costs its own update. The abstract methods are the
+    same steps, so Flower's own `start` works too.
+    """
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+        self.config = experiment.config
+        self._config_json = json.dumps(self.config.to_dict())
+        self._nodes: list[int] = []
+
+    def run(self, grid: Grid) -> None:
+        """All rounds; every node answers a query first, so that start-up eats no deadline."""
+        self.summary()
+        self._nodes = self._meet(grid)
+        log(INFO, "%d clients on %d nodes", self.config.clients, len(self._nodes))
+        for round in range(1, self.config.rounds + 1):
+            self._report(self._round(grid, round))
+
+    def _round(self, grid: Grid, round: int) -> RoundSummary:
+        deadline = time.monotonic() + self.config.round.deadline_s
+        waiting: dict[str, int] = {}
+        for task in self.experiment.tasks(round):
+            for message_id in grid.push_messages([self._message(task)]):
+                waiting[message_id] = task.client
+        for reply in _replies(grid, waiting, deadline):
+            self._receive(reply, waiting.pop(reply.metadata.reply_to_message_id))
+        for client in waiting.values():
+            self._reject(client, f"no reply within {self.config.round.deadline_s:g} s")
+        return self.experiment.close_round()
+
+    def _receive(self, reply: Message, client: int) -> None:
+        if reply.has_error():
+            reason = _reason(reply.error)
+            if "ActorDiedError" in reason:
+                # Flower puts a dead actor back in its pool, where it eats message after message
+                raise RuntimeError(f"a Ray worker process died (out of memory?): {reason}")
+            self._reject(client, reason)
+            return
+        try:
+            update = to_update(reply.content)
+        except UpdateError as error:
+            self._reject(client, str(error))
+            return
+        if update.client != client:
+            self._reject(client, f"the reply is for client {update.client}")
+            return
+        if not self.experiment.receive(update):
+            log(WARNING, "the update of client %d was rejected; see metrics.jsonl", client)
+
+    def _reject(self, client: int, reason: str) -> None:
+        log(WARNING, "client %d does not count in this round: %s", client, reason)
+        self.experiment.reject(client, reason)
+
+    def _message(self, task: Task) -> Message:
+        return Message(
+            to_records(task, self._config_json),
+            dst_node_id=self._nodes[task.client % len(self._nodes)],
+            message_type=MessageType.TRAIN,
+            ttl=self.config.round.deadline_s,
+            group_id=str(task.round),
+        )
+
+    def _meet(self, grid: Grid) -> list[int]:
+        """The nodes that answer a query, in the order of their partition ids."""
+        node_ids = _wait_for(lambda: sorted(grid.get_node_ids()), JOIN_S)
+        if not node_ids:
+            raise RuntimeError(f"no node joined within {JOIN_S:g} s; start SuperNodes first")
+        about = ConfigRecord({"round": 0, "client": 0, "config": self._config_json})
+        queries = [
+            Message(
+                RecordDict({"about": about}),
+                dst_node_id=node,
+                message_type=MessageType.QUERY,
+                ttl=JOIN_S,
+            )
+            for node in node_ids
+        ]
+        sent = dict(zip(grid.push_messages(queries), node_ids, strict=True))
+        met: list[tuple[int, int]] = []
+        failures: list[str] = []
+        for reply in _replies(grid, sent, time.monotonic() + JOIN_S):
+            node = sent.pop(reply.metadata.reply_to_message_id)
+            if reply.has_error():
+                failures.append(f"node {node}: {_reason(reply.error)}")
+                continue
+            numbers = reply.content["metrics"]
+            assert isinstance(numbers, MetricRecord)
+            met.append((int(str(numbers["partition-id"])), node))
+        for failure in failures:
+            log(WARNING, "%s", failure)
+        if not met:
+            raise RuntimeError("no node can run the ClientApp. " + "; ".join(failures))
+        return [node for _, node in sorted(met)]
+
+    def _report(self, summary: RoundSummary) -> None:
+        log(
+            INFO,
+            "round %d/%d  loss %.4f  held-out %s  Gamma %d  %.1f s",
+            summary.round,
+            self.config.rounds,
+            summary.loss,
+            "-" if summary.holdout_loss is None else f"{summary.holdout_loss:.4f}",
+            summary.gamma,
+            summary.seconds,
+        )
+
+    # --- Flower's Strategy interface: the same steps, for `start` -------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The round's tasks as messages; theta is the coordinator's, not `arrays`."""
+        self._nodes = self._nodes or self._meet(grid)
+        return (self._message(task) for task in self.experiment.tasks(server_round))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold the replies in and close the round by equation (8)."""
+        for reply in replies:
+            try:
+                self.experiment.receive(to_update(reply.content))
+            except (UpdateError, ValueError) as error:
+                log(WARNING, "a reply does not count: %s", error)
+        for client in self.experiment.coordinator.waiting():
+            self._reject(client, "no reply")
+        summary = self.experiment.close_round()
+        return None, MetricRecord({"loss": summary.loss, "gamma": summary.gamma})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing: held-out losses come back with the updates."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        return None
+
+    def summary(self) -> None:
+        log(
+            INFO,
+            "FedDiffusion: preset %s, %d clients, %d rounds, %d parameters",
+            self.config.preset,
+            self.config.clients,
+            self.config.rounds,
+            self.experiment.coordinator.parameters,
+        )
+
+
+def _replies(grid: Grid, waiting: dict[str, int], deadline: float) -> Iterator[Message]:
+    """Replies as they come, until `waiting` is empty (the caller removes) or time is up."""
+    while waiting and time.monotonic() < deadline:
+        arrived = False
+        for message_id in list(waiting):  # one at a time: one update in memory, not all of them
+            for reply in grid.pull_messages([message_id]):
+                arrived = True
+                yield reply
+        if not arrived:
+            time.sleep(POLL_S)
+
+
+def _wait_for(probe: Callable[[], list[int]], seconds: float) -> list[int]:
+    end = time.monotonic() + seconds
+    while not (found := probe()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return found
+
+
+def _reason(error: Error) -> str:
+    return f"{error.reason or 'no reason given'} (Flower error {error.code})"

@@ -1,0 +1,36 @@
+"""A run small enough for a test: real digits, a U-Net of a few thousand parameters."""
+
+import pytest
+
+from fed_diffusion.config import load_config
+from fed_diffusion.data import load_dataset
+
+TINY = {
+    "model.widths": [8, 16],
+    "rounds": 2,
+    "clients": 5,
+    "local.steps": 3,
+    "local.batch": 8,
+    "diffusion.K": 20,
+    "evaluation.samples": 0,
+    "evaluation.steps": 10,
+    "evaluation.every": 1,
+    "evaluation.grid": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_dataset(load_config("digits").data)
+
+
+@pytest.fixture
+def tiny():
+    """tiny(**overrides with __ for dots) -> Config"""
+
+    def make(**overrides):
+        return load_config(
+            "digits", TINY | {key.replace("__", "."): value for key, value in overrides.items()}
+        )
+
+    return make

@@ -1,0 +1,153 @@
+"""Equation (8) against a brute-force oracle."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fed_diffusion.federation.aggregate import MaskedMean, UpdateError
+
+SHAPES = {"a": (3, 2), "b": (4,)}
+
+
+def random_updates(seed, n, masked=True):
+    rng = np.random.default_rng(seed)
+    updates = []
+    for _ in range(n):
+        scale = 10 ** rng.uniform(-6, 2)
+        values = {
+            k: torch.tensor(rng.normal(size=s) * scale, dtype=torch.float32)
+            for k, s in SHAPES.items()
+        }
+        masks = {k: torch.tensor(rng.random(s) < 0.5) for k, s in SHAPES.items()}
+        if not masked or rng.random() < 0.3:
+            masks = {}
+        updates.append((values, masks, int(rng.integers(1, 4))))
+    return updates
+
+
+def theta_of(seed):
+    rng = np.random.default_rng(seed)
+    return {k: torch.tensor(rng.normal(size=s), dtype=torch.float32) for k, s in SHAPES.items()}
+
+
+def brute_force(theta, updates, name, index):
+    """(8) for one coordinate, in exact fractions."""
+    total, weights = Fraction(0), 0
+    for values, masks, weight in updates:
+        if name not in masks or bool(masks[name][index]):
+            total += weight * Fraction(float(values[name][index]))
+            weights += weight
+    return total / weights if weights else Fraction(float(theta[name][index]))
+
+
+def result_of(theta, updates):
+    mean = MaskedMean(theta)
+    for values, masks, weight in updates:
+        mean.add(values, masks, weight)
+    return mean
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(0, 6))
+@settings(max_examples=60)
+def test_every_coordinate_is_the_mean_over_those_who_trained_it(seed, n):
+    theta, updates = theta_of(seed + 1), random_updates(seed, n)
+    result = result_of(theta, updates).result()
+    for name, shape in SHAPES.items():
+        for index in np.ndindex(shape):
+            exact = float(brute_force(theta, updates, name, index))
+            got = float(result[name][index])
+            ulp = float(np.spacing(np.float32(abs(exact))))
+            assert abs(got - exact) <= 2.0**-40 + ulp
+
+
+@given(seed=st.integers(0, 10**6), order=st.permutations(range(5)))
+@settings(max_examples=60)
+def test_the_result_has_the_same_bits_in_any_order_of_arrival(seed, order):
+    theta, updates = theta_of(seed), random_updates(seed, 5)
+    first = result_of(theta, updates).result()
+    second = result_of(theta, [updates[i] for i in order]).result()
+    assert all(torch.equal(first[name], second[name]) for name in SHAPES)
+
+
+def test_coordinates_nobody_trained_keep_theta():
+    theta = theta_of(3)
+    mask = {"a": torch.zeros(3, 2, dtype=torch.bool)}
+    values = {k: torch.ones(s) for k, s in SHAPES.items()}
+    mean = MaskedMean(theta)
+    mean.add(values, mask)
+    assert torch.equal(mean.result()["a"], theta["a"])
+    assert torch.equal(mean.result()["b"], values["b"])
+    assert mean.gamma() == 0
+    assert mean.trained() == pytest.approx(0.4)
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=30)
+def test_all_ones_masks_are_the_plain_mean(seed):
+    updates = [(v, {}, 1) for v, _, _ in random_updates(seed, 4, masked=False)]
+    result = result_of(theta_of(seed), updates).result()
+    for name in SHAPES:
+        plain = np.mean([u[0][name].double().numpy() for u in updates], axis=0)
+        ulp = np.spacing(np.abs(plain).astype(np.float32))
+        assert (np.abs(result[name].double().numpy() - plain) <= 2.0**-40 + ulp).all()
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 6))
+@settings(max_examples=30)
+def test_coverage_counts_the_trainers_of_each_coordinate(seed, n):
+    updates = random_updates(seed, n)
+    mean = result_of(theta_of(seed), updates)
+    coverage = mean.coverage()
+    for name, shape in SHAPES.items():
+        for index in np.ndindex(shape):
+            count = sum(name not in m or bool(m[name][index]) for _, m, _ in updates)
+            assert int(coverage[name][index]) == count
+    assert mean.gamma() == min(int(c.min()) for c in coverage.values())
+
+
+BAD = {
+    "not finite": lambda v: v["a"].fill_(float("nan")),
+    "finite": lambda v: v["a"].view(-1)[2:3].fill_(float("-inf")),
+    "beyond 2\\^23": lambda v: v["b"].fill_(1e9),
+    "names differ": lambda v: v.pop("b"),
+    "is torch.float32": lambda v: v.update(a=torch.ones(2, 3)),
+    "is torch.int64": lambda v: v.update(a=torch.ones(3, 2, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("complaint", BAD)
+def test_a_bad_update_is_refused_whole(complaint):
+    theta, good = theta_of(0), {k: torch.ones(s) for k, s in SHAPES.items()}
+    mean = MaskedMean(theta)
+    mean.add(good)
+    before = mean.result()
+    bad = {k: v.clone() for k, v in good.items()}
+    BAD[complaint](bad)
+    with pytest.raises(UpdateError, match=complaint):
+        mean.add(bad)
+    assert all(torch.equal(before[name], mean.result()[name]) for name in SHAPES)
+    assert mean.gamma() == 1
+
+
+def test_what_a_mask_drops_is_not_read():
+    mean = MaskedMean({"w": torch.tensor([1.0, 2.0])})
+    kept = torch.tensor([True, False])
+    mean.add({"w": torch.tensor([5.0, float("nan")])}, {"w": kept})
+    assert mean.result()["w"].tolist() == [5.0, 2.0]
+
+
+@pytest.mark.parametrize("weight", [0, -1, 0.5])
+def test_weights_are_positive_whole_numbers(weight):
+    with pytest.raises(UpdateError, match="weight"):
+        MaskedMean({"w": torch.zeros(1)}).add({"w": torch.zeros(1)}, weight=weight)
+
+
+def test_sums_that_could_overflow_are_refused():
+    mean = MaskedMean({"w": torch.zeros(1)})
+    mean.add({"w": torch.tensor([2.0**22])})
+    with pytest.raises(UpdateError, match="beyond"):
+        mean.add({"w": torch.tensor([2.0**22])})

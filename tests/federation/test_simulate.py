@@ -1,0 +1,128 @@
+"""Whole runs in one process or several."""
+
+import json
+
+import pytest
+import torch
+
+import fed_diffusion
+from fed_diffusion.config import ConfigError
+from fed_diffusion.federation.simulate import simulate
+from fed_diffusion.runs import RunDir
+
+
+def test_the_number_of_processes_changes_no_bit(tiny, tmp_path):
+    config = tiny(method="R-FedDM-S")
+    simulate(config, tmp_path / "one", processes=1)
+    simulate(config, tmp_path / "two", processes=2)
+    for ema in (False, True):
+        one, two = (RunDir.open(tmp_path / d).load_theta(ema=ema) for d in ("one", "two"))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    from fed_diffusion.config import load_config
+    from tests.federation.conftest import TINY
+
+    path = tmp_path_factory.mktemp("runs") / "run"
+    lines = []
+    overrides = TINY | {"method": "T-FedDM-S", "evaluation.samples": 60}
+    overrides["evaluation.extractor"] = "classifier"
+    results = simulate(load_config("digits", overrides), path, processes=1, progress=lines.append)
+    return path, results, lines
+
+
+def test_a_run_leaves_everything_the_design_names(run):
+    path, results, lines = run
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoint/theta.safetensors",
+        "checkpoint/ema.safetensors",
+        "samples/round-0001.png",
+        "samples/final.png",
+        "results.json",
+        "report.html",
+    ):
+        assert (path / name).is_file(), name
+    assert json.loads((path / "results.json").read_text()) == results
+    assert json.loads((path / "status.json").read_text())["state"] == "finished"
+    assert [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()] == lines
+
+
+def test_results_hold_the_promised_figures(run):
+    _, results, lines = run
+    assert results["method"] == "T-FedDM-S"
+    assert (results["clients"], results["rounds"], results["seed"]) == (5, 2, 0)
+    assert results["gamma_star"] == 3  # S of 5 workers: 3 full, 2 drop the same coordinates
+    assert results["w2_max"] > 0
+    assert results["bytes_up"] == sum(line["bytes_up"] for line in lines)
+    assert set(results["seconds"]) == {"train", "aggregate", "evaluate", "total"}
+    quality = results["quality"]
+    assert quality["samples"] == 60
+    assert quality["nfe"] == 10
+    assert len(quality["inception_score"]) == 2
+    assert quality["fid"] > quality["fid_floor"] > 0
+
+
+def test_a_loaded_run_samples_the_same_images_for_the_same_seed(run):
+    model = fed_diffusion.load(run[0])
+    first, second = model.sample(3, seed=5), model.sample(3, seed=5)
+    assert first.dtype == torch.uint8
+    assert first.shape == (3, 1, 8, 8)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, model.sample(3, seed=6))
+
+
+def test_the_score_is_minus_eps_over_sigma(run):
+    model = fed_diffusion.load(run[0])
+    y, u = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 2.0], dtype=torch.float64)
+    sigma = (1 - torch.exp(-2 * u)).sqrt().float()[:, None, None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.score()(y, u), -model.network(y, u) / sigma)
+
+
+def test_too_few_sampling_steps_are_refused(run):
+    with pytest.raises(ConfigError, match=r"evaluation\.steps = 3"):
+        fed_diffusion.load(run[0]).sample(1, steps=3)
+
+
+def test_a_run_directory_is_never_overwritten(run, tiny):
+    with pytest.raises(ConfigError, match="holds a run already"):
+        simulate(tiny(), run[0])
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no run directory"):
+        fed_diffusion.load(tmp_path)
+
+
+def test_without_reference_images_the_figures_are_null_and_say_why(tiny, tmp_path):
+    config = tiny(evaluation__reference="none", evaluation__samples=4, rounds=1)
+    quality = simulate(config, tmp_path / "run", processes=1)["quality"]
+    assert quality["fid"] is None
+    assert "evaluation.reference" in quality["why"]
+
+
+def test_a_worker_that_fails_is_rejected_and_the_run_goes_on(tiny, tmp_path, monkeypatch):
+    from fed_diffusion.federation.worker import Worker
+
+    healthy = Worker.run
+
+    def run(self, task):
+        if task.client == 1:
+            raise MemoryError("no room")
+        return healthy(self, task)
+
+    monkeypatch.setattr(Worker, "run", run)
+    results = simulate(tiny(rounds=1), tmp_path / "run", processes=1)
+    assert (results["rejected"], results["gamma_star"]) == (1, 4)
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert line["rejected"] == [{"client": 1, "reason": "MemoryError: no room"}]
+
+
+def test_more_clients_than_images_are_refused_before_training(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="clients"):
+        simulate(tiny(clients=2000), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,157 @@
+"""The two engines give the same bits, and a client that fails costs its own update. Real Flower."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from fed_diffusion.config import load_config
+from fed_diffusion.federation.simulate import simulate
+from fed_diffusion.flower_engine import run_on_flower
+from fed_diffusion.runs import RunDir
+from tests.federation.conftest import TINY
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def config_of(**overrides):
+    settings = TINY | {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_config("digits", settings)
+
+
+def theta_of(path):
+    run = RunDir.open(path)
+    return {f"{ema}{n}": v for ema in (0, 1) for n, v in run.load_theta(ema=bool(ema)).items()}
+
+
+def same_bits(a, b):
+    one, two = theta_of(a), theta_of(b)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory):
+    """The run without Flower."""
+    path = tmp_path_factory.mktemp("local") / "run"
+    simulate(config_of(method="T-FedDM-M"), path, processes=1)
+    return path
+
+
+def test_a_flower_run_and_an_in_process_run_end_with_the_same_bits(by_hand, tmp_path):
+    lines = []
+    config = config_of(method="T-FedDM-M", flower__supernodes=2)
+    assert run_on_flower(config, tmp_path / "run", progress=lines.append) == 0
+    assert same_bits(by_hand, tmp_path / "run")
+    here, there = RunDir(by_hand).results(), RunDir(tmp_path / "run").results()
+    for key in ("loss", "gamma_star", "w2_max", "bytes_up", "bytes_down", "rejected", "method"):
+        assert here[key] == there[key], key
+    assert [line["round"] for line in lines] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("supernodes", [1, 5])
+def test_the_number_of_supernodes_changes_no_bit(by_hand, tmp_path, supernodes):
+    config = config_of(method="T-FedDM-M", flower__supernodes=supernodes)
+    assert run_on_flower(config, tmp_path / "run") == 0
+    assert same_bits(by_hand, tmp_path / "run")
+
+
+def colour_folders(root):
+    """Three clients with a folder each: black, white and black images."""
+    for client, colour in (("a", 0), ("b", 255), ("c", 0)):
+        (root / client).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), colour).save(root / client / f"{i}.png")
+
+
+NET = """
+import torch
+class Net(torch.nn.Module):
+    '''Trains on black images and breaks on white ones.'''
+    def __init__(self, model, channels, size, classes):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(channels, channels, 1, 1))
+    def forward(self, x, u, labels=None):
+        if self.training and x.mean() > 0:
+            raise RuntimeError("white images break this network")
+        return torch.nn.functional.conv2d(x, self.weight)
+"""
+
+
+def test_a_client_that_raises_costs_its_own_update(tmp_path, monkeypatch):
+    (tmp_path / "fragile.py").write_text(NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    colour_folders(tmp_path / "images")
+    config = config_of(
+        model__name="fragile:Net",
+        clients=3,
+        evaluation__every=0,
+        evaluation__reference="none",
+        **{f"data__{k}": v for k, v in {"name": "image_folder", "dir": str(tmp_path / "images"),
+           "size": 8, "channels": 1, "partition": "folders", "holdout": 0.0}.items()},
+    )  # fmt: skip
+    assert run_on_flower(config, tmp_path / "run") == 0
+    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+        round = json.loads(line)
+        assert [c["client"] for c in round["clients"]] == [0, 2]
+        assert [r["client"] for r in round["rejected"]] == [1]
+        assert "white images break this network" in round["rejected"][0]["reason"]
+    assert RunDir(tmp_path / "run").results()["gamma_star"] == 2
+
+
+@pytest.fixture
+def flwr_home(tmp_path):
+    """Flower's own local SuperLink, started by `flwr run` and ended here."""
+    home = tmp_path / "flwr"
+    environment = os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39391",
+        "FLWR_LOCAL_CONTROL_API_PORT": "39393",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    yield environment
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FLWR_HOME") == str(home):
+                process.kill()
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "gamma"), [("R-FedDM-S", 6), ("T-FedDM-M", 6)])
+def test_plain_flwr_run_trains_on_its_two_supernodes(flwr_home, tmp_path, method, gamma):
+    run = tmp_path / "run"
+    flwr = Path(sysconfig.get_path("scripts")) / "flwr"
+    small = " ".join(
+        f"{k}={v}".replace(" ", "") for k, v in TINY.items() if k not in ("clients", "rounds")
+    )
+    given = f"preset='digits' method='{method}' rounds=3 run-dir='{run}' set='{small}'"
+    subprocess.run(
+        [sys.executable, flwr, "run", str(ROOT), "--stream", "--run-config", given],
+        env=flwr_home,
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
+    for _ in range(100):  # --stream may return before the last file is written
+        if (run / "status.json").exists():
+            break
+        time.sleep(0.1)
+    results = RunDir(run).results()
+    assert results["method"] == method
+    assert results["rounds"] == 3
+    assert results["gamma_star"] == gamma  # of 13,000 coordinates, some are dropped by all four
+    assert RunDir(run).config().pruning.level == method[-1]
