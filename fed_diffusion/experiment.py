@@ -17,12 +17,11 @@ import torch
 from fed_diffusion.config import Config, ConfigError, method_name
 from fed_diffusion.data import ImageSet, load_dataset, partition
 from fed_diffusion.diffusion.partitions import PARTITIONS
-from fed_diffusion.evaluation.quality import check_evaluation, evaluate, no_quality
+from fed_diffusion.evaluation import check_evaluation, no_quality
 from fed_diffusion.federation.coordinator import Coordinator, RoundSummary, Task, Update
 from fed_diffusion.federation.worker import device_of, pinned_threads
 from fed_diffusion.models.build import build_network, parameters_of
 from fed_diffusion.report.grids import save_grid
-from fed_diffusion.report.html import write_report
 from fed_diffusion.rng import Purpose
 from fed_diffusion.runs import RunDir, Sampler
 
@@ -48,8 +47,8 @@ def check(config: Config, dataset: ImageSet | None = None) -> ImageSet:
         raise ConfigError(
             f"worker.device = {device!r}, and torch sees no CUDA device; use auto or cpu."
         )
-    check_evaluation(config)
     build_network(config)
+    check_evaluation(config)
     if dataset is None:
         dataset = load_dataset(config.data)
     partition(dataset, config)
@@ -107,6 +106,8 @@ class Experiment:
             quality = self._evaluate()
         results = self._results(quality)
         self.run.write_results(results)
+        from fed_diffusion.report.html import write_report  # matplotlib takes seconds to import
+
         write_report(self.run.path)
         self.run.write_status("finished")
         return results
@@ -173,6 +174,8 @@ def measure(sampler: Sampler, images: torch.Tensor, dataset: ImageSet | None) ->
         return no_quality(why, len(images), nfe)
     if len(images) == 0:
         return no_quality("evaluation.samples is 0", 0, nfe)
+    from fed_diffusion.evaluation.quality import evaluate  # torch-fidelity takes seconds to import
+
     device = str(device_of(config))
     return evaluate(images, reference, config.evaluation, seed=config.seed, nfe=nfe, device=device)
 

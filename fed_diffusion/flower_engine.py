@@ -16,23 +16,18 @@ import shutil
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fed_diffusion.config import Config, conf_dir
-from fed_diffusion.superlink import (
-    EngineError,
-    SuperLink,
-    Values,
-    stop_signals_interrupt,
-    to_toml,
-)
+from fed_diffusion.superlink import EngineError, SuperLink, stop_signals_interrupt
 
 __all__ = ["EngineError", "run_on_flower", "stage_app"]
 
 Progress = Callable[[dict[str, Any]], None]
+Values = Mapping[str, str | int | float | bool]
 
 PACKAGES = ("fed_diffusion", "server_app", "client_app")
 PRESET = "resolved"
@@ -98,7 +93,8 @@ def _run_app(
     ):
         try:
             superlink.start()
-            superlink.submit(app_dir, run_config, federation)
+            size = " ".join(f"{key}={json.dumps(value)}" for key, value in federation.items())
+            superlink.submit(app_dir, to_toml(run_config), size)
             _follow(superlink, run_dir, lines, progress)
         except EngineError as error:
             log = superlink.keep_log(run_dir / "flower.log")
@@ -193,7 +189,7 @@ def _copy(source: Path, target: Path, pattern: str) -> None:
 
 
 def _app_toml(package: Path) -> str:
-    """What Flower needs of our pyproject.toml: without fab-include, whose every entry must match."""
+    """What Flower needs of our pyproject.toml; not fab-include, whose every entry must match."""
     shipped = package / "app.toml"  # in a wheel
     source = shipped if shipped.is_file() else package.parent / "pyproject.toml"
     try:
@@ -202,12 +198,19 @@ def _app_toml(package: Path) -> str:
         raise EngineError(f"{source} is missing; is the installation complete?") from None
     project, app = whole["project"], whole["tool"]["flwr"]["app"]
     tables = {
-        "project": {key: project[key] for key in ("name", "version", "description")},
+        "project": {key: project[key] for key in ("name", "version", "description", "license")},
         "tool.flwr.app": {"publisher": app["publisher"]},
         "tool.flwr.app.components": app["components"],
         "tool.flwr.app.config": app["config"],
     }
     return "\n".join(f"[{name}]\n{to_toml(values)}" for name, values in tables.items())
+
+
+def to_toml(values: Values) -> str:
+    """Plain values as TOML: JSON's notation of them is TOML's."""
+    return "".join(
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()
+    )
 
 
 def _federation(config: Config) -> dict[str, int | float]:

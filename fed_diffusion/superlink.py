@@ -19,14 +19,12 @@ import sysconfig
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
 import psutil
-
-Values = Mapping[str, str | int | float | bool]
 
 MARK = "FED_DIFFUSION_ENGINE"
 START_S = 120.0
@@ -35,13 +33,12 @@ PATIENCE_S = 3.0
 """For a ServerApp that is interrupted: it may be in the middle of a checkpoint."""
 KILL_S = 20.0
 """Ending is a matter of milliseconds, but for a process that hangs in a device driver."""
-LOG_S = 5.0
+QUESTION_S = 20.0
+"""Between questions to Flower, where there is no cheaper sign of life."""
+LOG_S = 8.0
 """For the last lines of the log of a run that failed."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-
-LEASH = "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,9);os.execv(sys.argv[1],sys.argv[1:])"
-"""Run a program that the kernel kills when its parent dies (prctl PR_SET_PDEATHSIG, SIGKILL)."""
+STOP_SIGNALS = [signal.SIGTERM] if sys.platform == "win32" else [signal.SIGTERM, signal.SIGHUP]
 
 
 class EngineError(RuntimeError):
@@ -69,9 +66,9 @@ class SuperLink:
         self._env = self._environment(modules)
         self._process: subprocess.Popen[bytes] | None = None
         self._client: subprocess.Popen[bytes] | None = None
+        self._watch: subprocess.Popen[bytes] | None = None
         self._simulation: psutil.Process | None = None
         self._next_look = self._next_question = 0.0
-        self._question_wait = 10.0
 
     def __enter__(self) -> SuperLink:
         return self
@@ -92,6 +89,14 @@ class SuperLink:
 
     def start(self) -> None:
         """Start the SuperLink; `submit` waits for it."""
+        if sys.platform == "win32":
+            raise EngineError("The Flower engine needs Linux or macOS; on Windows, use WSL2.")
+        # should this process be killed, its end of the pipe closes, and the watch cleans up
+        self._watch = subprocess.Popen(
+            [sys.executable, "-P", __file__, self._mark, str(self.home)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         config = f'address = "127.0.0.1:{self._port}"\ninsecure = true\n'
         (self.home / "flwr").mkdir()
         (self.home / "flwr" / "config.toml").write_text(
@@ -99,22 +104,23 @@ class SuperLink:
         )
         # an empty directory: the ServerApp and Ray's workers stand in it, and import from it first
         (self.home / "cwd").mkdir()
-        address = ["--host", "127.0.0.1", "--port", str(self._port)]
-        options = ["--insecure", "--simulation", "--isolation", "subprocess", *address]
+        options = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(self._port)]
         self._process = self._spawn("flower-superlink", *options)
 
-    def submit(self, app_dir: Path, run_config: Values, federation: Values) -> None:
-        """Submit the app. The process that does it stays, and writes the run's log."""
+    def submit(self, app_dir: Path, run_config: str, federation: str) -> None:
+        """Submit the app, with run_config as TOML and federation as `key=value` pairs.
+
+        The process that does it stays, and writes the run's log.
+        """
         # `flwr run` spends a second on imports: it does so while the SuperLink starts, and then
         # waits for its run-config, a pipe that is filled once the SuperLink listens
         pipe = self.home / "run.toml"
         os.mkfifo(pipe)
-        size = " ".join(f"{key}={json.dumps(value)}" for key, value in federation.items())
         command = ["run", str(app_dir), "private", "--stream"]
-        options = ["--run-config", str(pipe), "--federation-config", size]
+        options = ["--run-config", str(pipe), "--federation-config", federation]
         self._client = self._spawn("flwr", *command, *options)
         self._wait_until_listening()
-        self._fill(pipe, to_toml(run_config))
+        self._fill(pipe, run_config)
 
     def why_ended(self) -> str | None:
         """Why the run is over, as seen from outside; None while it goes on. Cheap to call."""
@@ -124,8 +130,7 @@ class SuperLink:
             return f"The SuperLink ended (exit code {self._process.returncode})."
         simulation = self._find_simulation()
         if simulation is not None and not _lives(simulation):
-            self.wait_for_log()
-            return self._reason("The simulation process ended without a result")
+            return self._reason("The simulation process was killed (out of memory?).")
         if self._client.poll() is None:
             return None
         # the log's stream has ended: as a rule since the run has, so ask
@@ -133,8 +138,7 @@ class SuperLink:
             return f"Flower did not accept the run: {_unbox(self._read_log('flwr'))}"
         if time.monotonic() < self._next_question:
             return None
-        self._next_question = time.monotonic() + self._question_wait
-        self._question_wait = min(30.0, self._question_wait * 1.5)
+        self._next_question = time.monotonic() + QUESTION_S
         return self._reason(None)
 
     def wait_for_log(self) -> None:
@@ -188,10 +192,9 @@ class SuperLink:
         program = shutil.which(name, path=os.pathsep.join(_bin_dirs()))
         if program is None:
             raise EngineError(f"{name} is not beside {sys.executable}; install flwr[simulation].")
-        leash = [sys.executable, "-S", "-c", LEASH] if sys.platform == "linux" else []
         with (self.home / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                [*leash, program, *arguments],
+                [program, *arguments],
                 cwd=self.home / "cwd",
                 env=self._env,
                 stdin=subprocess.DEVNULL,
@@ -213,7 +216,8 @@ class SuperLink:
                     return
             time.sleep(0.05)
         tail = self._read_log("flower-superlink").strip().splitlines()[-5:]
-        raise EngineError("The SuperLink did not start: " + "\n".join(tail))
+        how = f"The SuperLink did not start (exit code {self._process.poll()})."
+        raise EngineError("\n".join([how, *tail]))
 
     def _fill(self, pipe: Path, text: str) -> None:
         assert self._client is not None
@@ -247,14 +251,16 @@ class SuperLink:
         """What Flower says of a run that is over, or `otherwise`."""
         run_id = re.search(r"started run (\d+)", self._read_log("flwr"))
         status, details = self._ask(run_id[1]) if run_id else ("", "")
+        if status == "finished:completed":
+            return "The ServerApp ended without writing status.json."
+        if status.startswith("finished"):
+            self.wait_for_log()
         cause = _last_exception(self._read_log("flwr"))
-        if not status.startswith("finished"):
-            if otherwise is None:
-                return None
-            return f"{otherwise} (killed, or out of memory?)." + (f" {cause}" if cause else "")
-        return f"The run ended as {status}: {details or 'no details'}." + (
-            f" {cause}" if cause and cause not in details else ""
-        )
+        if status.startswith("finished"):
+            return f"The run failed: {cause or details or status}"
+        if otherwise is not None and cause:
+            return f"{otherwise} The last error in its log: {cause}"
+        return otherwise
 
     def _ask(self, run_id: str) -> tuple[str, str]:
         """Status and details by `flwr ls`, which costs a second and a half of CPU."""
@@ -285,56 +291,60 @@ class SuperLink:
                 simulation.wait(PATIENCE_S)
 
     def _kill(self) -> None:
-        deadline = time.monotonic() + KILL_S
-        # again and again: one may be starting another while we look
-        while (left := marked(self._mark, self.home)) and time.monotonic() < deadline:
-            for process in left:
-                with suppress(psutil.Error):
-                    process.kill()
-            time.sleep(0.02)
-        for child in (self._client, self._process):
+        kill_run(self._mark, self.home)
+        for child in (self._client, self._process, self._watch):
             if child is not None:
                 child.kill()
-                child.wait()
-
-
-def to_toml(values: Values) -> str:
-    """Plain values as TOML: JSON's notation of them is TOML's."""
-    return "".join(
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()
-    )
+                child.communicate()
 
 
 @contextmanager
 def stop_signals_interrupt() -> Iterator[None]:
     """SIGTERM and SIGHUP raise KeyboardInterrupt too, so that the same clean-up follows."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(signum).name)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
-    # one that is ignored stays ignored (nohup)
-    before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
-    mine = [s for s, handler in before.items() if handler not in (signal.SIG_IGN, None)]
-    for number in mine:
-        signal.signal(number, interrupt)
-    try:
+    with _handled(STOP_SIGNALS, interrupt):
         yield
-    finally:
-        for number in mine:
-            signal.signal(number, before[number])
 
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Signals that would interrupt arrive afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *STOP_SIGNALS})
+    """Signals that would interrupt take effect afterwards."""
+    held: list[int] = []
+    with _handled([signal.SIGINT, *STOP_SIGNALS], lambda number, frame: held.append(number)):
+        yield
+    for number in held:
+        signal.raise_signal(number)
+
+
+@contextmanager
+def _handled(
+    numbers: list[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Handle signals in the main thread (no other may); one that is ignored stays so (nohup)."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in numbers if main}
+    mine = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in mine:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, old in mine.items():
+            signal.signal(number, old)
+
+
+def kill_run(mark: str, home: Path) -> None:
+    """Kill every process of a run."""
+    deadline = time.monotonic() + KILL_S
+    # again and again: one may be starting another while we look
+    while (left := marked(mark, home)) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.02)
 
 
 def marked(mark: str, home: Path) -> list[psutil.Process]:
@@ -365,7 +375,7 @@ def _free_port() -> int:
 
 
 def _bin_dirs() -> list[str]:
-    """Where this Python's executables are; not resolved, a virtual environment's python is a link."""
+    """Where this Python's executables are (its own link in a virtual environment: not resolved)."""
     return list(dict.fromkeys([str(Path(sys.executable).parent), sysconfig.get_path("scripts")]))
 
 
@@ -376,6 +386,15 @@ def _last_exception(log: str) -> str:
 
 
 def _unbox(text: str) -> str:
-    """The text of Flower's error box."""
+    """What `flwr run` says at its end, out of its box."""
     lines = [line.strip("│╭╰─╮╯ ") for line in text.strip().splitlines()]
-    return "\n".join(line for line in lines if line and line != "Error")
+    start = max(
+        (i for i, line in enumerate(lines, 1) if line.startswith("Using SuperLink")), default=0
+    )
+    return "\n".join(line for line in lines[start:] if line and line != "Error")
+
+
+if __name__ == "__main__":  # the watch; see `SuperLink.start`
+    sys.stdin.buffer.read()
+    kill_run(sys.argv[1], Path(sys.argv[2]))
+    shutil.rmtree(sys.argv[2], ignore_errors=True)

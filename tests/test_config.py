@@ -26,7 +26,11 @@ REFUSED = {
     "a keep ratio of 0": ("digits", {"pruning.keep": 0}, r"pruning\.keep = 0.*greater than 0"),
     "a keep ratio of 1.2": ("digits", {"pruning.keep": 1.2}, r"pruning\.keep = 1\.2.*equal to 1"),
     "too few keep ratios": ("digits", {"pruning.keep": [1, 0.5]}, r"pruning\.keep.*clients = 10"),
-    "K below log(1/delta)": ("digits", {"diffusion.K": 6}, r"diffusion\.K.*at least 7"),
+    "K below log(1/delta)": (
+        "digits",
+        {"diffusion.delta": 1e-3, "diffusion.K": 6},
+        r"K: 6.*at least 7",
+    ),
     "T below 1": (
         "digits",
         {"diffusion.T": 0.5},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,14 +190,7 @@ def test_a_run_that_finishes_returns_0_reports_each_round_and_leaves_nothing(
 
 
 def test_sigint_ends_every_process_of_the_run(tmp_path: Path) -> None:
-    app = write_app(tmp_path, HANGS)
-    code = (
-        "import sys; from pathlib import Path; from fed_diffusion.flower_engine import _run_app\n"
-        f"run = Path({str(tmp_path / 'run')!r})\n"
-        f"_run_app(Path({str(app)!r}), {{'run-dir': str(run)}}, {FEDERATION!r}, run)"
-    )
-    root = Path(__file__).resolve().parents[1]
-    engine = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.PIPE)
+    engine = engine_in_a_process(tmp_path, write_app(tmp_path, HANGS))
     try:
         wait_for(tmp_path / "run" / "metrics.jsonl", engine)
         report = report_of(tmp_path)
@@ -207,6 +201,16 @@ def test_sigint_ends_every_process_of_the_run(tmp_path: Path) -> None:
         engine.kill()
     assert b"KeyboardInterrupt" in errors
     assert alive(report["pids"], report["mark"]) == []
+
+
+def engine_in_a_process(folder: Path, app: Path) -> subprocess.Popen[bytes]:
+    code = (
+        "from pathlib import Path; from fed_diffusion.flower_engine import _run_app\n"
+        f"run = Path({str(folder / 'run')!r})\n"
+        f"_run_app(Path({str(app)!r}), {{'run-dir': str(run)}}, {FEDERATION!r}, run)"
+    )
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.PIPE)
 
 
 def wait_for(path: Path, engine: subprocess.Popen[bytes]) -> None:
@@ -222,10 +226,8 @@ def test_a_server_app_that_says_it_failed_is_an_engine_error_with_its_reason(
     tmp_path: Path,
 ) -> None:
     failed = {"state": "failed", "reason": "ValueError: theta went missing"}
-    app = write_app(
-        tmp_path,
-        f"write(run_dir / 'status.json', {json.dumps(failed)!r})\nraise ValueError('in the log')",
-    )
+    status = f"write(run_dir / 'status.json', {json.dumps(failed)!r})"
+    app = write_app(tmp_path, f"print('in the log')\n{status}\nraise ValueError")
     with pytest.raises(EngineError, match="theta went missing"):
         run(tmp_path, app)
     assert "in the log" in (tmp_path / "run" / "flower.log").read_text()
@@ -253,7 +255,7 @@ def test_a_client_app_that_cannot_be_imported_is_an_engine_error_with_the_except
 def test_a_server_app_that_is_killed_is_noticed_at_once(tmp_path: Path) -> None:
     app = write_app(tmp_path, "os.kill(os.getpid(), 9)")
     began = time.monotonic()
-    with pytest.raises(EngineError, match="killed, or out of memory"):
+    with pytest.raises(EngineError, match=r"was killed \(out of memory"):
         run(tmp_path, app)
     assert time.monotonic() - began < 45  # Flower itself takes 60 s longer
 
@@ -262,24 +264,18 @@ def test_a_server_app_that_is_killed_is_noticed_at_once(tmp_path: Path) -> None:
 def test_an_app_that_flower_refuses_is_an_engine_error_with_flowers_words(tmp_path: Path) -> None:
     app = write_app(tmp_path)
     (app / "pyproject.toml").write_text(PYPROJECT.replace('run-dir = ""', ""))
-    with pytest.raises(EngineError, match=r"(?i)run-dir|configuration"):
+    with pytest.raises(EngineError, match=r"Flower did not accept the run: .code: 15. Invalid"):
         run(tmp_path, app)
 
 
 @pytest.mark.slow
-def test_killing_the_engine_ends_what_it_started(tmp_path: Path) -> None:
-    app = write_app(tmp_path, HANGS)
-    code = (
-        "import sys; from pathlib import Path; from fed_diffusion.flower_engine import _run_app\n"
-        f"run = Path({str(tmp_path / 'run')!r})\n"
-        f"_run_app(Path({str(app)!r}), {{'run-dir': str(run)}}, {FEDERATION!r}, run)"
-    )
-    root = Path(__file__).resolve().parents[1]
-    engine = subprocess.Popen([sys.executable, "-c", code], cwd=root)
+def test_when_the_engine_itself_is_killed_its_processes_end_too(tmp_path: Path) -> None:
+    engine = engine_in_a_process(tmp_path, write_app(tmp_path, HANGS))
     try:
         wait_for(tmp_path / "run" / "metrics.jsonl", engine)
     finally:
         engine.kill()
+        engine.communicate()
     report = report_of(tmp_path)
     deadline = time.monotonic() + 30
     while (left := alive(report["pids"], report["mark"])) and time.monotonic() < deadline:
@@ -307,7 +303,7 @@ def test_our_own_app_trains_the_digits(tmp_path: Path) -> None:
 
 def test_the_staged_app_holds_the_code_and_the_presets_and_nothing_else(tmp_path: Path) -> None:
     stage_app(tmp_path, Config())
-    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    files = set(contents(tmp_path))
     assert {
         "pyproject.toml",
         "conf/resolved.yaml",
@@ -324,6 +320,31 @@ def test_the_staged_app_holds_the_code_and_the_presets_and_nothing_else(tmp_path
         "client_app",
     }
     assert {Path(name).suffix for name in files} == {".py", ".yaml", ".toml"}
+
+
+def test_an_installed_wheel_stages_the_same_app_as_a_checkout(tmp_path: Path) -> None:
+    root, site = Path(__file__).resolve().parents[1], tmp_path / "site"
+    for name in ("fed_diffusion", "server_app", "client_app"):
+        shutil.copytree(root / name, site / name)
+    shutil.copytree(root / "conf", site / "fed_diffusion" / "conf")
+    shutil.copy(root / "pyproject.toml", site / "fed_diffusion" / "app.toml")
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    code = (
+        "import sys; from pathlib import Path; from fed_diffusion.config import Config\n"
+        "from fed_diffusion.flower_engine import stage_app\n"
+        "assert not {'flwr', 'ray', 'server_app'} & set(sys.modules)\n"
+        "stage_app(Path(sys.argv[1]), Config())"
+    )
+    command = [sys.executable, "-c", code, str(staged)]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, check=True)
+    stage_app(tmp_path / "checkout", Config())
+    assert contents(staged) == contents(tmp_path / "checkout")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_text("utf-8") for path in files}
 
 
 def test_the_staged_preset_is_the_whole_config(tmp_path: Path) -> None:
@@ -366,8 +387,7 @@ def test_only_whole_new_lines_are_reported_and_each_once(tmp_path: Path) -> None
 def test_sigterm_interrupts_and_its_handler_is_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt, match="SIGTERM"), stop_signals_interrupt():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+        signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -7,6 +7,10 @@ from fed_diffusion.data import load_dataset
 
 TINY = {
     "model.widths": [8, 16],
+    "model.conditional": False,
+    "diffusion.T": 4.13,
+    "diffusion.delta": 1e-3,
+    "evaluation.denoise": False,
     "rounds": 2,
     "clients": 5,
     "local.steps": 3,

@@ -111,8 +111,15 @@ def test_gamma_is_what_the_level_implies(tiny, digits, method, gamma):
     assert summary.trained == 1
 
 
-def test_training_lowers_the_loss(tiny, digits):
-    config = tiny(rounds=6, local__steps=10, local__eta=5e-3, local__schedule="constant")
+@pytest.mark.parametrize("conditional", [False, True])
+def test_training_lowers_the_loss(tiny, digits, conditional):
+    config = tiny(
+        rounds=6,
+        local__steps=10,
+        local__eta=5e-3,
+        local__schedule="constant",
+        model__conditional=conditional,
+    )
     coordinator, worker = start(config, digits)
     first = play(coordinator, worker, 1)
     for round in range(2, 7):

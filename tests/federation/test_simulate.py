@@ -8,7 +8,8 @@ import torch
 import fed_diffusion
 from fed_diffusion.config import ConfigError
 from fed_diffusion.federation.simulate import simulate
-from fed_diffusion.runs import RunDir
+from fed_diffusion.models.build import build_network, parameters_of
+from fed_diffusion.runs import RunDir, Sampler
 
 
 def test_the_number_of_processes_changes_no_bit(tiny, tmp_path):
@@ -73,6 +74,23 @@ def test_a_loaded_run_samples_the_same_images_for_the_same_seed(run):
     assert first.shape == (3, 1, 8, 8)
     assert torch.equal(first, second)
     assert not torch.equal(first, model.sample(3, seed=6))
+
+
+def test_a_conditional_network_samples_every_class_in_turn_unless_told(tiny):
+    config = tiny(model__conditional=True)
+    model = Sampler(config, parameters_of(build_network(config)))
+    random = torch.Generator().manual_seed(0)
+    for parameter in model.network.parameters():
+        if not parameter.any():  # layers that start at zero would hide the label
+            parameter.data.normal_(generator=random)
+    in_turn = torch.arange(12) % 10
+    assert torch.equal(model.sample(12), model.sample(12, labels=in_turn))
+    assert not torch.equal(model.sample(12), model.sample(12, labels=in_turn.flip(0)))
+
+
+def test_images_do_not_depend_on_how_many_are_made_beside_them(run):
+    model = fed_diffusion.load(run[0])
+    assert torch.equal(model.sample(8, batch=4)[:4], model.sample(4, batch=4))
 
 
 def test_the_score_is_minus_eps_over_sigma(run):

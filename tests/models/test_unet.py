@@ -79,6 +79,7 @@ DDPM = {
     "model.blocks": 2,
     "model.attention": [16],
     "model.head": 256,
+    "model.conditional": False,
 }
 
 

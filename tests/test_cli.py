@@ -1,0 +1,152 @@
+"""What a user types, and what comes back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from fed_diffusion.cli import main
+from tests.federation.conftest import TINY
+
+
+def pairs(**overrides):
+    settings = TINY | {key.replace("__", "."): value for key, value in overrides.items()}
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["run", "digits", "--out", str(path), *pairs(evaluation__samples=40)]) == 0
+    return path
+
+
+def test_the_run_directory_is_the_last_line(tmp_path, capfd):
+    path = tmp_path / "run"
+    settings = pairs(rounds=1, clients=1)
+    assert main(["run", "digits", "--out", str(path), *settings]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == str(path)
+
+
+def test_sample_writes_a_grid_that_the_seed_decides(run, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = tmp_path / f"{name}.png"
+        assert main(["sample", str(run), "--num", "4", "--out", str(out), "--seed", str(seed)]) == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+    with Image.open(tmp_path / "a.png") as image:
+        assert min(image.size) > 32
+
+
+def test_evaluate_measures_a_finished_run_again(run, capsys):
+    before = json.loads((run / "results.json").read_text())["quality"]
+    assert main(["evaluate", str(run)]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again == json.loads((run / "results.json").read_text())["quality"]
+    assert again["fid"] == pytest.approx(before["fid"], rel=1e-3)
+
+
+REFUSED = {
+    "an unknown preset": (["run", "digit"], "preset = 'digit'"),
+    "an unknown key": (["run", "digits", "--set", "round=3"], "round"),
+    "more clients than images": (["run", "digits", "--set", "clients=2000"], "clients"),
+    "CUDA that is not there": (["run", "digits", "--set", "worker.device=cuda:9"], "worker.device"),
+    "a run that is none": (["sample", "nowhere", "--out", "x.png"], "nowhere"),
+    "a network that does not fit": (
+        ["run", "digits", "--set", "model.widths=[8, 8, 8, 8, 8]"],
+        "model.widths",
+    ),
+    "a data set of ones own without a size": (
+        ["run", "digits", "--set", "data.name=image_folder", "--set", "data.dir=."],
+        "data.size",
+    ),
+    "a classifier without labels": (
+        ["run", "digits", "--set", "evaluation.reference=/no/such/folder"],
+        "evaluation.reference",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("engine", ["local", "flower"])
+def test_bad_input_is_refused_with_the_key_before_anything_is_written(
+    case, engine, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    arguments, key = REFUSED[case]
+    if arguments[0] == "run":
+        arguments = [*arguments, "--engine", engine]
+    assert main(arguments) == 2
+    assert key in capsys.readouterr().err.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
+
+
+BROKEN = {
+    "a ServerApp that raises": (
+        "        if 'FED_DIFFUSION_ENGINE' in os.environ:\n"
+        "            raise RuntimeError('broken on purpose')\n",
+        "        return x * self.w\n",
+    ),
+    "clients that all raise": ("", "        raise RuntimeError('broken on purpose')\n"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_app_that_raises_ends_the_command_with_1_and_the_reason(case, tmp_path):
+    at_start, forward = BROKEN[case]
+    (tmp_path / "broken.py").write_text(
+        "import os, torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, model, channels, size, classes):\n"
+        "        super().__init__()\n"
+        "        self.w = torch.nn.Parameter(torch.ones(1))\n"
+        f"{at_start}"
+        "    def forward(self, x, u, labels=None):\n"
+        f"{forward}"
+    )
+    command = ["run", "digits", "--engine", "flower", "--set", "model.name=broken:Net"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fed_diffusion.cli", *command, "--out", str(tmp_path / "run")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert "broken on purpose" in done.stderr
+    assert ours() == []
+
+
+def ours():
+    """Processes that belong to any engine of ours."""
+    found = []
+    for process in psutil.process_iter(["pid", "name"]):
+        try:
+            if "FED_DIFFUSION_ENGINE" in process.environ():
+                found.append(process.info)
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_run_its_superlink_and_ray(tmp_path):
+    run = tmp_path / "run"
+    command = ["run", "digits", "--engine", "flower", "--out", str(run), *pairs(rounds=1000)]
+    process = subprocess.Popen([sys.executable, "-m", "fed_diffusion.cli", *command])
+    end = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert len(ours()) > 3  # SuperLink, simulation, Ray
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert ours() == []
