@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from fed_diffusion.config import Config, load_config, parse_pairs
-from fed_diffusion.data import load_dataset, to_unit
+from fed_diffusion.data import ImageSet, load_dataset, to_unit
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.experiment import Experiment
@@ -33,28 +33,30 @@ from fed_diffusion.federation.simulate import task_runner
 from fed_diffusion.flower_engine import run_on_flower
 from fed_diffusion.models.build import build_network
 
-_bare: tuple[Config, torch.nn.Module, torch.Tensor] | None = None
+_bare: tuple[Config, torch.nn.Module, ImageSet] | None = None
 
 
 def start_bare(settings: dict) -> None:
     global _bare
     config = Config.model_validate(settings)
     torch.set_num_threads(config.worker.threads)
-    _bare = config, build_network(config), load_dataset(config.data).images
+    network = build_network(config).to(memory_format=torch.channels_last)
+    _bare = config, network, load_dataset(config.data)
 
 
 def bare_client(client: int) -> float:
     """One client's local steps, and nothing else."""
     assert _bare is not None
-    config, network, images = _bare
+    config, network, dataset = _bare
     diffusion = config.diffusion
     loss = DSMLoss(PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K))
     optimizer = torch.optim.Adam(network.parameters(), lr=config.local.eta, fused=True)
     noise = torch.Generator().manual_seed(client)
     for _ in range(config.local.steps or 1):
-        batch = torch.randint(len(images), (config.local.batch,), generator=noise)
+        batch = torch.randint(len(dataset), (config.local.batch,), generator=noise)
+        labels = dataset.labels[batch] if config.model.conditional else None
         optimizer.zero_grad(set_to_none=True)
-        loss(network, to_unit(images[batch]), noise).backward()
+        loss(network, to_unit(dataset.images[batch]), noise, labels).backward()
         optimizer.step()
     return client
 

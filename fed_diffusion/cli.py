@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 def run_command(arguments: argparse.Namespace) -> int:
     """Train a preset on the chosen engine; the run directory is the last line of the output."""
     from fed_diffusion.experiment import check
-    from fed_diffusion.runs import new_run_path
+    from fed_diffusion.runs import RunDir, new_run_path
 
     config = load_config(arguments.preset, parse_pairs(arguments.set))
     path = (arguments.out or new_run_path(config)).resolve()
@@ -85,8 +85,13 @@ def run_command(arguments: argparse.Namespace) -> int:
         else:
             from fed_diffusion.federation.simulate import simulate
 
+            try:
+                simulate(config, path, progress=report)
+            except (RuntimeError, OSError) as error:  # not one update counted; a worker died
+                RunDir(path).write_status("failed", str(error))
+                console.print(f"[bold red]failed:[/] {_escape(str(error))}", soft_wrap=True)
+                return 1
             code = 0
-            simulate(config, path, progress=report)
     _print_results(path)
     print(path, flush=True)
     return code
@@ -99,6 +104,8 @@ def sample_command(arguments: argparse.Namespace) -> int:
 
     if arguments.num < 1:
         raise ConfigError(f"--num = {arguments.num} is not allowed; at least 1.")
+    if arguments.steps is not None and arguments.steps < 1:
+        raise ConfigError(f"--steps = {arguments.steps} is not allowed; at least 1.")
     sampler = Sampler.from_run(arguments.run)
     images = sampler.sample(arguments.num, seed=arguments.seed, steps=arguments.steps)
     save_grid(images, arguments.out)
@@ -166,7 +173,7 @@ def _print_results(path: Path) -> None:
         f"FID {quality['fid']:.2f} (floor {quality['fid_floor']:.2f}, {quality['extractor']}, "
         f"{quality['samples']} samples)"
         if quality["fid"] is not None
-        else f"no quality figures: {quality['why']}"
+        else f"no quality figures: {_escape(quality['why'])}"
     )
     console.print(
         f"{results['method']}  loss {results['loss']:.4f}  Gamma* {results['gamma_star']}  {fid}",

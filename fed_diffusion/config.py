@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -56,13 +56,13 @@ class ModelConfig(Section):
 
     name: str = "unet"
     """unet | your_module:Net"""
-    widths: tuple[int, ...] = (32, 64, 64)
+    widths: tuple[int, ...] = Field((32, 64, 64), min_length=1)
     """Channels per resolution level; each a multiple of `group`."""
     blocks: int = Field(1, ge=1)
     """Residual blocks per level on the way down."""
     attention: tuple[int, ...] = ()
     """Resolutions (in pixels) whose blocks are followed by self-attention."""
-    group: int = Field(8, ge=1)
+    group: int = Field(8, ge=2, multiple_of=2)
     """Channels per normalisation group (a fixed size, so that groups can be dropped whole)."""
     head: int = Field(32, ge=1)
     """Channels per attention head."""
@@ -172,8 +172,8 @@ class WorkerConfig(Section):
     """The machine share of one worker. `threads` is part of bit-identity."""
 
     threads: int = Field(1, ge=1)
-    device: str = "auto"
-    """auto | cpu | cuda"""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto | cpu | cuda | cuda:1"""
 
 
 class EvaluationConfig(Section):

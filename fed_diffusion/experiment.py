@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fed_diffusion.config import Config, ConfigError, method_name
-from fed_diffusion.data import ImageSet, load_dataset, partition
+from fed_diffusion.data import ImageSet, image_shape, load_dataset, partition
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.evaluation import check_evaluation, no_quality
 from fed_diffusion.federation.coordinator import Coordinator, RoundSummary, Task, Update
@@ -23,14 +23,18 @@ from fed_diffusion.federation.worker import device_of, pinned_threads
 from fed_diffusion.models.build import build_network, parameters_of
 from fed_diffusion.report.grids import save_grid
 from fed_diffusion.rng import Purpose
-from fed_diffusion.runs import RunDir, Sampler
+from fed_diffusion.runs import RunDir, Sampler, sampler_partition
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with each round's line of metrics.jsonl."""
 
 
-def check(config: Config, dataset: ImageSet | None = None) -> ImageSet:
+def check(
+    config: Config, dataset: ImageSet | None = None, needs_data: bool = True
+) -> ImageSet | None:
     """Everything that can be refused is refused here, before compute; returns the data set.
+
+    A server without data of its own (needs_data=False) gets None.
 
     Raises
     ------
@@ -42,6 +46,7 @@ def check(config: Config, dataset: ImageSet | None = None) -> ImageSet:
         PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
     except ValueError as error:
         raise ConfigError(f"diffusion.partition = {diffusion.partition!r}: {error}") from error
+    sampler_partition(config)
     device = config.worker.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
@@ -49,9 +54,12 @@ def check(config: Config, dataset: ImageSet | None = None) -> ImageSet:
         )
     build_network(config)
     check_evaluation(config)
-    if dataset is None:
+    if dataset is None and needs_data:
         dataset = load_dataset(config.data)
-    partition(dataset, config)
+    if dataset is not None:
+        partition(dataset, config)
+    if config.evaluation.samples and config.evaluation.reference not in ("data", "none"):
+        reference_set(config, dataset)  # a broken file in it is found now, not after training
     return dataset
 
 
@@ -62,9 +70,15 @@ class Experiment:
     after the last round `finish`. `config.rounds` says how many there are.
     """
 
-    def __init__(self, config: Config, path: str | Path, dataset: ImageSet | None = None):
+    def __init__(
+        self,
+        config: Config,
+        path: str | Path,
+        dataset: ImageSet | None = None,
+        needs_data: bool = True,
+    ):
         self.config = config
-        self.dataset = check(config, dataset)
+        self.dataset = check(config, dataset, needs_data)
         self.run = RunDir.create(path, config)
         self.coordinator = Coordinator(config, parameters_of(build_network(config)))
         self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
@@ -87,11 +101,11 @@ class Experiment:
         """Average, write the round's line and checkpoint, draw the small grid where it is due."""
         with self._timed("aggregate"), pinned_threads(self.config.worker.threads):
             summary = self.coordinator.close_round()
-        summary.seconds = time.perf_counter() - self._round_began
-        self.seconds["train"] += summary.seconds
         self.history.append(summary)
         state = {"round": summary.round, "preset": self.config.preset}
         self.run.save_checkpoint(self.coordinator.theta, self.coordinator.ema, state)
+        summary.seconds = time.perf_counter() - self._round_began
+        self.seconds["train"] += summary.seconds
         self.run.append_metrics(summary.to_dict())
         every = self.config.evaluation.every
         if every and summary.round % every == 0 and summary.round < self.config.rounds:
@@ -102,6 +116,8 @@ class Experiment:
 
     def finish(self) -> dict[str, Any]:
         """The post-training hook: samples, quality, results.json and the report."""
+        why = "the evaluation did not finish; fed-diffusion evaluate RUN does it again"
+        self.run.write_results(self._results(no_quality(why, 0, 0)))
         with self._timed("evaluate"):
             quality = self._evaluate()
         results = self._results(quality)
@@ -187,5 +203,13 @@ def reference_set(config: Config, dataset: ImageSet | None) -> ImageSet | None:
         return None
     if reference == "data":
         return dataset if dataset is not None else load_dataset(config.data)
-    folder = {"name": "image_folder", "dir": reference, "partition": "iid", "classes": None}
+    channels, size, _ = image_shape(config.data)
+    folder = {
+        "name": "image_folder",
+        "dir": reference,
+        "partition": "iid",
+        "classes": None,
+        "channels": channels,
+        "size": size,
+    }
     return load_dataset(config.data.model_copy(update=folder))

@@ -35,6 +35,8 @@ from fed_diffusion.federation.worker import device_of, network_with
 from fed_diffusion.rng import Purpose, torch_generator
 
 DEFAULT_ROOT = "runs"
+OLD_CHECKPOINT = ".checkpoint-old"
+"""Where the previous checkpoint is for the moment in which the new one takes its place."""
 
 
 def new_run_path(config: Config, root: str | Path = DEFAULT_ROOT) -> Path:
@@ -104,21 +106,24 @@ class RunDir:
     def save_checkpoint(
         self, theta: Mapping[str, Tensor], ema: Mapping[str, Tensor], state: Mapping[str, Any]
     ) -> None:
-        """Write checkpoint/ beside the old one, then swap: a reader sees one or the other."""
+        """Write checkpoint/ beside the old one, then swap: at any moment one of them is whole."""
         fresh = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.path))
         save_file(dict(theta), fresh / "theta.safetensors")
         save_file(dict(ema), fresh / "ema.safetensors")
         write_atomic(fresh / "state.json", json.dumps(dict(state)))
-        final, old = self.path / "checkpoint", self.path / ".checkpoint-old"
-        shutil.rmtree(old, ignore_errors=True)
+        fresh.chmod(0o755)
+        final, old = self.path / "checkpoint", self.path / OLD_CHECKPOINT
         if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
         fresh.rename(final)
         shutil.rmtree(old, ignore_errors=True)
 
     def load_theta(self, *, ema: bool) -> dict[str, Tensor]:
-        path = self.path / "checkpoint" / ("ema.safetensors" if ema else "theta.safetensors")
-        if not path.is_file():
+        name = "ema.safetensors" if ema else "theta.safetensors"
+        places = (self.path / "checkpoint" / name, self.path / OLD_CHECKPOINT / name)
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
             raise ConfigError(f"{self.path} has no checkpoint yet: not one round is finished.")
         loaded: dict[str, Tensor] = load_file(path)
         return loaded
@@ -146,6 +151,17 @@ def batches_at_once(device: torch.device) -> ThreadPoolExecutor:
             os.cpu_count() or 1, initializer=torch.set_num_threads, initargs=(1,)
         )
     return ThreadPoolExecutor(1)
+
+
+def sampler_partition(config: Config, steps: int | None = None) -> Tensor:
+    """The partition that samples are made on; `ConfigError` where it cannot be so short."""
+    diffusion = config.diffusion
+    if steps is None:
+        steps = config.evaluation.steps or diffusion.K
+    try:
+        return PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, steps)
+    except ValueError as error:
+        raise ConfigError(f"evaluation.steps = {steps} cannot be used: {error}") from error
 
 
 class Sampler:
@@ -188,12 +204,7 @@ class Sampler:
         ConfigError
             Fewer steps than the partition can have.
         """
-        diffusion = self.config.diffusion
-        steps = steps or self.config.evaluation.steps or diffusion.K
-        try:
-            return PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, steps)
-        except ValueError as error:
-            raise ConfigError(f"evaluation.steps = {steps} cannot be used: {error}") from error
+        return sampler_partition(self.config, steps)
 
     @torch.no_grad()
     def sample(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import traceback
 from pathlib import Path
 
 from flwr.app import Context, UserConfig
@@ -29,7 +31,7 @@ def config_of(run_config: UserConfig) -> Config:
     overrides = {
         key: run_config[name] for name, key in KEYS.items() if run_config.get(name, "") != ""
     }
-    pairs = parse_pairs(str(run_config.get("set", "")).split())
+    pairs = parse_pairs(shlex.split(str(run_config.get("set", ""))))
     if twice := sorted(overrides.keys() & pairs.keys()):
         raise ConfigError(f"{twice[0]} is given twice: as a run-config key and in set.")
     return load_config(str(run_config["preset"]), overrides | pairs)
@@ -39,14 +41,23 @@ def config_of(run_config: UserConfig) -> Config:
 def main(grid: Grid, context: Context) -> None:
     """One run; however it ends, status.json in the run directory says so."""
     given = str(context.run_config.get("run-dir", ""))
+    path = Path(given) if given else None
     try:
         config = config_of(context.run_config)
-        path = Path(given) if given else new_run_path(config)
-        experiment = Experiment(config, path)
+        path = path or new_run_path(config)
+        if (path / "metrics.jsonl").exists():
+            raise FileExistsError(f"run-dir {path} holds a run already; give another directory")
+        # in a deployment the server has images only if it is to compare with them
+        needs_data = config.evaluation.reference == "data"
+        experiment = Experiment(config, path, needs_data=needs_data)
         FedDiffusion(experiment).run(grid)
         experiment.finish()
+    except FileExistsError:
+        raise  # the run that is there keeps its status
     except BaseException as error:
-        if given and Path(given).is_dir():
-            RunDir(given).write_status("failed", f"{type(error).__name__}: {error}")
+        traceback.print_exc()  # Flower prints it only after Ray is down
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)
+            RunDir(path).write_status("failed", f"{type(error).__name__}: {error}")
         raise
     print(experiment.run.path, flush=True)

@@ -27,6 +27,7 @@ from fed_diffusion.federation.coordinator import RoundSummary, Task
 
 POLL_S = 0.05
 """Between looks for replies; Flower's own loop waits up to 3 s."""
+DEAD_ACTOR = "ray.exceptions.ActorDiedError"
 JOIN_S = 120.0
 """How long to wait for the first node, and for nodes to answer the opening query."""
 
@@ -57,18 +58,21 @@ class FedDiffusion(Strategy):
         deadline = time.monotonic() + self.config.round.deadline_s
         waiting: dict[str, int] = {}
         for task in self.experiment.tasks(round):
-            for message_id in grid.push_messages([self._message(task)]):
-                waiting[message_id] = task.client
-        for reply in _replies(grid, waiting, deadline):
-            self._receive(reply, waiting.pop(reply.metadata.reply_to_message_id))
-        for client in waiting.values():
+            sent = [m for m in grid.push_messages([self._message(task)]) if m]
+            waiting |= dict.fromkeys(sent, task.client)
+        for message_id, reply in _replies(grid, waiting, deadline):
+            self._receive(reply, waiting.pop(message_id))
+        for client in self.experiment.coordinator.waiting():
             self._reject(client, f"no reply within {self.config.round.deadline_s:g} s")
         return self.experiment.close_round()
 
-    def _receive(self, reply: Message, client: int) -> None:
+    def _receive(self, reply: Message | Exception, client: int) -> None:
+        if isinstance(reply, Exception):
+            self._reject(client, f"its reply cannot be read: {reply!r}")
+            return
         if reply.has_error():
             reason = _reason(reply.error)
-            if "ActorDiedError" in reason:
+            if reply.error.code == 0 and DEAD_ACTOR in reason:
                 # Flower puts a dead actor back in its pool, where it eats message after message
                 raise RuntimeError(f"a Ray worker process died (out of memory?): {reason}")
             self._reject(client, reason)
@@ -112,17 +116,18 @@ class FedDiffusion(Strategy):
             )
             for node in node_ids
         ]
-        sent = dict(zip(grid.push_messages(queries), node_ids, strict=True))
+        sent: dict[str, int] = {}
+        for query, node in zip(queries, node_ids, strict=True):
+            sent |= dict.fromkeys((m for m in grid.push_messages([query]) if m), node)
         met: list[tuple[int, int]] = []
         failures: list[str] = []
-        for reply in _replies(grid, sent, time.monotonic() + JOIN_S):
-            node = sent.pop(reply.metadata.reply_to_message_id)
-            if reply.has_error():
-                failures.append(f"node {node}: {_reason(reply.error)}")
-                continue
-            numbers = reply.content["metrics"]
-            assert isinstance(numbers, MetricRecord)
-            met.append((int(str(numbers["partition-id"])), node))
+        for message_id, reply in _replies(grid, sent, time.monotonic() + JOIN_S):
+            node = sent.pop(message_id)
+            try:
+                met.append((_partition_id(reply), node))
+            except (ValueError, KeyError, TypeError) as error:
+                failures.append(f"node {node}: {error}")
+        failures += [f"node {node}: no answer within {JOIN_S:g} s" for node in sent.values()]
         for failure in failures:
             log(WARNING, "%s", failure)
         if not met:
@@ -156,9 +161,11 @@ class FedDiffusion(Strategy):
         """Fold the replies in and close the round by equation (8)."""
         for reply in replies:
             try:
-                self.experiment.receive(to_update(reply.content))
+                client = to_update(reply.content).client
             except (UpdateError, ValueError) as error:
                 log(WARNING, "a reply does not count: %s", error)
+            else:
+                self._receive(reply, client)
         for client in self.experiment.coordinator.waiting():
             self._reject(client, "no reply")
         summary = self.experiment.close_round()
@@ -186,14 +193,32 @@ class FedDiffusion(Strategy):
         )
 
 
-def _replies(grid: Grid, waiting: dict[str, int], deadline: float) -> Iterator[Message]:
+def _partition_id(reply: Message | Exception) -> int:
+    """A node's answer to the opening query; raises where it is none."""
+    if isinstance(reply, Exception):
+        raise ValueError(f"its answer cannot be read: {reply!r}")
+    if reply.has_error():
+        raise ValueError(_reason(reply.error))
+    numbers = reply.content["metrics"]
+    if not isinstance(numbers, MetricRecord):
+        raise TypeError("its answer has no metrics")
+    return int(str(numbers["partition-id"]))
+
+
+def _replies(
+    grid: Grid, waiting: dict[str, int], deadline: float
+) -> Iterator[tuple[str, Message | Exception]]:
     """Replies as they come, until `waiting` is empty (the caller removes) or time is up."""
     while waiting and time.monotonic() < deadline:
         arrived = False
         for message_id in list(waiting):  # one at a time: one update in memory, not all of them
-            for reply in grid.pull_messages([message_id]):
+            try:
+                replies: list[Message | Exception] = list(grid.pull_messages([message_id]))
+            except (ValueError, TypeError, KeyError) as error:  # a reply that does not inflate
+                replies = [error]
+            for reply in replies:
                 arrived = True
-                yield reply
+                yield message_id, reply
         if not arrived:
             time.sleep(POLL_S)
 

@@ -57,6 +57,14 @@ REFUSED = {
     "an unknown preset": (["run", "digit"], "preset = 'digit'"),
     "an unknown key": (["run", "digits", "--set", "round=3"], "round"),
     "more clients than images": (["run", "digits", "--set", "clients=2000"], "clients"),
+    "T below 1": (["run", "digits", "--set", "diffusion.T=0.9"], "diffusion.T"),
+    "delta of 1": (["run", "digits", "--set", "diffusion.delta=1"], "diffusion.delta"),
+    "an infinite T": (["run", "digits", "--set", "diffusion.T=.inf"], "diffusion.T"),
+    "too few steps to sample": (
+        ["run", "digits", "--set", "evaluation.steps=2"],
+        "evaluation.steps",
+    ),
+    "a device that is none": (["run", "digits", "--set", "worker.device=gpu"], "worker.device"),
     "CUDA that is not there": (["run", "digits", "--set", "worker.device=cuda:9"], "worker.device"),
     "a run that is none": (["sample", "nowhere", "--out", "x.png"], "nowhere"),
     "a network that does not fit": (

@@ -114,6 +114,7 @@ def flwr_home(tmp_path):
     home = tmp_path / "flwr"
     environment = os.environ | {
         "FLWR_HOME": str(home),
+        "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"],
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39391",
         "FLWR_LOCAL_CONTROL_API_PORT": "39393",
         "FLWR_TELEMETRY_ENABLED": "0",

@@ -31,6 +31,9 @@ class MaskedMean:
     ----------
     theta
         The current parameters by name (float32); coordinates that nobody trained keep them.
+    workers
+        The most updates that will be added. Each may use an equal share of the sums' range, so
+        that whether one is accepted does not depend on what came before it.
 
     Examples
     --------
@@ -41,15 +44,16 @@ class MaskedMean:
     {'w': tensor([2., 0.])}
     """
 
-    def __init__(self, theta: Mapping[str, Tensor]):
+    def __init__(self, theta: Mapping[str, Tensor], workers: int = 1024):
         self._theta = dict(theta)
+        self._limit = LIMIT / workers
+        self._room = workers
         self._sums = {n: torch.zeros(v.shape, dtype=torch.int64) for n, v in self._theta.items()}
         # Unmasked tensors are counted by one number; a tensor of counts exists only where needed.
         self._weight = dict.fromkeys(self._theta, 0)
         self._workers = dict.fromkeys(self._theta, 0)
         self._weights: dict[str, Tensor] = {}
         self._trainers: dict[str, Tensor] = {}
-        self._magnitude = dict.fromkeys(self._theta, 0.0)
 
     def add(
         self,
@@ -71,28 +75,29 @@ class MaskedMean:
         Raises
         ------
         UpdateError
-            Wrong names, shapes or dtype, values that are not finite, or sums beyond 2^23: nothing
-            of the update has been added then.
+            Wrong names, shapes or dtype, values that are not finite or beyond 2^23 / workers:
+            nothing of the update has been added then.
         """
         masks = masks or {}
         whole = int(weight)
         if whole != weight or whole < 1:
             raise UpdateError(f"weight = {weight}; it must be a positive whole number")
-        magnitudes = self._check(values, masks, whole)
+        self._check(values, masks, whole)
+        self._room -= 1
         for name, value in values.items():
-            self._magnitude[name] += magnitudes[name]
             _add_fixed_point(self._sums[name], value, masks.get(name), whole)
             self._count(name, masks.get(name), whole)
 
     def _check(
         self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor], weight: int
-    ) -> dict[str, float]:
+    ) -> None:
+        if self._room < 1 or weight >= self._limit:
+            raise UpdateError(f"no room for this update (weight {weight}); see `workers`")
         if values.keys() != self._theta.keys():
             odd = sorted(values.keys() ^ self._theta.keys())[:3]
             raise UpdateError(f"tensor names differ from the model's, first of them: {odd}")
         if unknown := sorted(masks.keys() - self._theta.keys())[:3]:
             raise UpdateError(f"masks for tensors the model lacks, first of them: {unknown}")
-        magnitudes = {}
         for name, value in values.items():
             shape = self._theta[name].shape
             if value.shape != shape or not value.is_floating_point():
@@ -105,10 +110,11 @@ class MaskedMean:
             largest = _largest(value, mask)
             if not largest < float("inf"):
                 raise UpdateError(f"{name} holds values that are not finite")
-            if self._magnitude[name] + largest * weight >= LIMIT:
-                raise UpdateError(f"{name} holds values as large as {largest:.3g}: beyond 2^23")
-            magnitudes[name] = largest * weight
-        return magnitudes
+            if largest * weight >= self._limit:
+                raise UpdateError(
+                    f"{name} holds values as large as {largest:.3g} (weight {weight}): "
+                    f"beyond {self._limit:g}"
+                )
 
     def _count(self, name: str, mask: Tensor | None, weight: int) -> None:
         if mask is None:

@@ -26,6 +26,11 @@ from fed_diffusion.masks.recipes import (
 )
 from fed_diffusion.rng import Purpose, generator
 
+MEASURED_LIMIT = 2.0**53
+"""Above any loss, time or count that a worker can have measured."""
+EXAMPLES_LIMIT = 2**24
+"""Above any number of images on one client; as a weight it must leave room for its values."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -132,9 +137,10 @@ class Coordinator:
 
     def tasks(self, round: int) -> Iterator[Task]:
         """Open the round and yield each participant's task; payloads are made one at a time."""
-        self._open = _Open(MaskedMean(self.theta), {})
+        participants = self.participants(round)
+        self._open = _Open(MaskedMean(self.theta, workers=len(participants)), {})
         full: Payload | None = None
-        for client in self.participants(round):
+        for client in participants:
             recipe = recipe_for(self.config, round, client)
             if recipe.kind == "full":  # the same bytes for everyone who trains the whole network
                 full = full or encode_task(self.theta, recipe, {})
@@ -277,8 +283,10 @@ def _measurements(numbers: Mapping[str, Any]) -> dict[str, Any]:
         }
         if "holdout_loss" in numbers:
             measured["holdout_loss"] = float(numbers["holdout_loss"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UpdateError(f"measurement missing or not a number: {error}") from error
-    if not all(math.isfinite(value) for value in measured.values()) or measured["examples"] < 1:
-        raise UpdateError(f"measurements are not finite or not positive: {measured}")
+    # NaN fails every comparison; a limit on each keeps one client from owning the sums
+    legal = all(0 <= value <= MEASURED_LIMIT for value in measured.values())
+    if not legal or not 1 <= measured["examples"] <= EXAMPLES_LIMIT:
+        raise UpdateError(f"measurements are not finite or out of range: {measured}")
     return measured

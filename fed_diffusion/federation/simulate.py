@@ -43,6 +43,7 @@ def simulate(
         Called with each round's line of metrics.
     """
     experiment = Experiment(config, out)
+    assert experiment.dataset is not None
     if processes is None:
         on_gpu = device_of(config).type == "cuda"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

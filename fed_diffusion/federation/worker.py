@@ -109,8 +109,9 @@ class Worker:
             loss = self.loss(self.network, images, noise, labels)
             loss.backward()
             if masked:
-                gradients = [p.grad for p in masked if p.grad is not None]
-                torch._foreach_mul_(gradients, mask_values)
+                pairs = [(p.grad, m) for p, m in zip(masked, mask_values, strict=True)]
+                used = [(grad, m) for grad, m in pairs if grad is not None]
+                torch._foreach_mul_([grad for grad, _ in used], [m for _, m in used])
             optimizer.step()
             total += loss.detach()
         return float(total) / steps

@@ -123,7 +123,7 @@ class Recipe:
             )
         except KeyError as error:
             raise RecipeError(f"recipe: {error.args[0]} is missing") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise RecipeError(f"recipe: not readable: {error}") from error
 
     def differences(self, other: Recipe) -> str:

@@ -171,7 +171,10 @@ BAD = {
     "not the one agreed on": lambda u: altered(u, numbers={"recipe.keep": 0.5}),
     "round 7": lambda u: dataclasses.replace(u, round=7),
     "duplicate": lambda u: dataclasses.replace(u, client=99),
-    "not finite or not positive": lambda u: altered(u, numbers={"loss": float("inf")}),
+    "not finite or out of range": lambda u: altered(u, numbers={"loss": float("nan")}),
+    "out of range": lambda u: altered(u, numbers={"examples": 2**40}),
+    "cannot convert float infinity": lambda u: altered(u, numbers={"images": float("inf")}),
+    "recipe: not readable": lambda u: altered(u, numbers={"recipe.seed": float("inf")}),
     "measurement missing": lambda u: dataclasses.replace(
         u,
         payload=Payload(

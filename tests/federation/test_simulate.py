@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import fed_diffusion
 from fed_diffusion.config import ConfigError
@@ -121,6 +122,29 @@ def test_without_reference_images_the_figures_are_null_and_say_why(tiny, tmp_pat
     quality = simulate(config, tmp_path / "run", processes=1)["quality"]
     assert quality["fid"] is None
     assert "evaluation.reference" in quality["why"]
+
+
+def test_a_folder_of_images_serves_as_the_reference(tiny, digits, tmp_path):
+    for i in range(300):
+        folder = tmp_path / "real" / str(int(digits.labels[i]))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digits.images[i, 0].numpy()).save(folder / f"{i}.png")
+    config = tiny(evaluation__reference=str(tmp_path / "real"), evaluation__samples=40, rounds=1)
+    quality = simulate(config, tmp_path / "run", processes=1)["quality"]
+    assert quality["fid"] > 0
+    assert "300" in quality["reference"]
+
+
+def test_an_evaluation_that_fails_leaves_results_that_can_be_completed(tiny, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("fed_diffusion.experiment.measure", fail)
+    with pytest.raises(MemoryError):
+        simulate(tiny(rounds=1), tmp_path / "run", processes=1)
+    quality = RunDir.open(tmp_path / "run").results()["quality"]
+    assert quality["fid"] is None
+    assert "fed-diffusion evaluate" in quality["why"]
 
 
 def test_a_worker_that_fails_is_rejected_and_the_run_goes_on(tiny, tmp_path, monkeypatch):
