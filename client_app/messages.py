@@ -55,10 +55,19 @@ def _parts(content: RecordDict) -> tuple[int, int, Payload]:
             if array.stype != STYPE:
                 raise UpdateError(f"{name} has stype {array.stype!r}, not {STYPE!r}")
             packed[name] = Packed(array.dtype, tuple(array.shape), array.data)
-        scalars = {key: value for key, value in numbers.items() if not isinstance(value, list)}
+        fields = {key: _number(key, value) for key, value in numbers.items()}
         round, client = about["round"], about["client"]
         assert isinstance(round, int)
         assert isinstance(client, int)
     except (KeyError, AssertionError) as error:
         raise UpdateError(f"not a message of this app: {error!r}") from error
-    return round, client, Payload(packed, scalars)
+    return round, client, Payload(packed, fields)
+
+
+def _number(key: str, value: int | float | list[int] | list[float]) -> int | float | list[int]:
+    """Lists are of whole numbers in everything this app sends."""
+    if isinstance(value, list):
+        if not all(type(entry) is int for entry in value):
+            raise UpdateError(f"{key} is not a list of whole numbers")
+        return [int(entry) for entry in value]
+    return value

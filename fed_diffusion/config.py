@@ -1,247 +1,34 @@
 """The configuration of a run: a YAML preset plus overrides, checked as a whole before any compute.
 
-A `Config` is frozen and complete: everything a run depends on is in it, and the one that a run
-directory holds is enough to repeat the run. An error names the key, the value and what is allowed.
+The one that a run directory holds is enough to repeat the run. An error names the key, the value
+and what is allowed.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
-KeepRatio = Annotated[float, Field(gt=0, le=1)]
-Level = Literal["F", "L", "M", "S"]
-FAMILIES = {"F": "full", "R": "random", "T": "topk"}
+from fed_diffusion.methods import method_name, method_settings
+from fed_diffusion.schema import Config, ConfigError, Section
 
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message says which, what is allowed and how to fix it."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DataConfig(Section):
-    """Which images, how they are split over the clients, and what is held out."""
-
-    name: str = "digits"
-    """digits | cifar10 | svhn | fashion_mnist | image_folder | your_module:function"""
-    dir: str | None = None
-    """Where the files are (image_folder) or are downloaded to (torchvision sets)."""
-    size: int | None = Field(None, ge=1)
-    """Side in pixels; known for the named sets, required for image_folder and your own."""
-    channels: Literal[1, 3] | None = None
-    classes: int | None = Field(None, ge=1)
-    partition: Literal["iid", "dirichlet", "shards", "folders"] = "iid"
-    alpha: float = Field(0.5, gt=0)
-    """Concentration of partition: dirichlet (small = more unequal)."""
-    classes_per_client: int = Field(2, ge=1)
-    """For partition: shards."""
-    holdout: float = Field(0.1, ge=0, lt=1)
-    """Part of each client's images kept for its held-out loss."""
-    flip: bool = False
-    """Mirror images left to right at random."""
-
-
-class ModelConfig(Section):
-    """The score network."""
-
-    name: str = "unet"
-    """unet | your_module:Net"""
-    widths: tuple[int, ...] = Field((32, 64, 64), min_length=1)
-    """Channels per resolution level; each a multiple of `group`."""
-    blocks: int = Field(1, ge=1)
-    """Residual blocks per level on the way down."""
-    attention: tuple[int, ...] = ()
-    """Resolutions (in pixels) whose blocks are followed by self-attention."""
-    group: int = Field(8, ge=2, multiple_of=2)
-    """Channels per normalisation group (a fixed size, so that groups can be dropped whole)."""
-    head: int = Field(32, ge=1)
-    """Channels per attention head."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    conditional: bool = False
-    """Condition on the class label."""
-    prediction: Literal["eps", "v", "x0"] = "eps"
-    """What the network's output means; all three give the same score."""
-
-    @model_validator(mode="after")
-    def _aligned(self) -> ModelConfig:
-        for width in self.widths:
-            if width < 1 or width % self.group:
-                raise ValueError(
-                    f"widths: {width} is not a multiple of model.group = {self.group}; "
-                    "every width must be, so that whole groups can be dropped"
-                )
-        return self
-
-
-class DiffusionConfig(Section):
-    """The partition of time u_0 = T > ... > u_K = delta."""
-
-    T: float = Field(4.13, ge=1)
-    delta: float = Field(1e-3, gt=0, lt=1)
-    K: int = Field(300, ge=1)
-    partition: Literal[
-        "kappa_minimal", "half_half", "geometric", "uniform", "ddpm_linear", "ddpm_cosine"
-    ] = "kappa_minimal"
-
-    @model_validator(mode="after")
-    def _enough_steps(self) -> DiffusionConfig:
-        least = math.ceil(math.log(1 / self.delta))
-        if least > self.K:
-            raise ValueError(
-                f"K: {self.K} steps are too few for delta = {self.delta:g}; "
-                f"Remark 4.12 needs K >= log(1/delta), here at least {least}"
-            )
-        return self
-
-
-class PruningConfig(Section):
-    """How each worker's mask comes about."""
-
-    kind: Literal["full", "random", "topk"] = "full"
-    level: Level = "F"
-    keep: KeepRatio | tuple[KeepRatio, ...] | None = None
-    """Keep ratios of one's own in place of a level: one for all, or one per client."""
-    scope: Literal["weights", "all"] = "weights"
-    """weights: tensors of two or more dimensions; all: every coordinate, the paper's letter."""
-    per: Literal["tensor", "global"] = "tensor"
-    """For topk: the largest of each tensor, or of the whole network."""
-
-    @model_validator(mode="after")
-    def _full_drops_nothing(self) -> PruningConfig:
-        if self.kind == "full" and (self.level != "F" or self.keep is not None):
-            raise ValueError(
-                "kind: full drops nothing, so it goes with level F and no keep ratios "
-                f"(level = {self.level}, keep = {self.keep}); choose kind random or topk"
-            )
-        return self
-
-
-class LocalConfig(Section):
-    """A worker's local training in one round."""
-
-    steps: int | None = Field(None, ge=1)
-    epochs: int | None = Field(None, ge=1)
-    batch: int = Field(64, ge=1)
-    optimizer: Literal["adam", "sgd"] = "adam"
-    eta: float = Field(1e-4, gt=0)
-    """Step size on the simple loss."""
-    warmup: int = Field(0, ge=0)
-    """Rounds over which eta rises linearly from nearly 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """cosine: eta falls to 0 at the last round."""
-
-    @model_validator(mode="after")
-    def _one_of(self) -> LocalConfig:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(
-                "steps: give exactly one of local.steps and local.epochs "
-                f"(steps = {self.steps}, epochs = {self.epochs}); set the other to null"
-            )
-        return self
-
-
-class EmaConfig(Section):
-    """The server's moving average of theta, used for sampling. decay 0 switches it off."""
-
-    decay: float = Field(0.9, ge=0, lt=1)
-    """Per round; warmed up as min(decay, (1 + r) / (10 + r))."""
-
-
-class RoundConfig(Section):
-    """Who takes part in a round, and for how long it waits."""
-
-    fraction: float = Field(1.0, gt=0, le=1)
-    """Part of the clients drawn each round."""
-    deadline_s: float = Field(3600.0, gt=0)
-    """Flower engine: replies later than this are not waited for."""
-    weighting: Literal["uniform", "examples"] = "uniform"
-    """Equation (8) is uniform."""
-
-
-class WorkerConfig(Section):
-    """The machine share of one worker. `threads` is part of bit-identity."""
-
-    threads: int = Field(1, ge=1)
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """auto | cpu | cuda | cuda:1"""
-
-
-class EvaluationConfig(Section):
-    """Sampling and quality figures after training."""
-
-    samples: int = Field(1000, ge=0)
-    """Images behind FID, IS and KID; 0 switches them off."""
-    steps: int | None = Field(None, ge=1)
-    """Steps of the sampler; default diffusion.K."""
-    batch: int = Field(256, ge=1)
-    every: int = Field(0, ge=0)
-    """A small fixed-noise grid every so many rounds; 0: none."""
-    grid: int = Field(64, ge=1)
-    """Images on the final grid."""
-    denoise: bool = False
-    """End with a Tweedie step (not covered by the bound)."""
-    reference: str = "data"
-    """data: the run's own data set | a folder of images | none: no quality figures."""
-    extractor: Literal["inception", "classifier"] = "inception"
-    """classifier: a small network trained on the labelled reference set."""
-    weights: str | None = None
-    """A file with the Inception weights, where they cannot be downloaded."""
-
-
-class FlowerConfig(Section):
-    """The Flower engine that `fed-diffusion run --engine flower` starts."""
-
-    supernodes: int | None = Field(None, ge=1)
-    """Default: one per client."""
-    gpus: float = Field(0.0, ge=0)
-    """GPUs per client (a fraction shares one)."""
-
-
-class Config(Section):
-    """A whole run. N is `clients`, R is `rounds`; see the README's symbol table."""
-
-    preset: str = "custom"
-    method: str | None = None
-    seed: int = Field(0, ge=0, lt=2**63)
-    rounds: int = Field(10, ge=1)
-    clients: int = Field(10, ge=1, le=100_000)
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    pruning: PruningConfig = PruningConfig()
-    local: LocalConfig = LocalConfig(steps=20)
-    ema: EmaConfig = EmaConfig()
-    round: RoundConfig = RoundConfig()
-    worker: WorkerConfig = WorkerConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    flower: FlowerConfig = FlowerConfig()
-
-    @model_validator(mode="after")
-    def _keep_per_client(self) -> Config:
-        keep = self.pruning.keep
-        if isinstance(keep, tuple) and len(keep) != self.clients:
-            raise ValueError(
-                f"pruning.keep: {len(keep)} ratios for clients = {self.clients}; "
-                "give one ratio for all, or one per client"
-            )
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts and lists, as YAML and JSON take them."""
-        return self.model_dump(mode="json")
-
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+__all__ = [
+    "Config",
+    "ConfigError",
+    "build_config",
+    "conf_dir",
+    "load_config",
+    "load_preset",
+    "method_name",
+    "parse_pairs",
+    "presets",
+]
 
 
 def conf_dir() -> Path:
@@ -299,7 +86,7 @@ def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> Conf
     flat = dict(overrides or {})
     settings = load_preset(preset)
     _resolve_method(settings, {})
-    if {"pruning.kind", "pruning.level", "pruning.keep"} & flat.keys():
+    if any(key.startswith("pruning.") for key in flat):
         settings["method"] = None  # what is typed now outranks the preset's method
     for key, value in flat.items():
         _assign(settings, key, value)
@@ -340,29 +127,13 @@ def build_config(settings: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(dict.fromkeys(lines))) from error
 
 
-def method_name(pruning: PruningConfig) -> str:
-    """The paper's name for these pruning settings, as in R-FedDM-S; 'custom' where it has none."""
-    if pruning.keep is not None:
-        return "custom"
-    if pruning.kind == "full" or pruning.level == "F":
-        return "FedDM-F"
-    family = {kind: letter for letter, kind in FAMILIES.items()}[pruning.kind]
-    return f"{family}-FedDM-{pruning.level}"
-
-
 def _resolve_method(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
     """A method is a name for settings; one that contradicts a key given beside it is an error."""
     method = settings.get("method")
     if not method:
         settings["method"] = None
         return
-    parts = str(method).split("-")
-    family = "F" if parts[0] == "FedDM" else parts[0]
-    legal = [f"{f}-FedDM-{level}" for f in FAMILIES if f != "F" for level in "LMS"]
-    if method != "FedDM-F" and method not in legal:
-        raise ConfigError(f"method = {method!r} is unknown. Allowed: FedDM-F, {', '.join(legal)}.")
-    implied = {"pruning.kind": FAMILIES[family], "pruning.level": parts[-1], "pruning.keep": None}
-    for key, value in implied.items():
+    for key, value in method_settings(str(method)).items():
         if key in given and given[key] != value:
             raise ConfigError(
                 f"{key} = {given[key]!r} contradicts method = {method!r}, which means "

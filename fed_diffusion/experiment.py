@@ -20,7 +20,8 @@ from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.evaluation import check_evaluation, no_quality
 from fed_diffusion.federation.coordinator import Coordinator, RoundSummary, Task, Update
 from fed_diffusion.federation.worker import device_of, pinned_threads
-from fed_diffusion.models.build import build_network, parameters_of
+from fed_diffusion.masks.plan import check_pruning
+from fed_diffusion.models.build import build_network, channel_layout, parameters_of
 from fed_diffusion.report.grids import save_grid
 from fed_diffusion.rng import Purpose
 from fed_diffusion.runs import RunDir, Sampler, sampler_partition
@@ -53,6 +54,7 @@ def check(
             f"worker.device = {device!r}, and torch sees no CUDA device; use auto or cpu."
         )
     build_network(config)
+    check_pruning(config, channel_layout(config))
     check_evaluation(config)
     if dataset is None and needs_data:
         dataset = load_dataset(config.data)
@@ -146,7 +148,7 @@ class Experiment:
         total = time.perf_counter() - self._began
         return {
             "preset": config.preset,
-            "method": config.method or method_name(config.pruning),
+            "method": config.method or method_name(config),
             "clients": config.clients,
             "rounds": last.round,
             "seed": config.seed,

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     GRID = 10
     EVALUATION = 11
     ROUNDING = 12
+    ROUNDING_DOWN = 13
 
 
 def philox(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Philox:

@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from fed_diffusion.config import ConfigError, DataConfig
 from fed_diffusion.data.image_folder import read_folder
+from fed_diffusion.schema import ConfigError, DataConfig
 
 DATA_DIR_VARIABLE = "FED_DIFFUSION_DATA"
 DOWNLOAD_TIMEOUT_S = 15.0  # per connection and read, not for the whole file

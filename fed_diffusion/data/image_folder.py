@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from fed_diffusion.config import ConfigError, DataConfig
+from fed_diffusion.schema import ConfigError, DataConfig
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SHOWN = 5  # how many unusable files an error lists

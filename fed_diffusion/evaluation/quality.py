@@ -23,7 +23,6 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
-from fed_diffusion.config import EvaluationConfig
 from fed_diffusion.data.datasets import ImageSet
 from fed_diffusion.evaluation.checks import (
     FEWEST_IMAGES,
@@ -42,6 +41,7 @@ from fed_diffusion.evaluation.features import (
     trained_classifier,
 )
 from fed_diffusion.rng import Purpose, generator
+from fed_diffusion.schema import EvaluationConfig
 
 __all__ = ["Unavailable", "check_evaluation", "evaluate", "fid_floor", "no_quality"]
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fed_diffusion.models.layout import Block
+
 FRACTION_BITS = 40
 SCALE = 2.0**FRACTION_BITS
 LIMIT = 2.0 ** (63 - FRACTION_BITS)
@@ -58,7 +60,7 @@ class MaskedMean:
     def add(
         self,
         values: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, Tensor | Block] | None = None,
         weight: float = 1.0,
     ) -> None:
         """Add one worker's theta_{r,n,S} under its mask.
@@ -66,9 +68,10 @@ class MaskedMean:
         Parameters
         ----------
         values
-            Float tensors shaped like theta, the same names; what the mask drops is not read.
+            Float tensors by theta's names, shaped like theta (what the mask drops is not read) or,
+            where the mask is a block, like the block.
         masks
-            Bool tensors by name; a name that is missing is kept whole.
+            Bool tensors or blocks by name; a name that is missing is kept whole.
         weight
             A positive whole number (equation (8) has 1).
 
@@ -89,7 +92,7 @@ class MaskedMean:
             self._count(name, masks.get(name), whole)
 
     def _check(
-        self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor], weight: int
+        self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor | Block], weight: int
     ) -> None:
         if self._room < 1 or weight >= self._limit:
             raise UpdateError(f"no room for this update (weight {weight}); see `workers`")
@@ -99,14 +102,16 @@ class MaskedMean:
         if unknown := sorted(masks.keys() - self._theta.keys())[:3]:
             raise UpdateError(f"masks for tensors the model lacks, first of them: {unknown}")
         for name, value in values.items():
-            shape = self._theta[name].shape
-            if value.shape != shape or not value.is_floating_point():
+            shape, mask = tuple(self._theta[name].shape), masks.get(name)
+            expected = mask.kept if isinstance(mask, Block) else shape
+            if tuple(value.shape) != expected or not value.is_floating_point():
                 raise UpdateError(
-                    f"{name} is {value.dtype} {tuple(value.shape)}, not floating {tuple(shape)}"
+                    f"{name} is {value.dtype} {tuple(value.shape)}, not floating {expected}"
                 )
-            mask = masks.get(name)
-            if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
-                raise UpdateError(f"the mask of {name} is not bool {tuple(shape)}")
+            if mask is not None and tuple(mask.shape) != shape:
+                raise UpdateError(f"the mask of {name} is not of shape {shape}")
+            if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+                raise UpdateError(f"the mask of {name} is {mask.dtype}, not bool {shape}")
             largest = _largest(value, mask)
             if not largest < float("inf"):
                 raise UpdateError(f"{name} holds values that are not finite")
@@ -116,18 +121,19 @@ class MaskedMean:
                     f"beyond {self._limit:g}"
                 )
 
-    def _count(self, name: str, mask: Tensor | None, weight: int) -> None:
+    def _count(self, name: str, mask: Tensor | Block | None, weight: int) -> None:
         if mask is None:
             self._weight[name] += weight
             self._workers[name] += 1
             return
         shape = self._theta[name].shape
-        trainers = self._trainers.setdefault(name, torch.zeros(shape, dtype=torch.int32))
-        trainers += mask
-        if weight != 1 or name in self._weights:
-            if name not in self._weights:  # so far every weight was 1
-                self._weights[name] = (trainers - mask.to(torch.int32)).to(torch.int64)
-            self._weights[name] += mask * weight
+        if name not in self._trainers:
+            self._trainers[name] = torch.zeros(shape, dtype=torch.int32)
+        if weight != 1 and name not in self._weights:  # so far every weight was 1
+            self._weights[name] = self._trainers[name].to(torch.int64)
+        _count_in(self._trainers[name], mask, 1)
+        if name in self._weights:
+            _count_in(self._weights[name], mask, weight)
 
     def result(self) -> dict[str, Tensor]:
         """theta_{r+1}: the mean where somebody trained, theta_r elsewhere; float32."""
@@ -176,18 +182,32 @@ class MaskedMean:
         return 1 - bare / total
 
 
-def _largest(value: Tensor, mask: Tensor | None) -> float:
+def _count_in(counts: Tensor, mask: Tensor | Block, weight: int) -> None:
+    """counts += weight where the mask keeps."""
+    if isinstance(mask, Block):
+        for there, _ in mask.pieces():
+            counts[there] += weight
+    else:
+        counts.add_(mask, alpha=weight)
+
+
+def _largest(value: Tensor, mask: Tensor | Block | None) -> float:
     """The largest kept magnitude; NaN and infinities come through."""
     if value.numel() == 0:
         return 0.0
-    if mask is not None:
+    if isinstance(mask, Tensor):
         value = value.where(mask, 0)
     low, high = torch.aminmax(value)
     return max(-float(low), float(high)) if low == low else float("nan")
 
 
-def _add_fixed_point(sums: Tensor, value: Tensor, mask: Tensor | None, weight: int) -> None:
-    """sums += weight * round(value 2^40) where the mask keeps, block by block."""
+def _add_fixed_point(sums: Tensor, value: Tensor, mask: Tensor | Block | None, weight: int) -> None:
+    """sums += weight * round(value 2^40) where the mask keeps, in cache-sized parts."""
+    if isinstance(mask, Block):
+        for there, here in mask.pieces():
+            fixed = value[here].to(torch.float64).mul_(SCALE).round_().to(torch.int64)
+            sums[there].add_(fixed, alpha=weight)
+        return
     flat, target = value.detach().flatten(), sums.view(-1)
     kept = None if mask is None else mask.flatten()
     for start in range(0, flat.numel(), BLOCK):

@@ -15,15 +15,16 @@ from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation.aggregate import MaskedMean, UpdateError
-from fed_diffusion.federation.wire import Payload, decode_values, encode_task
+from fed_diffusion.federation.wire import Payload, cast_theta, decode_update, encode_task
+from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.masks.recipes import (
     Masks,
     Recipe,
     RecipeError,
     kept_fraction,
     pruning_error,
-    recipe_for,
 )
+from fed_diffusion.models.build import channel_layout
 from fed_diffusion.rng import Purpose, generator
 
 MEASURED_LIMIT = 2.0**53
@@ -77,6 +78,8 @@ class RoundSummary:
     gamma: int
     trained: float
     w2_max: float
+    w2_n_over_gamma: float | None
+    """w^2 N / Gamma_r, as it stands in the bound; None where Gamma_r is 0."""
     bytes_up: int
     bytes_down: int
     dense_bytes: int
@@ -95,8 +98,11 @@ class _Open:
     """The round in progress."""
 
     mean: MaskedMean
-    waiting: dict[int, int]
+    recipes: dict[int, Recipe]
+    waiting: dict[int, int] = field(default_factory=dict)
     """client -> bytes sent to it, for those whose update is still out."""
+    top_k: dict[float, Masks] = field(default_factory=dict)
+    """keep ratio -> mask: the same for all clients of a round."""
     clients: list[ClientRound] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     bytes_up: int = 0
@@ -120,33 +126,45 @@ class Coordinator:
         self.ema = {name: value.clone() for name, value in self.theta.items()}
         self.round = 0
         self.parameters = sum(value.numel() for value in self.theta.values())
+        self.layout = channel_layout(config)
+        self.keeps = known_ratios(config)
         diffusion = config.diffusion
         u = PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
         self._Z = DSMLoss(u).Z
         self._d = math.prod(image_shape(config.data))
         self._open: _Open | None = None
 
+    def announce(self, client: int, keep: float) -> None:
+        """Note the keep ratio that a client's node gives it (pruning.budget: node or auto)."""
+        self.keeps[client] = keep
+
     def participants(self, round: int) -> list[int]:
-        """The clients of a round: a fraction of all (at least one), drawn by the run's seed."""
-        everyone = self.config.clients
-        count = max(1, math.floor(self.config.round.fraction * everyone + 0.5))
-        if count == everyone:
-            return list(range(everyone))
+        """The clients of a round: a fraction of all (at least one), drawn by the run's seed.
+
+        Under the baseline `exclusive` only workers with the whole network count.
+        """
+        everyone = sorted(self.keeps)
+        if self.config.pruning.baseline == "exclusive":
+            everyone = [client for client in everyone if self.keeps[client] == 1]
+        count = max(1, math.floor(self.config.round.fraction * len(everyone) + 0.5))
+        if count == len(everyone):
+            return everyone
         draw = generator(self.config.seed, Purpose.PARTICIPATION, round)
         return sorted(int(c) for c in draw.choice(everyone, count, replace=False))
 
     def tasks(self, round: int) -> Iterator[Task]:
         """Open the round and yield each participant's task; payloads are made one at a time."""
-        participants = self.participants(round)
-        self._open = _Open(MaskedMean(self.theta, workers=len(participants)), {})
+        keeps = {client: self.keeps[client] for client in self.participants(round)}
+        recipes = plan_round(self.config, round, keeps, self.theta, self.layout)
+        self._open = _Open(MaskedMean(self.theta, workers=len(keeps)), recipes)
+        casts = cast_theta(self.theta, self.config, round)
         full: Payload | None = None
-        for client in participants:
-            recipe = recipe_for(self.config, round, client)
+        for client, recipe in recipes.items():
             if recipe.kind == "full":  # the same bytes for everyone who trains the whole network
-                full = full or encode_task(self.theta, recipe, {})
+                full = full or encode_task(casts, recipe, {})
                 payload = Payload(full.arrays, recipe.to_metrics())
             else:
-                payload = encode_task(self.theta, recipe, recipe.mask(self.theta))
+                payload = encode_task(casts, recipe, self._mask(recipe))
             self._open.waiting[client] = payload.nbytes
             self._open.bytes_down += payload.nbytes
             yield Task(round, client, payload)
@@ -175,14 +193,14 @@ class Coordinator:
     def _accept(self, state: _Open, update: Update) -> None:
         if update.client not in state.waiting:
             raise UpdateError("no update was expected from this client (a duplicate?)")
+        if update.round != self.round + 1:
+            raise UpdateError(f"it is for round {update.round}, and this is {self.round + 1}")
         numbers = update.payload.numbers
-        recipe = Recipe.from_metrics(numbers)
-        agreed = recipe_for(self.config, self._round_of(update), update.client)
+        recipe, agreed = Recipe.from_metrics(numbers), state.recipes[update.client]
         if recipe != agreed:
             raise RecipeError(f"the recipe is not the one agreed on: {recipe.differences(agreed)}")
-        masks = recipe.mask(self.theta)
-        shapes = {name: value.shape for name, value in self.theta.items()}
-        values = decode_values(update.payload.arrays, shapes, masks)
+        masks = self._mask(recipe)
+        values = decode_update(update.payload.arrays, self.theta, masks, self.config)
         measured = _measurements(numbers)
         by_examples = self.config.round.weighting == "examples"
         state.mean.add(values, masks, measured["examples"] if by_examples else 1)
@@ -235,14 +253,16 @@ class Coordinator:
         heldout = [
             c.holdout_loss for c in clients if c.kind == "full" and c.holdout_loss is not None
         ]
+        gamma, w2_max = state.mean.gamma(), max(c.w2 for c in clients)
         return RoundSummary(
             round=round,
             loss=loss,
             holdout_loss=sum(heldout) / len(heldout) if heldout else None,
             dsm_objective=loss * self._Z * self._d,
-            gamma=state.mean.gamma(),
+            gamma=gamma,
             trained=state.mean.trained(),
-            w2_max=max(c.w2 for c in clients),
+            w2_max=w2_max,
+            w2_n_over_gamma=w2_max * len(clients) / gamma if gamma else None,
             bytes_up=state.bytes_up,
             bytes_down=state.bytes_down,
             dense_bytes=4 * self.parameters * (len(clients) + len(state.rejected)),
@@ -252,10 +272,13 @@ class Coordinator:
             rejected=sorted(state.rejected, key=lambda r: r["client"]),
         )
 
-    def _round_of(self, update: Update) -> int:
-        if update.round != self.round + 1:
-            raise UpdateError(f"it is for round {update.round}, and this is {self.round + 1}")
-        return update.round
+    def _mask(self, recipe: Recipe) -> Masks:
+        if recipe.kind != "topk":
+            return recipe.mask(self.theta, self.layout)
+        cache = self._state().top_k
+        if recipe.keep not in cache:
+            cache[recipe.keep] = recipe.mask(self.theta)
+        return cache[recipe.keep]
 
     def _state(self) -> _Open:
         if self._open is None:

@@ -1,14 +1,15 @@
 """What travels between server and worker, byte for byte.
 
 Only kept values travel, tensor by tensor, as raw little-endian bytes. A mask that both ends can
-derive costs nothing; one that depends on theta's values goes to the client as packed bits.
+derive costs nothing; one that depends on theta's values goes to the client as packed bits (single
+weights) or as a list of groups (channels). Towards the client values are kept, then cast; towards
+the server kept, turned into differences where the configuration says so, and cast.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,22 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fed_diffusion.config import Config
 from fed_diffusion.federation.aggregate import UpdateError
-from fed_diffusion.masks.recipes import Masks, Recipe
+from fed_diffusion.federation.codecs import Cast, Packed, cast, unpack
+from fed_diffusion.masks.recipes import Masks, Numbers, Recipe
+from fed_diffusion.models.layout import Block, Layout
+from fed_diffusion.rng import Purpose, philox
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("the wire format is little-endian and this machine is not")
 
-Numbers = dict[str, int | float]
-
-
-@dataclass(frozen=True)
-class Packed:
-    """One tensor on the wire: float32 values, or mask bits packed eight to a byte."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes
+MASK_PREFIX = "mask:"
 
 
 @dataclass(frozen=True)
@@ -43,62 +39,158 @@ class Payload:
 
     @property
     def nbytes(self) -> int:
-        """The ledger's count: array bytes, and eight bytes and its key for each number."""
+        """The ledger's count: array bytes, and for each number eight bytes and its key."""
         arrays = sum(len(packed.data) for packed in self.arrays.values())
-        return arrays + sum(8 + len(key.encode()) for key in self.numbers)
+        numbers = sum(
+            8 * (len(value) if isinstance(value, list) else 1) + len(key.encode())
+            for key, value in self.numbers.items()
+        )
+        return arrays + numbers
 
 
-MASK_PREFIX = "mask:"
+# --- towards the client -------------------------------------------------------------------------
 
 
-def encode_values(values: Mapping[str, Tensor], masks: Masks) -> dict[str, Packed]:
-    """The kept values of each tensor, in order, as float32 bytes."""
+def cast_theta(theta: Mapping[str, Tensor], config: Config, round: int) -> dict[str, Cast]:
+    """theta_r as it travels, once a round for all clients: each is sent its part of the same bytes.
+
+    With single weights masked anywhere, int8 has one scale per tensor; see `per_row`.
+    """
+    stream = philox(config.seed, Purpose.ROUNDING_DOWN, round)
+    rows = per_row(config)
+    return {name: cast(value, config.wire.down, rows, stream) for name, value in theta.items()}
+
+
+def per_row(config: Config) -> bool:
+    """Whether int8 has a scale per output channel: not where masks leave no rows to scale."""
+    pruning = config.pruning
+    scattered = pruning.kind != "full" and not pruning.by_channels
+    return config.wire.scale == "channel" and not scattered
+
+
+def encode_task(casts: Mapping[str, Cast], recipe: Recipe, masks: Masks) -> Payload:
+    """What a client needs of theta_r: kept values, the recipe and, where needed, mask bits."""
+    arrays = {name: part.take(masks.get(name)).pack() for name, part in casts.items()}
+    if recipe.needs_bits:
+        arrays |= encode_bits(masks)
+    return Payload(arrays, recipe.to_metrics())
+
+
+def decode_task(
+    payload: Payload, theta: Mapping[str, Tensor], layout: Layout | None, config: Config
+) -> tuple[Recipe, Masks, dict[str, Tensor]]:
+    """The recipe, the mask and theta_{r,n,0} = theta_r * m; `theta` gives names and shapes.
+
+    Where whole channels are dropped the tensors come out small, else zero where the mask drops.
+    """
+    recipe = Recipe.from_metrics(payload.numbers)
+    bits = {k: v for k, v in payload.arrays.items() if k.startswith(MASK_PREFIX)}
+    values = {k: v for k, v in payload.arrays.items() if not k.startswith(MASK_PREFIX)}
+    masks = recipe.mask(theta, layout) if not recipe.needs_bits else decode_bits(bits, theta)
+    if recipe.needs_bits:
+        recipe.check_bits(masks, theta)
+    return recipe, masks, _decode(values, theta, masks, config.wire.down, per_row(config))
+
+
+# --- towards the server -------------------------------------------------------------------------
+
+
+def encode_update(
+    end: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    masks: Masks,
+    config: Config,
+    round: int,
+    client: int,
+) -> dict[str, Packed]:
+    """What training made of the kept values: theta_{r,n,S}, or its difference to theta_{r,n,0}.
+
+    Parameters
+    ----------
+    end, start
+        The worker's parameters, small where whole channels are dropped.
+    """
+    stream = philox(config.seed, Purpose.ROUNDING, round, client)
     packed = {}
-    for name, value in values.items():
+    for name, value in end.items():
         mask = masks.get(name)
-        kept = value.detach() if mask is None else value.detach()[mask]
-        array = kept.to("cpu", torch.float32).contiguous().numpy()
-        packed[name] = Packed("float32", tuple(array.shape), array.tobytes())
+        kept = value.detach().to("cpu", torch.float32)
+        if config.wire.differences:
+            kept = kept - start[name]
+        if isinstance(mask, Tensor):
+            kept = kept[mask]
+        packed[name] = cast(kept, config.wire.up, per_row(config), stream).pack()
     return packed
 
 
-def decode_values(
-    arrays: Mapping[str, Packed], shapes: Mapping[str, torch.Size], masks: Masks
+def decode_update(
+    arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, config: Config
 ) -> dict[str, Tensor]:
-    """Dense tensors from kept values: zero where the mask drops.
+    """One worker's part of the mean (8): its values, or theta_r plus its differences.
+
+    The difference is to what the worker decoded; added to theta_r itself, what rounding changed on
+    the way down does not stay in the model. Nobody reads what the mask drops.
 
     Raises
     ------
     UpdateError
         A name, dtype, shape or length that the recipe does not imply.
     """
-    if arrays.keys() != shapes.keys():
-        odd = sorted(arrays.keys() ^ shapes.keys())[:3]
+    values = _decode(arrays, theta, masks, config.wire.up, per_row(config))
+    if config.wire.differences:
+        for name, difference in values.items():
+            mask = masks.get(name)
+            base = mask.take(theta[name]) if isinstance(mask, Block) else theta[name]
+            values[name] = base + difference
+    return values
+
+
+def _decode(
+    arrays: Mapping[str, Packed],
+    theta: Mapping[str, Tensor],
+    masks: Masks,
+    dtype: str,
+    rows: bool,
+) -> dict[str, Tensor]:
+    if arrays.keys() != theta.keys():
+        odd = sorted(arrays.keys() ^ theta.keys())[:3]
         raise UpdateError(f"tensor names differ from the model's, first of them: {odd}")
-    dense = {}
-    for name, shape in shapes.items():
+    decoded = {}
+    for name, whole in theta.items():
         mask = masks.get(name)
-        expected = tuple(shape) if mask is None else (int(mask.sum()),)
-        values = _floats(name, arrays[name], expected)
-        dense[name] = values if mask is None else _expand(values, mask)
-    return dense
+        if mask is None:
+            expected = tuple(whole.shape)
+        else:
+            expected = mask.kept if isinstance(mask, Block) else (int(mask.sum()),)
+        values = unpack(name, arrays[name], dtype, expected, rows)
+        decoded[name] = _expand(values, mask) if isinstance(mask, Tensor) else values
+    return decoded
+
+
+def _expand(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)
+
+
+# --- masks that only their bits describe --------------------------------------------------------
 
 
 def encode_bits(masks: Masks) -> dict[str, Packed]:
     """Mask bits, eight to a byte, for a client that cannot derive them."""
     packed = {}
     for name, mask in masks.items():
+        assert isinstance(mask, Tensor)
         bits = np.packbits(mask.flatten().numpy(), bitorder="little")
         packed[MASK_PREFIX + name] = Packed("bits", tuple(mask.shape), bits.tobytes())
     return packed
 
 
-def decode_bits(arrays: Mapping[str, Packed], shapes: Mapping[str, torch.Size]) -> Masks:
+def decode_bits(arrays: Mapping[str, Packed], theta: Mapping[str, Tensor]) -> Masks:
     """The inverse of `encode_bits`; raises `UpdateError` on a wrong name or length."""
     masks: Masks = {}
     for key, packed in arrays.items():
         name = key.removeprefix(MASK_PREFIX)
-        if name not in shapes or packed.shape != tuple(shapes[name]) or packed.dtype != "bits":
+        fits = name in theta and packed.shape == tuple(theta[name].shape)
+        if not fits or packed.dtype != "bits":
             raise UpdateError(f"mask bits for {name} do not fit the model")
         count = math.prod(packed.shape)
         if len(packed.data) != (count + 7) // 8:
@@ -107,41 +199,3 @@ def decode_bits(arrays: Mapping[str, Packed], shapes: Mapping[str, torch.Size]) 
         kept = np.unpackbits(bits, count=count, bitorder="little").view(bool)
         masks[name] = torch.from_numpy(kept).view(packed.shape)
     return masks
-
-
-def encode_task(theta: Mapping[str, Tensor], recipe: Recipe, masks: Masks) -> Payload:
-    """What a client needs of theta_r: kept values, the recipe and, for topk, the mask's bits."""
-    arrays = encode_values(theta, masks)
-    if recipe.needs_theta:
-        arrays |= encode_bits(masks)
-    return Payload(arrays, recipe.to_metrics())
-
-
-def decode_task(
-    payload: Payload, theta: Mapping[str, Tensor]
-) -> tuple[Recipe, Masks, dict[str, Tensor]]:
-    """The recipe, the mask and theta_{r,n,0} = theta_r * m; `theta` gives names and shapes."""
-    recipe = Recipe.from_metrics(payload.numbers)
-    shapes = {name: value.shape for name, value in theta.items()}
-    bits = {k: v for k, v in payload.arrays.items() if k.startswith(MASK_PREFIX)}
-    values = {k: v for k, v in payload.arrays.items() if not k.startswith(MASK_PREFIX)}
-    masks = decode_bits(bits, shapes) if recipe.needs_theta else recipe.mask(theta)
-    return recipe, masks, decode_values(values, shapes, masks)
-
-
-def _floats(name: str, packed: Packed, expected: tuple[int, ...]) -> Tensor:
-    if packed.dtype != "float32":
-        raise UpdateError(f"{name} is sent as {packed.dtype!r}, not float32")
-    if packed.shape != expected or len(packed.data) != 4 * math.prod(expected):
-        raise UpdateError(
-            f"{name} is sent with shape {packed.shape} and {len(packed.data)} bytes, "
-            f"not {expected} and {4 * math.prod(expected)}"
-        )
-    with warnings.catch_warnings():  # read-only memory is fine: decoded values are only read
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(np.frombuffer(packed.data, np.float32)).view(expected)
-
-
-def _expand(values: Tensor, mask: Tensor) -> Tensor:
-    dense = torch.zeros(mask.shape, dtype=values.dtype)
-    return dense.masked_scatter_(mask, values)

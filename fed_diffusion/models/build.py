@@ -9,14 +9,18 @@ from torch import Tensor, nn
 
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import class_count, image_shape
-from fed_diffusion.models.unet import UNet
+from fed_diffusion.masks.levels import keep_ratios
+from fed_diffusion.models.layout import Layout, layout_of
+from fed_diffusion.models.slim import resized
+from fed_diffusion.models.unet import UNet, reset
 from fed_diffusion.rng import Purpose, torch_seed
 
 
 def build_network(config: Config) -> nn.Module:
     """The score network with its initial theta_0, the same bits for the same seed.
 
-    A network of one's own, `model.name: module:Net`, is called as
+    Under the baseline `small` it is the smallest worker's sub-network, which everyone trains. A
+    network of one's own, `model.name: module:Net`, is called as
     Net(config.model, channels, size, classes) and must map (x, u, labels) to a noise estimate.
 
     Raises
@@ -24,42 +28,101 @@ def build_network(config: Config) -> nn.Module:
     ConfigError
         Names model.name or model.widths and what does not fit.
     """
-    channels, size, _ = image_shape(config.data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(config.seed, Purpose.INIT))
+        if ":" in config.model.name:
+            if config.pruning.baseline == "small":
+                raise ConfigError(
+                    "pruning.baseline = 'small' shrinks the built-in U-Net; with "
+                    f"model.name = {config.model.name!r} name a smaller network instead."
+                )
+            return _own_network(config)
+        if config.pruning.baseline != "small":
+            return _unet(config)
+        return reset(resized(_meta_unet(config), _smallest(config)))
+
+
+def skeleton(config: Config) -> nn.Module:
+    """The structure of `build_network(config)`; the U-Net's has no memory behind it (meta)."""
+    if ":" in config.model.name:
+        return build_network(config)
+    if config.pruning.baseline == "small":
+        return resized(_meta_unet(config), _smallest(config), device="meta")
+    return _meta_unet(config)
+
+
+def channel_layout(config: Config) -> Layout | None:
+    """The network's channel spaces, where workers drop whole channels; else None.
+
+    Raises
+    ------
+    ConfigError
+        Channels of a network of one's own: which belong together is not known.
+    """
+    if not config.pruning.by_channels:
+        return None
+    try:
+        return layout_of(skeleton(config))
+    except TypeError as error:
+        raise ConfigError(f"pruning.kind = {config.pruning.kind!r}: {error}.") from error
+
+
+def _smallest(config: Config) -> dict[str, tuple[int, ...]]:
+    """The parameters' shapes in the sub-network of the smallest keep ratio."""
+    layout = layout_of(_meta_unet(config))
+    try:
+        counts = layout.counts(min(keep_ratios(config)))
+    except ValueError as error:
+        raise ConfigError(f"pruning: {error}.") from error
+    blocks = layout.blocks({name: tuple(range(count)) for name, count in counts.items()})
+    return {n: blocks[n].kept if n in blocks else shape for n, shape in layout.shapes.items()}
+
+
+def _meta_unet(config: Config) -> UNet:
+    with torch.device("meta"):
+        return _unet(config)
+
+
+def _unet(config: Config) -> UNet:
+    channels, size, classes = _images(config)
     model = config.model
-    classes = class_count(config.data) if model.conditional else None
-    if model.conditional and classes is None:
+    if model.name != "unet":
+        raise ConfigError(f"model.name = {model.name!r} is unknown. Allowed: unet, module:Net.")
+    factor = 2 ** (len(model.widths) - 1)
+    if size % factor:
+        raise ConfigError(
+            f"model.widths has {len(model.widths)} levels, which halve the image "
+            f"{len(model.widths) - 1} times; data.size = {size} is not a multiple of {factor}. "
+            "Use fewer levels."
+        )
+    return UNet(
+        channels,
+        size,
+        model.widths,
+        blocks=model.blocks,
+        attention=model.attention,
+        group=model.group,
+        head=model.head,
+        dropout=model.dropout,
+        classes=classes,
+        prediction=model.prediction,
+    )
+
+
+def _images(config: Config) -> tuple[int, int, int | None]:
+    """Channels and size of the images, and how many labels to condition on."""
+    channels, size, _ = image_shape(config.data)
+    classes = class_count(config.data) if config.model.conditional else None
+    if config.model.conditional and classes is None:
         raise ConfigError(
             "model.conditional = True needs labels, and the data set names no number of classes; "
             "set data.classes."
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(config.seed, Purpose.INIT))
-        if ":" in model.name:
-            return _own_network(config, channels, size, classes)
-        if model.name != "unet":
-            raise ConfigError(f"model.name = {model.name!r} is unknown. Allowed: unet, module:Net.")
-        factor = 2 ** (len(model.widths) - 1)
-        if size % factor:
-            raise ConfigError(
-                f"model.widths has {len(model.widths)} levels, which halve the image "
-                f"{len(model.widths) - 1} times; data.size = {size} is not a multiple of {factor}. "
-                "Use fewer levels."
-            )
-        return UNet(
-            channels,
-            size,
-            model.widths,
-            blocks=model.blocks,
-            attention=model.attention,
-            group=model.group,
-            head=model.head,
-            dropout=model.dropout,
-            classes=classes,
-            prediction=model.prediction,
-        )
+    return channels, size, classes
 
 
-def _own_network(config: Config, channels: int, size: int, classes: int | None) -> nn.Module:
+def _own_network(config: Config) -> nn.Module:
+    channels, size, classes = _images(config)
     module, _, attribute = config.model.name.partition(":")
     try:
         factory = getattr(importlib.import_module(module), attribute)

@@ -23,6 +23,20 @@ def _start_at_zero(layer: nn.Module) -> None:
         nn.init.zeros_(parameter)
 
 
+def reset(network: UNet) -> UNet:
+    """Draw all parameters anew, as a fresh network has them."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Embedding)):
+            module.reset_parameters()
+    for module in network.modules():
+        if isinstance(module, ResBlock):
+            _start_at_zero(module.conv2)
+        elif isinstance(module, Attention):
+            _start_at_zero(module.out)
+    _start_at_zero(network.leave)
+    return network
+
+
 class ResBlock(nn.Module):
     """norm-SiLU-conv, plus the time embedding, norm-SiLU-dropout-conv, plus a shortcut."""
 

@@ -9,9 +9,9 @@ import torch
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation.coordinator import Coordinator, eta_of
-from fed_diffusion.federation.wire import Packed, Payload, decode_task, decode_values
+from fed_diffusion.federation.wire import Packed, Payload, decode_task, decode_update
 from fed_diffusion.federation.worker import Worker
-from fed_diffusion.masks.recipes import recipe_for
+from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.models.build import build_network, parameters_of
 from fed_diffusion.rng import Purpose, torch_generator
 
@@ -28,6 +28,11 @@ def play(coordinator, worker, rounds):
     return summary
 
 
+def only_network(worker):
+    (network,) = worker._networks.values()
+    return network
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("method", ["R-FedDM-S", "T-FedDM-M"])
 @pytest.mark.parametrize("scope", ["weights", "all"])
@@ -37,8 +42,9 @@ def test_masked_coordinates_stay_exactly_zero(tiny, digits, optimizer, method, s
     play(coordinator, worker, 1)  # past the zero-initialised layers
     tasks = {task.client: task for task in coordinator.tasks(2)}
     worker.run(tasks[4])
-    masks = recipe_for(config, 2, 4).mask(coordinator.theta)
-    trained = parameters_of(worker.network)
+    recipes = plan_round(config, 2, known_ratios(config), coordinator.theta)
+    masks = recipes[4].mask(coordinator.theta)
+    trained = parameters_of(only_network(worker))
     assert sum(int((~mask).sum()) for mask in masks.values()) > 0
     moved = 0
     for name, mask in masks.items():
@@ -53,7 +59,7 @@ def test_sgd_is_equation_7_to_the_letter(tiny, digits):
     coordinator, worker = start(config, digits)
     tasks = {task.client: task for task in coordinator.tasks(1)}
     task = tasks[3]
-    _, masks, theta = decode_task(task.payload, coordinator.theta)
+    _, masks, theta = decode_task(task.payload, coordinator.theta, None, config)
     network = build_network(config)
     noise = torch_generator(config.seed, Purpose.NOISE, 1, 3)
     batches = worker._batches(task, worker._parts[3], 3)
@@ -70,7 +76,7 @@ def test_sgd_is_equation_7_to_the_letter(tiny, digits):
             mask = masks.get(name, torch.ones_like(theta[name], dtype=torch.bool))
             theta[name] = theta[name] - eta_of(config, 1) * gradient * mask
     worker.run(task)
-    for name, value in parameters_of(worker.network).items():
+    for name, value in parameters_of(only_network(worker)).items():
         torch.testing.assert_close(value, theta[name], rtol=1e-4, atol=1e-6)
 
 
@@ -79,8 +85,7 @@ def test_a_full_round_is_the_plain_mean_of_what_the_workers_sent(tiny, digits):
     sent = []
     for task in coordinator.tasks(1):
         update = worker.run(task)
-        shapes = {name: value.shape for name, value in coordinator.theta.items()}
-        sent.append(decode_values(update.payload.arrays, shapes, {}))
+        sent.append(decode_update(update.payload.arrays, coordinator.theta, {}, coordinator.config))
         coordinator.receive(update)
     coordinator.close_round()
     for name, value in coordinator.theta.items():
@@ -245,8 +250,7 @@ def test_weighting_by_examples_uses_each_clients_number_of_images(tiny, digits):
     sent, weights = [], []
     for task in coordinator.tasks(1):
         update = worker.run(task)
-        shapes = {name: value.shape for name, value in coordinator.theta.items()}
-        sent.append(decode_values(update.payload.arrays, shapes, {}))
+        sent.append(decode_update(update.payload.arrays, coordinator.theta, {}, coordinator.config))
         weights.append(update.payload.numbers["examples"])
         coordinator.receive(update)
     coordinator.close_round()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fed_diffusion.config import load_config
+from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.masks.recipes import (
     KINDS,
     PER,
@@ -17,9 +18,8 @@ from fed_diffusion.masks.recipes import (
     RecipeError,
     kept_fraction,
     pruning_error,
-    recipe_for,
-    top_k,
 )
+from fed_diffusion.masks.scattered import top_k
 
 THETA = {
     "conv.weight": torch.linspace(-1, 1, 48).reshape(4, 3, 2, 2),
@@ -30,13 +30,15 @@ THETA = {
 
 recipes = st.builds(
     Recipe,
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from([kind for kind in KINDS if kind != "channels"]),
     keep=st.floats(0.01, 1.0),
     seed=st.integers(0, 2**62),
     round=st.integers(0, 10**6),
     client=st.integers(0, 10**5),
     scope=st.sampled_from(SCOPES),
     per=st.sampled_from(PER),
+    start=st.integers(0, 2**32 - 1),
+    end=st.integers(0, 2**32 - 1),
 )
 
 
@@ -138,5 +140,6 @@ def test_a_recipe_with_a_missing_number_is_refused():
 
 def test_the_level_decides_each_clients_recipe():
     config = load_config("digits", {"method": "T-FedDM-M"})
-    kinds = [(recipe_for(config, 1, n).kind, recipe_for(config, 1, n).keep) for n in range(10)]
+    recipes = plan_round(config, 1, known_ratios(config), THETA)
+    kinds = [(recipes[n].kind, recipes[n].keep) for n in range(10)]
     assert kinds == [("full", 1.0)] * 6 + [("topk", 0.8)] * 2 + [("topk", 0.75)] * 2

@@ -1,0 +1,165 @@
+"""Ten workers of very unequal size: what each way to shrink the network costs in quality.
+
+    python benchmarks/unequal_clients.py [--out runs/unequal] [--seeds 3] [--only NAME ...]
+
+Every variant trains `digits-quick` with the keep ratios below and the same images per worker; each
+run is a run directory under --out, and one that is finished is not run again. Ends with a table in
+Markdown (also written to --out/table.md): means over the seeds, with the range of FID.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from fed_diffusion.config import Config, load_config
+from fed_diffusion.federation.aggregate import MaskedMean
+from fed_diffusion.federation.simulate import simulate
+from fed_diffusion.masks.plan import known_ratios, plan_round
+from fed_diffusion.masks.recipes import pruning_error
+from fed_diffusion.models.build import channel_layout
+from fed_diffusion.runs import RunDir
+
+KEEP = [1, 1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+
+
+def masks(kind: str, **more: str) -> dict:
+    return {"pruning.kind": kind, "pruning.keep": KEEP} | {
+        f"pruning.{key}": value for key, value in more.items()
+    }
+
+
+INT8_UP = {"wire.up": "int8", "wire.differences": True}
+VARIANTS = {
+    "F": {"method": "FedDM-F"},
+    "channels, ordered": masks("channels"),
+    "channels, rolling": masks("channels", choice="rolling"),
+    "channels, random": masks("channels", choice="random"),
+    "channels, magnitude": masks("channels", choice="magnitude"),
+    "balanced channels": masks("balanced", unit="channels"),
+    "balanced weights": masks("balanced"),
+    "random weights": masks("random"),
+    "top-k weights": masks("topk"),
+    "exclusive": masks("random", baseline="exclusive"),
+    "small": masks("random", baseline="small"),
+    "F, int8 differences up": {"method": "FedDM-F"} | INT8_UP,
+    "F, int8 both ways": {"method": "FedDM-F-quant"},
+    "channels, ordered, int8 both ways": masks("channels") | INT8_UP | {"wire.down": "int8"},
+}
+
+
+def run(variant: str, seed: int, root: Path) -> Path:
+    """The finished run directory of one variant; an unfinished one is started anew beside it."""
+    name = variant.replace(", ", "-").replace(" ", "-")
+    for attempt in range(100):
+        path = root / (f"{name}-seed{seed}" + (f"-{attempt}" if attempt else ""))
+        if (path / "results.json").exists() and "finished" in (path / "status.json").read_text():
+            return path
+        if not path.exists():
+            break
+    config = load_config("digits-quick", VARIANTS[variant] | {"seed": seed})
+    began = time.perf_counter()
+    results = simulate(config, path)
+    fid = results["quality"]["fid"]
+    print(f"{path.name}: FID {fid:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+    return path
+
+
+def row(variant: str, paths: list[Path]) -> dict:
+    """One line of the table from the runs of all seeds."""
+    results = [json.loads((path / "results.json").read_text()) for path in paths]
+    rounds = [
+        json.loads(line) for path in paths for line in (path / "metrics.jsonl").open()
+    ]
+    fids = [r["quality"]["fid"] for r in results]
+    worker = sum(c["seconds"] for line in rounds for c in line["clients"]) / len(paths)
+    return {
+        "variant": variant,
+        "FID": statistics.mean(fids),
+        "range": f"{min(fids):.2f} to {max(fids):.2f}",
+        "held-out loss": statistics.mean(r["holdout_loss"] or float("nan") for r in results),
+        "training loss": statistics.mean(r["loss"] for r in results),
+        "Gamma*": min(r["gamma_star"] for r in results),
+        "w2": max(r["w2_max"] for r in results),
+        "kept": statistics.mean(c["keep"] for line in rounds for c in line["clients"]),
+        "MB": statistics.mean((r["bytes_up"] + r["bytes_down"]) / 1e6 for r in results),
+        "worker seconds": worker,
+    }
+
+
+def table(rows: list[dict], seeds: int) -> str:
+    base = {row["variant"]: row for row in rows}.get("F")
+    lines = [
+        "| variant | FID | range | FID / F | held-out loss | training loss | Gamma* | w² | "
+        "mean part kept | MB, both ways | worker seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(rows, key=lambda r: r["FID"]):
+        ratio = f"{r['FID'] / base['FID']:.2f}" if base else ""
+        lines.append(
+            f"| {r['variant']} | {r['FID']:.3f} | {r['range']} | {ratio} | "
+            f"{r['held-out loss']:.4f} | {r['training loss']:.4f} | {r['Gamma*']} | {r['w2']:.0f} | "
+            f"{r['kept']:.3f} | {r['MB']:.0f} | {r['worker seconds']:.0f} |"
+        )
+    return "\n".join(lines) + f"\n\n{seeds} seeds.\n"
+
+
+def on_one_theta(path: Path) -> str:
+    """w^2, Gamma and w^2 N / Gamma of every kind of mask on the theta that one run ended with."""
+    theta = RunDir.open(path).load_theta(ema=False)
+    lines = [
+        "| masks on one theta | w² mean | w² max | Gamma | w² N / Gamma |",
+        "|---|---|---|---|---|",
+    ]
+    for variant, settings in VARIANTS.items():
+        config = load_config("digits-quick", settings)
+        if config.pruning.kind == "full" or config.pruning.baseline or "int8" in variant:
+            continue
+        w2, gamma = spread(config, theta)
+        bound = max(w2) * config.clients / gamma if gamma else float("inf")
+        lines.append(
+            f"| {variant} | {statistics.mean(w2):.1f} | {max(w2):.1f} | {gamma} | {bound:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def spread(config: Config, theta: dict[str, torch.Tensor]) -> tuple[list[float], int]:
+    layout = channel_layout(config)
+    recipes = plan_round(config, config.rounds, known_ratios(config), theta, layout)
+    mean, w2 = MaskedMean(theta), []
+    for recipe in recipes.values():
+        kept = recipe.mask(theta, layout)
+        w2.append(pruning_error(kept, theta))
+        blocks = {n: kept[n].take(v) if hasattr(kept.get(n), "take") and n in kept
+                  and not isinstance(kept[n], torch.Tensor) else v for n, v in theta.items()}
+        mean.add(blocks, kept)
+    return w2, mean.gamma()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/unequal"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    done: dict[str, list[Path]] = {name: [] for name in arguments.only}
+    for seed in range(arguments.seeds):
+        for name in arguments.only:
+            done[name].append(run(name, seed, arguments.out))
+    text = table([row(name, paths) for name, paths in done.items()], arguments.seeds)
+    if "F" in done:
+        text += "\n" + on_one_theta(done["F"][0])
+    (arguments.out / "table.md").write_text(text)
+    print(f"{text}\n{time.perf_counter() - began:.0f} s on {os.cpu_count()} cores, "
+          f"torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()

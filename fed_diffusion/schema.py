@@ -1,0 +1,301 @@
+"""Every setting of a run, what it means and what it may be.
+
+A `Config` is frozen and complete: everything a run depends on is in it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+KeepRatio = Annotated[float, Field(gt=0, le=1)]
+Level = Literal["F", "L", "M", "S"]
+Dtype = Literal["fp32", "bf16", "fp16", "int8"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says which, what is allowed and how to fix it."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Which images, how they are split over the clients, and what is held out."""
+
+    name: str = "digits"
+    """digits | cifar10 | svhn | fashion_mnist | image_folder | your_module:function"""
+    dir: str | None = None
+    """Where the files are (image_folder) or are downloaded to (torchvision sets)."""
+    size: int | None = Field(None, ge=1)
+    """Side in pixels; known for the named sets, required for image_folder and your own."""
+    channels: Literal[1, 3] | None = None
+    classes: int | None = Field(None, ge=1)
+    partition: Literal["iid", "dirichlet", "shards", "folders"] = "iid"
+    alpha: float = Field(0.5, gt=0)
+    """Concentration of partition: dirichlet (small = more unequal)."""
+    classes_per_client: int = Field(2, ge=1)
+    """For partition: shards."""
+    holdout: float = Field(0.1, ge=0, lt=1)
+    """Part of each client's images kept for its held-out loss."""
+    flip: bool = False
+    """Mirror images left to right at random."""
+
+
+class ModelConfig(Section):
+    """The score network."""
+
+    name: str = "unet"
+    """unet | your_module:Net"""
+    widths: tuple[int, ...] = Field((32, 64, 64), min_length=1)
+    """Channels per resolution level; each a multiple of `group`."""
+    blocks: int = Field(1, ge=1)
+    """Residual blocks per level on the way down."""
+    attention: tuple[int, ...] = ()
+    """Resolutions (in pixels) whose blocks are followed by self-attention."""
+    group: int = Field(8, ge=2, multiple_of=2)
+    """Channels per normalisation group (a fixed size, so that groups can be dropped whole)."""
+    head: int = Field(32, ge=1)
+    """Channels per attention head."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    conditional: bool = False
+    """Condition on the class label."""
+    prediction: Literal["eps", "v", "x0"] = "eps"
+    """What the network's output means; all three give the same score."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> ModelConfig:
+        for width in self.widths:
+            if width < 1 or width % self.group:
+                raise ValueError(
+                    f"widths: {width} is not a multiple of model.group = {self.group}; "
+                    "every width must be, so that whole groups can be dropped"
+                )
+        return self
+
+
+class DiffusionConfig(Section):
+    """The partition of time u_0 = T > ... > u_K = delta."""
+
+    T: float = Field(4.13, ge=1)
+    delta: float = Field(1e-3, gt=0, lt=1)
+    K: int = Field(300, ge=1)
+    partition: Literal[
+        "kappa_minimal", "half_half", "geometric", "uniform", "ddpm_linear", "ddpm_cosine"
+    ] = "kappa_minimal"
+
+    @model_validator(mode="after")
+    def _enough_steps(self) -> DiffusionConfig:
+        least = math.ceil(math.log(1 / self.delta))
+        if least > self.K:
+            raise ValueError(
+                f"K: {self.K} steps are too few for delta = {self.delta:g}; "
+                f"Remark 4.12 needs K >= log(1/delta), here at least {least}"
+            )
+        return self
+
+
+class PruningConfig(Section):
+    """How each worker's mask comes about."""
+
+    kind: Literal["full", "random", "topk", "channels", "balanced"] = "full"
+    """random, topk: single weights; channels: whole channel groups, so that the worker's network
+    is smaller; balanced: of either (`unit`), dropped by as few workers at once as can be."""
+    level: Level = "F"
+    keep: KeepRatio | tuple[KeepRatio, ...] | None = None
+    """Keep ratios of one's own in place of a level: one for all, or one per client."""
+    scope: Literal["weights", "all"] = "weights"
+    """weights: tensors of two or more dimensions; all: every coordinate, the paper's letter."""
+    per: Literal["tensor", "global"] = "tensor"
+    """For topk and balanced weights: the largest of each tensor, or of the whole network."""
+    choice: Literal["ordered", "rolling", "random", "magnitude"] = "ordered"
+    """For channels: the first groups; a window that moves each round; drawn; the largest."""
+    unit: Literal["weights", "channels"] = "weights"
+    """For balanced: what is dropped."""
+    budget: Literal["level", "node", "auto"] = "level"
+    """Where keep ratios come from: level or keep above; each node's own config (keep=0.5); or what
+    each worker measures of its memory and speed."""
+    ladder: tuple[KeepRatio, ...] = Field((1.0, 0.75, 0.5, 0.25, 0.125), min_length=1)
+    """For budget auto: the ratios to choose from."""
+    baseline: Literal["exclusive", "small"] | None = None
+    """exclusive: only workers with the whole network train; small: all train the smallest one."""
+
+    @model_validator(mode="after")
+    def _full_drops_nothing(self) -> PruningConfig:
+        if self.kind == "full" and (self.level != "F" or self.keep is not None):
+            raise ValueError(
+                "kind: full drops nothing, so it goes with level F and no keep ratios "
+                f"(level = {self.level}, keep = {self.keep}); choose another kind"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> PruningConfig:
+        if self.choice != "ordered" and self.kind != "channels":
+            raise ValueError(f"choice: {self.choice} needs kind channels, not {self.kind}")
+        if self.unit != "weights" and self.kind != "balanced":
+            raise ValueError(f"unit: {self.unit} needs kind balanced, not {self.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_of_ratios(self) -> PruningConfig:
+        if self.budget == "level":
+            return self
+        if self.level != "F" or self.keep is not None or self.baseline is not None:
+            raise ValueError(
+                f"budget: {self.budget} lets the nodes say their ratios, so it goes with level F, "
+                f"no keep and no baseline (level = {self.level}, keep = {self.keep}, "
+                f"baseline = {self.baseline})"
+            )
+        if self.budget == "auto" and not self.by_channels:
+            raise ValueError(
+                "budget: auto needs masks that save memory and time: kind channels, or balanced "
+                f"with unit channels, not kind {self.kind}"
+            )
+        if self.kind == "full":
+            raise ValueError("budget: node needs a kind that drops something, not full")
+        return self
+
+    @property
+    def by_channels(self) -> bool:
+        """Whether workers drop whole channels."""
+        return self.kind == "channels" or (self.kind == "balanced" and self.unit == "channels")
+
+
+class LocalConfig(Section):
+    """A worker's local training in one round."""
+
+    steps: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1)
+    batch: int = Field(64, ge=1)
+    optimizer: Literal["adam", "sgd"] = "adam"
+    eta: float = Field(1e-4, gt=0)
+    """Step size on the simple loss."""
+    warmup: int = Field(0, ge=0)
+    """Rounds over which eta rises linearly from nearly 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: eta falls to 0 at the last round."""
+    prox: float = Field(0.0, ge=0)
+    """FedProx: the weight mu of mu/2 ||theta - theta_{r,n,0}||^2, added to the local loss."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> LocalConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                "steps: give exactly one of local.steps and local.epochs "
+                f"(steps = {self.steps}, epochs = {self.epochs}); set the other to null"
+            )
+        return self
+
+
+class EmaConfig(Section):
+    """The server's moving average of theta, used for sampling. decay 0 switches it off."""
+
+    decay: float = Field(0.9, ge=0, lt=1)
+    """Per round; warmed up as min(decay, (1 + r) / (10 + r))."""
+
+
+class RoundConfig(Section):
+    """Who takes part in a round, and for how long it waits."""
+
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Part of the clients drawn each round."""
+    deadline_s: float = Field(3600.0, gt=0)
+    """Flower engine: replies later than this are not waited for."""
+    weighting: Literal["uniform", "examples"] = "uniform"
+    """Equation (8) is uniform."""
+
+
+class WireConfig(Section):
+    """What travels, and as what."""
+
+    down: Dtype = "fp32"
+    """Of theta_r towards a worker. int8 is rounded at random, without bias."""
+    up: Dtype = "fp32"
+    differences: bool = False
+    """Send back what training changed, in place of the values: small numbers, cheap to round."""
+    scale: Literal["channel", "tensor"] = "channel"
+    """For int8: one scale per output channel (for scattered masks per tensor), or per tensor."""
+
+
+class WorkerConfig(Section):
+    """The machine share of one worker. `threads` is part of bit-identity."""
+
+    threads: int = Field(1, ge=1)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto | cpu | cuda | cuda:1"""
+    memory_mb: float | None = Field(None, gt=0)
+    """For pruning.budget auto: what a worker may use; default: what its machine has to give."""
+
+
+class EvaluationConfig(Section):
+    """Sampling and quality figures after training."""
+
+    samples: int = Field(1000, ge=0)
+    """Images behind FID, IS and KID; 0 switches them off."""
+    steps: int | None = Field(None, ge=1)
+    """Steps of the sampler; default diffusion.K."""
+    batch: int = Field(256, ge=1)
+    every: int = Field(0, ge=0)
+    """A small fixed-noise grid every so many rounds; 0: none."""
+    grid: int = Field(64, ge=1)
+    """Images on the final grid."""
+    denoise: bool = False
+    """End with a Tweedie step (not covered by the bound)."""
+    reference: str = "data"
+    """data: the run's own data set | a folder of images | none: no quality figures."""
+    extractor: Literal["inception", "classifier"] = "inception"
+    """classifier: a small network trained on the labelled reference set."""
+    weights: str | None = None
+    """A file with the Inception weights, where they cannot be downloaded."""
+
+
+class FlowerConfig(Section):
+    """The Flower engine that `fed-diffusion run --engine flower` starts."""
+
+    supernodes: int | None = Field(None, ge=1)
+    """Default: one per client."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs per client (a fraction shares one)."""
+
+
+class Config(Section):
+    """A whole run. N is `clients`, R is `rounds`; see the README's symbol table."""
+
+    preset: str = "custom"
+    method: str | None = None
+    seed: int = Field(0, ge=0, lt=2**63)
+    rounds: int = Field(10, ge=1)
+    clients: int = Field(10, ge=1, le=100_000)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    pruning: PruningConfig = PruningConfig()
+    local: LocalConfig = LocalConfig(steps=20)
+    ema: EmaConfig = EmaConfig()
+    round: RoundConfig = RoundConfig()
+    wire: WireConfig = WireConfig()
+    worker: WorkerConfig = WorkerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    flower: FlowerConfig = FlowerConfig()
+
+    @model_validator(mode="after")
+    def _keep_per_client(self) -> Config:
+        keep = self.pruning.keep
+        if isinstance(keep, tuple) and len(keep) != self.clients:
+            raise ValueError(
+                f"pruning.keep: {len(keep)} ratios for clients = {self.clients}; "
+                "give one ratio for all, or one per client"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and lists, as YAML and JSON take them."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
