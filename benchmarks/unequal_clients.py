@@ -2,9 +2,10 @@
 
     python benchmarks/unequal_clients.py [--out runs/unequal] [--seeds 3] [--only NAME ...]
 
-Every variant trains `digits-quick` with the keep ratios below and the same images per worker; each
+Every variant trains `digits-unequal` (keep ratios 1 to 0.125) on the same images per worker; each
 run is a run directory under --out, and one that is finished is not run again. Ends with a table in
-Markdown (also written to --out/table.md): means over the seeds, with the range of FID.
+Markdown (also written to --out/table.md): means over the seeds, with the range of FID. `--skewed`
+gives every worker the images of few classes, so that leaving the weak ones out loses classes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,20 +26,21 @@ from fed_diffusion.federation.simulate import simulate
 from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.masks.recipes import pruning_error
 from fed_diffusion.models.build import channel_layout
+from fed_diffusion.models.layout import Block
 from fed_diffusion.runs import RunDir
 
-KEEP = [1, 1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+PRESET = "digits-unequal"
+SKEWED = {"data.partition": "dirichlet", "data.alpha": 0.3}
 
 
-def masks(kind: str, **more: str) -> dict:
-    return {"pruning.kind": kind, "pruning.keep": KEEP} | {
-        f"pruning.{key}": value for key, value in more.items()
-    }
+def masks(kind: str, **more: str) -> dict[str, Any]:
+    return {"pruning.kind": kind} | {f"pruning.{key}": value for key, value in more.items()}
 
 
+FULL = {"method": "FedDM-F"}
 INT8_UP = {"wire.up": "int8", "wire.differences": True}
 VARIANTS = {
-    "F": {"method": "FedDM-F"},
+    "F": FULL,
     "channels, ordered": masks("channels"),
     "channels, rolling": masks("channels", choice="rolling"),
     "channels, random": masks("channels", choice="random"),
@@ -48,13 +51,15 @@ VARIANTS = {
     "top-k weights": masks("topk"),
     "exclusive": masks("random", baseline="exclusive"),
     "small": masks("random", baseline="small"),
-    "F, int8 differences up": {"method": "FedDM-F"} | INT8_UP,
-    "F, int8 both ways": {"method": "FedDM-F-quant"},
-    "channels, ordered, int8 both ways": masks("channels") | INT8_UP | {"wire.down": "int8"},
+    "F, int8 differences up": FULL | INT8_UP,
+    "F, int8 both ways": FULL | {"method": "FedDM-F-quant"},
+    "channels, rolling, int8 both ways": masks("channels", choice="rolling")
+    | INT8_UP
+    | {"wire.down": "int8"},
 }
 
 
-def run(variant: str, seed: int, root: Path) -> Path:
+def run(variant: str, seed: int, root: Path, more: dict[str, Any]) -> Path:
     """The finished run directory of one variant; an unfinished one is started anew beside it."""
     name = variant.replace(", ", "-").replace(" ", "-")
     for attempt in range(100):
@@ -63,7 +68,7 @@ def run(variant: str, seed: int, root: Path) -> Path:
             return path
         if not path.exists():
             break
-    config = load_config("digits-quick", VARIANTS[variant] | {"seed": seed})
+    config = load_config(PRESET, VARIANTS[variant] | more | {"seed": seed})
     began = time.perf_counter()
     results = simulate(config, path)
     fid = results["quality"]["fid"]
@@ -74,9 +79,7 @@ def run(variant: str, seed: int, root: Path) -> Path:
 def row(variant: str, paths: list[Path]) -> dict:
     """One line of the table from the runs of all seeds."""
     results = [json.loads((path / "results.json").read_text()) for path in paths]
-    rounds = [
-        json.loads(line) for path in paths for line in (path / "metrics.jsonl").open()
-    ]
+    rounds = [json.loads(line) for path in paths for line in (path / "metrics.jsonl").open()]
     fids = [r["quality"]["fid"] for r in results]
     worker = sum(c["seconds"] for line in rounds for c in line["clients"]) / len(paths)
     return {
@@ -104,8 +107,8 @@ def table(rows: list[dict], seeds: int) -> str:
         ratio = f"{r['FID'] / base['FID']:.2f}" if base else ""
         lines.append(
             f"| {r['variant']} | {r['FID']:.3f} | {r['range']} | {ratio} | "
-            f"{r['held-out loss']:.4f} | {r['training loss']:.4f} | {r['Gamma*']} | {r['w2']:.0f} | "
-            f"{r['kept']:.3f} | {r['MB']:.0f} | {r['worker seconds']:.0f} |"
+            f"{r['held-out loss']:.4f} | {r['training loss']:.4f} | {r['Gamma*']} | "
+            f"{r['w2']:.0f} | {r['kept']:.3f} | {r['MB']:.0f} | {r['worker seconds']:.0f} |"
         )
     return "\n".join(lines) + f"\n\n{seeds} seeds.\n"
 
@@ -118,7 +121,7 @@ def on_one_theta(path: Path) -> str:
         "|---|---|---|---|---|",
     ]
     for variant, settings in VARIANTS.items():
-        config = load_config("digits-quick", settings)
+        config = load_config(PRESET, settings)
         if config.pruning.kind == "full" or config.pruning.baseline or "int8" in variant:
             continue
         w2, gamma = spread(config, theta)
@@ -136,9 +139,10 @@ def spread(config: Config, theta: dict[str, torch.Tensor]) -> tuple[list[float],
     for recipe in recipes.values():
         kept = recipe.mask(theta, layout)
         w2.append(pruning_error(kept, theta))
-        blocks = {n: kept[n].take(v) if hasattr(kept.get(n), "take") and n in kept
-                  and not isinstance(kept[n], torch.Tensor) else v for n, v in theta.items()}
-        mean.add(blocks, kept)
+        blocks = {
+            name: mask.take(theta[name]) for name, mask in kept.items() if isinstance(mask, Block)
+        }
+        mean.add(theta | blocks, kept)
     return w2, mean.gamma()
 
 
@@ -147,18 +151,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/unequal"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--skewed", action="store_true")
     arguments = parser.parse_args()
     began = time.perf_counter()
     done: dict[str, list[Path]] = {name: [] for name in arguments.only}
     for seed in range(arguments.seeds):
         for name in arguments.only:
-            done[name].append(run(name, seed, arguments.out))
+            done[name].append(run(name, seed, arguments.out, SKEWED if arguments.skewed else {}))
     text = table([row(name, paths) for name, paths in done.items()], arguments.seeds)
     if "F" in done:
         text += "\n" + on_one_theta(done["F"][0])
     (arguments.out / "table.md").write_text(text)
-    print(f"{text}\n{time.perf_counter() - began:.0f} s on {os.cpu_count()} cores, "
-          f"torch {torch.__version__}")
+    print(
+        f"{text}\n{time.perf_counter() - began:.0f} s on {os.cpu_count()} cores, "
+        f"torch {torch.__version__}"
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,13 @@ def train(message: Message, context: Context) -> Message:
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    """Load everything, and say which partition this node is."""
-    _worker(message)
-    numbers = {"partition-id": int(str(context.node_config.get("partition-id", -1)))}
+    """Load everything; say which partition this node is and what it can carry."""
+    worker = _worker(message)
+    numbers: dict[str, int | float] = {
+        "partition-id": int(str(context.node_config.get("partition-id", -1)))
+    }
+    if worker.config.pruning.budget == "node":
+        numbers["keep"] = float(str(context.node_config.get("keep", 1.0)))
+    elif worker.config.pruning.budget == "auto":
+        numbers |= worker.budget().to_metrics()
     return Message(RecordDict({"metrics": MetricRecord(dict(numbers))}), reply_to=message)

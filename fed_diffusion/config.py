@@ -90,6 +90,10 @@ def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> Conf
         settings["method"] = None  # what is typed now outranks the preset's method
     for key, value in flat.items():
         _assign(settings, key, value)
+    if "pruning.kind" in flat:  # what belongs to the preset's kind goes with it
+        for key, default in (("pruning.choice", "ordered"), ("pruning.unit", "weights")):
+            if key not in flat:
+                _assign(settings, key, default)
     if "local.epochs" in flat and "local.steps" not in flat:
         settings["local"]["steps"] = None
     if "local.steps" in flat and "local.epochs" not in flat:

@@ -7,7 +7,7 @@ rounds; and after the last round sample, evaluate and write the report.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,19 @@ class Experiment:
         self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
         self.history: list[RoundSummary] = []
         self._began = self._round_began = time.perf_counter()
+
+    def check_keep(self, keep: float) -> None:
+        """Refuse a keep ratio that a node says and that cannot be used: `ValueError`."""
+        if not 0 < keep <= 1:
+            raise ValueError(f"its keep = {keep:g}; it must be above 0 and at most 1")
+        if self.coordinator.layout is not None:
+            self.coordinator.layout.counts(keep)
+
+    def announce(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
+        """Note what each client's node can carry: its keep ratio and, where measured, why."""
+        for client, budget in budgets.items():
+            self.coordinator.announce(client, budget["keep"])
+        self.run.write_budgets(budgets)
 
     def tasks(self, round: int) -> Iterator[Task]:
         self._round_began = time.perf_counter()

@@ -67,6 +67,10 @@ def method_settings(method: str) -> dict[str, Any]:
     if level is not None or not baseline:
         kind = FAMILIES[family or "F"] if not baseline else "random"
         implied |= {"pruning.kind": kind, "pruning.level": level or "F", "pruning.keep": None}
+    if implied.get("pruning.kind", "channels") != "channels":
+        implied["pruning.choice"] = "ordered"
+    if implied.get("pruning.kind", "balanced") != "balanced":
+        implied["pruning.unit"] = "weights"
     for option in options:
         implied |= OPTIONS[option]
     return implied

@@ -6,6 +6,7 @@ checkpoint/          theta.safetensors, ema.safetensors, state.json; replaced as
 samples/             round-0005.png ..., final.png
 results.json         the figures of a finished run
 report.html          all of it on one page
+budgets.json         what each client's node can carry, where nodes say it (pruning.budget)
 status.json          how the run ended: finished, or failed and why
 """
 
@@ -98,6 +99,9 @@ class RunDir:
             raise ConfigError(f"{self.path} has no results.json: the run did not finish.")
         loaded: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return loaded
+
+    def write_budgets(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
+        write_atomic(self.path / "budgets.json", json.dumps(budgets, indent=2) + "\n")
 
     def write_status(self, state: str, reason: str | None = None) -> None:
         """The last thing a server writes: finished, or failed with the reason."""

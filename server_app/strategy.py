@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from logging import INFO, WARNING
 
 from flwr.app import (
@@ -102,7 +102,10 @@ class FedDiffusion(Strategy):
         )
 
     def _meet(self, grid: Grid) -> list[int]:
-        """The nodes that answer a query, in the order of their partition ids."""
+        """The nodes that answer a query, in the order of their partition ids.
+
+        Where nodes say what they can carry, it holds for every client that a node hosts.
+        """
         node_ids = _wait_for(lambda: sorted(grid.get_node_ids()), JOIN_S)
         if not node_ids:
             raise RuntimeError(f"no node joined within {JOIN_S:g} s; start SuperNodes first")
@@ -120,11 +123,16 @@ class FedDiffusion(Strategy):
         for query, node in zip(queries, node_ids, strict=True):
             sent |= dict.fromkeys((m for m in grid.push_messages([query]) if m), node)
         met: list[tuple[int, int]] = []
+        budgets: dict[int, Mapping[str, float]] = {}
         failures: list[str] = []
         for message_id, reply in _replies(grid, sent, time.monotonic() + JOIN_S):
             node = sent.pop(message_id)
             try:
-                met.append((_partition_id(reply), node))
+                numbers = _answer(reply)
+                if self.config.pruning.budget != "level":
+                    self.experiment.check_keep(numbers["keep"])
+                    budgets[node] = numbers
+                met.append((int(numbers["partition-id"]), node))
             except (ValueError, KeyError, TypeError) as error:
                 failures.append(f"node {node}: {error}")
         failures += [f"node {node}: no answer within {JOIN_S:g} s" for node in sent.values()]
@@ -132,7 +140,11 @@ class FedDiffusion(Strategy):
             log(WARNING, "%s", failure)
         if not met:
             raise RuntimeError("no node can run the ClientApp. " + "; ".join(failures))
-        return [node for _, node in sorted(met)]
+        nodes = [node for _, node in sorted(met)]
+        if budgets:
+            hosts = {client: nodes[client % len(nodes)] for client in range(self.config.clients)}
+            self.experiment.announce({client: budgets[node] for client, node in hosts.items()})
+        return nodes
 
     def _report(self, summary: RoundSummary) -> None:
         log(
@@ -193,8 +205,8 @@ class FedDiffusion(Strategy):
         )
 
 
-def _partition_id(reply: Message | Exception) -> int:
-    """A node's answer to the opening query; raises where it is none."""
+def _answer(reply: Message | Exception) -> dict[str, float]:
+    """The numbers of a node's answer to the opening query; raises where it is none."""
     if isinstance(reply, Exception):
         raise ValueError(f"its answer cannot be read: {reply!r}")
     if reply.has_error():
@@ -202,7 +214,7 @@ def _partition_id(reply: Message | Exception) -> int:
     numbers = reply.content["metrics"]
     if not isinstance(numbers, MetricRecord):
         raise TypeError("its answer has no metrics")
-    return int(str(numbers["partition-id"]))
+    return {key: value for key, value in numbers.items() if not isinstance(value, list)}
 
 
 def _replies(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from fed_diffusion.config import Config
+from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import ImageSet
 from fed_diffusion.experiment import Experiment, Progress
 from fed_diffusion.federation.coordinator import Task, Update
@@ -48,6 +48,7 @@ def simulate(
         on_gpu = device_of(config).type == "cuda"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         processes = 1 if on_gpu else max(1, (cores or 1) // config.worker.threads)
+    announce_budgets(experiment)
     with task_runner(config, experiment.dataset, min(processes, config.clients)) as run:
         for round in range(1, config.rounds + 1):
             for task, outcome in run(experiment.tasks(round)):
@@ -59,6 +60,25 @@ def simulate(
             if progress is not None:
                 progress(summary.to_dict())
     return experiment.finish()
+
+
+def announce_budgets(experiment: Experiment) -> None:
+    """All clients of a simulation live on this machine: it measures once, for all of them.
+
+    Raises
+    ------
+    ConfigError
+        pruning.budget is `node`, and here are no nodes.
+    """
+    config = experiment.config
+    if config.pruning.budget == "node":
+        raise ConfigError(
+            "pruning.budget = 'node' takes keep ratios from Flower nodes, and in one process there "
+            "are none; give pruning.keep one ratio per client, or use --engine flower."
+        )
+    if config.pruning.budget == "auto":
+        budget = Worker(config, experiment.dataset).budget().to_metrics()
+        experiment.announce(dict.fromkeys(range(config.clients), budget))
 
 
 @contextmanager

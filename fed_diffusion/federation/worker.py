@@ -15,7 +15,9 @@ from fed_diffusion.data import ImageSet, load_dataset, partition, split_holdout,
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation.coordinator import Task, Update, eta_of
+from fed_diffusion.federation.probe import measure_budget
 from fed_diffusion.federation.wire import Payload, decode_task, encode_update
+from fed_diffusion.masks.budget import Budget
 from fed_diffusion.masks.recipes import Masks, Numbers
 from fed_diffusion.models.build import build_network, channel_layout, parameters_of, skeleton
 from fed_diffusion.models.slim import resized
@@ -58,6 +60,7 @@ class Worker:
         self._shapes = parameters_of(self._skeleton)
         self._layout = channel_layout(config)
         self._networks: dict[tuple[torch.Size, ...], nn.Module] = {}
+        self._budget: Budget | None = None
         diffusion = config.diffusion
         self.loss = DSMLoss(
             PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
@@ -101,6 +104,32 @@ class Worker:
         for name, value in theta.items():
             parameters[name].copy_(value)
         return self._networks[shapes]
+
+    def budget(self) -> Budget:
+        """The keep ratio that this machine can carry (pruning.budget: auto); measured once.
+
+        Raises
+        ------
+        BudgetError
+            Not even the smallest ratio of pruning.ladder fits.
+        """
+        if self._budget is None:
+            assert isinstance(self._skeleton, UNet)
+            assert self._layout is not None
+            most = max(
+                len(split_holdout(part, self.config, client)[0])
+                for client, part in enumerate(self._parts)
+            )
+            with pinned_threads(self.config.worker.threads), torch.random.fork_rng():
+                self._budget = measure_budget(
+                    self.config,
+                    self._skeleton,
+                    self._layout,
+                    self.loss,
+                    self.device,
+                    self.steps(most),
+                )
+        return self._budget
 
     def steps(self, examples: int) -> int:
         """S, the local steps of a client with so many training images."""

@@ -32,7 +32,8 @@ def check_pruning(config: Config, layout: Layout | None) -> None:
         A ratio below the smallest sub-network; a baseline with nobody weak or nobody strong.
     """
     pruning = config.pruning
-    ratios = keep_ratios(config) if pruning.budget == "level" else pruning.ladder
+    known = {"level": keep_ratios(config), "node": (), "auto": pruning.ladder}
+    ratios = known[pruning.budget]
     if pruning.baseline is not None and min(ratios) == 1:
         raise ConfigError(
             f"pruning.baseline = {pruning.baseline!r} compares with weak workers, and every worker "

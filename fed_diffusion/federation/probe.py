@@ -1,0 +1,171 @@
+"""pruning.budget auto: a worker measures what it can carry, once a run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fed_diffusion.config import Config
+from fed_diffusion.data import class_count, image_shape
+from fed_diffusion.diffusion.loss import DSMLoss
+from fed_diffusion.masks.budget import (
+    BYTES_PER_PARAMETER,
+    Budget,
+    Demand,
+    Probe,
+    choose,
+    memory_allowed,
+)
+from fed_diffusion.masks.channels import ordered
+from fed_diffusion.models.layout import Layout
+from fed_diffusion.models.slim import resized
+from fed_diffusion.models.unet import UNet, reset
+
+STEPS = 3
+"""Steps of a probe; the median counts, so that the first one is warm-up."""
+LOOK_S = 0.002
+"""Between looks at the process's memory."""
+
+
+def measure_budget(
+    config: Config, whole: UNet, layout: Layout, loss: DSMLoss, device: torch.device, steps: int
+) -> Budget:
+    """The largest ratio of pruning.ladder that this machine can carry.
+
+    Only the two smallest sub-networks are run, a few steps each, on noise.
+
+    Parameters
+    ----------
+    whole
+        The whole network's structure, on the meta device.
+    steps
+        Local steps of a round.
+
+    Raises
+    ------
+    BudgetError
+        Not even the smallest fits.
+    """
+    ladder = sorted(set(config.pruning.ladder))
+    demands = {keep: demand(config, sub_network(whole, layout, keep, "meta")) for keep in ladder}
+    allowed = memory_allowed(config.worker.memory_mb)
+    if device.type == "cuda":
+        allowed = _cuda_memory_allowed(config, device)
+    with peak_memory(device) as peak:
+        probes = {}
+        for keep in ladder[:2]:
+            network = reset(sub_network(whole, layout, keep, device))
+            step = training_step(config, network, loss, device)
+            seconds = sorted(seconds_of(step, device) for _ in range(STEPS))
+            probes[keep] = Probe(peak(), seconds[STEPS // 2])
+            del network, step
+    return choose(demands, probes, allowed, steps, config.round.deadline_s)
+
+
+def sub_network(whole: UNet, layout: Layout, keep: float, device: torch.device | str) -> UNet:
+    """The sub-network of the first groups at this ratio, not initialised."""
+    blocks = layout.blocks(ordered(layout, layout.counts(keep)))
+    shapes = {n: blocks[n].kept if n in blocks else shape for n, shape in layout.shapes.items()}
+    return resized(whole, shapes, device=device)
+
+
+def demand(config: Config, network: UNet) -> Demand:
+    """What a training step needs by its shapes: nothing is computed, the network is on meta."""
+    images, u, labels = _batch(config, torch.device("meta"))
+    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with (
+        FlopCounterMode(display=False) as flops,
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        network(images, u, labels).square().mean().backward()
+    parameters = sum(p.numel() for p in network.parameters())
+    return Demand(
+        parameters=BYTES_PER_PARAMETER * parameters,
+        activations=sum(kept.values()),
+        work=flops.get_total_flops() / 2,
+    )
+
+
+def training_step(
+    config: Config, network: nn.Module, loss: DSMLoss, device: torch.device
+) -> Callable[[], None]:
+    """A function that takes one local step, on blank images, as a worker does on its own."""
+    network = network.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.local.eta, fused=True)
+    noise = torch.Generator(device).manual_seed(0)
+    images, _, labels = _batch(config, device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss(network, images, noise, labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    n = config.local.batch
+    images = torch.zeros((n, *image_shape(config.data)), device=device)
+    u = torch.ones(n, dtype=torch.float64, device=device)
+    labels = None
+    if config.model.conditional and class_count(config.data):
+        labels = torch.zeros(n, dtype=torch.int64, device=device)
+    return images, u, labels
+
+
+def _cuda_memory_allowed(config: Config, device: torch.device) -> float:
+    free = float(torch.cuda.mem_get_info(device)[0])
+    stated = config.worker.memory_mb
+    return free if stated is None else min(free, stated * 1e6)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Yields a function that gives the highest memory since the start, above what was in use then.
+
+    On a CPU a thread looks at the process's resident memory: its own high-water mark cannot be
+    reset everywhere.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        idle = torch.cuda.memory_allocated(device)
+        yield lambda: float(torch.cuda.max_memory_allocated(device) - idle)
+        return
+    process, done = psutil.Process(), threading.Event()
+    start = highest = process.memory_info().rss
+
+    def look() -> None:
+        nonlocal highest
+        while not done.wait(LOOK_S):
+            highest = max(highest, process.memory_info().rss)
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: float(max(highest, process.memory_info().rss) - start)
+    finally:
+        done.set()
+        watcher.join()

@@ -1,0 +1,213 @@
+"""From a machine's resources to a keep ratio: what it may use, what a sub-network takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+MARGIN = 1.15
+"""A prediction counts as this much more than it says: it is extrapolated from smaller networks."""
+TRAINING_SHARE = 0.8
+"""Of the round's deadline; the rest is for messages and the server."""
+BYTES_PER_PARAMETER = 20
+"""Value, gradient, two moments of Adam, and the values as they arrived: five float32."""
+LIMITS = ("none", "memory", "time", "memory and time")
+MB = 1e6
+
+
+class BudgetError(RuntimeError):
+    """Not even the smallest sub-network of the ladder fits this machine."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a sub-network needs by its shapes alone.
+
+    Attributes
+    ----------
+    parameters
+        Bytes of values, gradients, moments and of the values as they arrived.
+    activations
+        Bytes that a step keeps for its backward pass.
+    work
+        Multiply-adds of a step.
+    """
+
+    parameters: float
+    activations: float
+    work: float
+
+    @property
+    def memory(self) -> float:
+        return self.parameters + self.activations
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few steps took: bytes above the idle process at the peak, seconds of one step."""
+
+    memory: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The keep ratio that a machine can carry, and why it is not larger.
+
+    Attributes
+    ----------
+    keep
+        The largest ratio of the ladder that fits.
+    limit
+        What the next larger ratio would exceed: none, memory, time, memory and time.
+    memory, memory_cap
+        Predicted peak and what may be used, bytes above the idle process.
+    seconds, seconds_cap
+        Predicted time of the local steps of a round, and what the deadline leaves for them.
+    """
+
+    keep: float
+    limit: str
+    memory: float
+    memory_cap: float
+    seconds: float
+    seconds_cap: float
+
+    def to_metrics(self) -> dict[str, int | float]:
+        """As numbers, the way a node's answer carries it."""
+        return {
+            "keep": self.keep,
+            "budget.limit": LIMITS.index(self.limit),
+            "budget.memory_mb": self.memory / MB,
+            "budget.memory_cap_mb": self.memory_cap / MB,
+            "budget.seconds": self.seconds,
+            "budget.seconds_cap": self.seconds_cap,
+        }
+
+
+def choose(
+    demands: Mapping[float, Demand],
+    probes: Mapping[float, Probe],
+    memory_cap: float,
+    steps: int,
+    deadline_s: float,
+) -> Budget:
+    """The largest ratio whose predicted peak and time fit.
+
+    Both are linear in the demand, memory = a + b bytes and seconds = c + d multiply-adds, through
+    the probes of the two smallest ratios (proportional where the ladder has only one).
+
+    Parameters
+    ----------
+    demands
+        For every ratio of the ladder.
+    probes
+        For its two smallest ratios.
+    memory_cap
+        Bytes above the idle process that may be used.
+
+    Raises
+    ------
+    BudgetError
+        Nothing fits; the message has the figures.
+    """
+    seconds_cap = TRAINING_SHARE * deadline_s
+    memory = _line([(demands[keep].memory, probe.memory) for keep, probe in probes.items()])
+    seconds = _line([(demands[keep].work, probe.seconds) for keep, probe in probes.items()])
+    limit = "none"
+    for keep in sorted(demands, reverse=True):
+        peak = MARGIN * (memory[0] + memory[1] * demands[keep].memory)
+        took = MARGIN * steps * (seconds[0] + seconds[1] * demands[keep].work)
+        over = {"memory": peak > memory_cap, "time": took > seconds_cap}
+        if not any(over.values()):
+            return Budget(keep, limit, peak, memory_cap, took, seconds_cap)
+        limit = " and ".join(name for name, exceeded in over.items() if exceeded)
+    raise BudgetError(
+        f"not even keep = {min(demands):g} fits here: it needs {peak / MB:.0f} MB above the "
+        f"idle process ({memory_cap / MB:.0f} MB may be used) and {took:.1f} s a round (the "
+        f"deadline leaves {seconds_cap:.1f} s). Give it more memory, a longer round.deadline_s, a "
+        "smaller local.batch, or pruning.ladder a smaller last ratio."
+    )
+
+
+def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """a and b of y = a + b x through the points, neither below 0."""
+    (x0, y0), (x1, y1) = min(points), max(points)
+    slope = (y1 - y0) / (x1 - x0) if x1 > x0 else 0.0
+    if slope <= 0 or y0 - slope * x0 < 0:  # proportional, by the larger of the two rates
+        return 0.0, max(y / x for x, y in points)
+    return y0 - slope * x0, slope
+
+
+def memory_allowed(stated_mb: float | None = None) -> float:
+    """Bytes that this process may use beyond what it uses now.
+
+    The least of: the stated cap on its resident memory, the limits of its control groups, its
+    limits on data and address space, and the machine's available memory.
+    """
+    process = psutil.Process()
+    used = process.memory_info()
+    allowed = [float(psutil.virtual_memory().available)]
+    if stated_mb is not None:
+        allowed.append(stated_mb * MB - used.rss)
+    allowed += [limit - now for limit, now in _process_limits(used)]
+    allowed += [limit - now for limit, now in _control_groups()]
+    return max(min(allowed), 0.0)
+
+
+def _process_limits(used: object) -> Iterator[tuple[float, float]]:
+    """(limit, used) of the process's own limits, where the system has them."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    for limit, field in ((resource.RLIMIT_AS, "vms"), (resource.RLIMIT_DATA, "data")):
+        soft = resource.getrlimit(limit)[0]
+        if soft != resource.RLIM_INFINITY and hasattr(used, field):
+            yield float(soft), float(getattr(used, field))
+
+
+def _control_groups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[tuple[float, float]]:
+    """(limit, used) of every control group that this process is in, version 1 or 2."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base = root / "memory" if controllers else root
+        names = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            if controllers
+            else ("memory.max", "memory.current")
+        )
+        here = base / path.lstrip("/")
+        while here == base or base in here.parents:
+            limit, now = (_number(here / name) for name in names)
+            if limit is not None and now is not None:
+                yield limit, now - _reclaimable(here / "memory.stat")
+            here = here.parent
+
+
+def _number(path: Path) -> float | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:  # no such control group here, as inside a container
+        return None
+    value = math.inf if text == "max" else float(text)
+    return value if value < 2**60 else None  # version 1 writes a huge number for "no limit"
+
+
+def _reclaimable(path: Path) -> float:
+    """File pages that the kernel gives back before it calls memory short."""
+    try:
+        fields = dict(line.split() for line in path.read_text().splitlines())
+    except OSError:
+        return 0.0
+    return float(fields.get("inactive_file", 0)) + float(fields.get("active_file", 0))
