@@ -18,9 +18,7 @@ def test_nodes_say_in_their_own_config_what_they_keep(tmp_path):
             flower.start_node(partition, 3, **config)
         flower.wait_for_nodes(3)
         chosen = "pruning.kind=channels pruning.budget=node model.group=4 clients=4 rounds=2"
-        printed = flower.run(
-            f"preset='digits' run-dir='{tmp_path / 'run'}' set='{SMALL} {chosen}'"
-        )
+        printed = flower.run(f"preset='digits' run-dir='{tmp_path / 'run'}' set='{SMALL} {chosen}'")
     assert "its keep = 7" in printed  # that node cannot be used, and the two others host its client
     results = RunDir(tmp_path / "run").results()
     assert results["method"] == "C-FedDM-node"

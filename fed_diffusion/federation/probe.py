@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +24,7 @@ from fed_diffusion.masks.budget import (
     Demand,
     Probe,
     choose,
+    expected_memory,
     memory_allowed,
 )
 from fed_diffusion.masks.channels import ordered
@@ -39,7 +43,7 @@ def measure_budget(
 ) -> Budget:
     """The largest ratio of pruning.ladder that this machine can carry.
 
-    Only the two smallest sub-networks are run, a few steps each, on noise.
+    Only the two smallest sub-networks are run, a few steps each, on blank images.
 
     Parameters
     ----------
@@ -59,8 +63,11 @@ def measure_budget(
     if device.type == "cuda":
         allowed = _cuda_memory_allowed(config, device)
     with peak_memory(device) as peak:
-        probes = {}
+        probes: dict[float, Probe] = {}
         for keep in ladder[:2]:
+            # a probe must not itself take more than there is
+            if expected_memory(demands, probes, keep) > allowed:
+                break
             network = reset(sub_network(whole, layout, keep, device))
             step = training_step(config, network, loss, device)
             seconds = sorted(seconds_of(step, device) for _ in range(STEPS))
@@ -147,13 +154,15 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
     """Yields a function that gives the highest memory since the start, above what was in use then.
 
     On a CPU a thread looks at the process's resident memory: its own high-water mark cannot be
-    reset everywhere.
+    reset everywhere. Free memory that the process still holds would hide what is used next, so it
+    is given back first.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         idle = torch.cuda.memory_allocated(device)
         yield lambda: float(torch.cuda.max_memory_allocated(device) - idle)
         return
+    _return_free_memory()
     process, done = psutil.Process(), threading.Event()
     start = highest = process.memory_info().rss
 
@@ -169,3 +178,11 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
     finally:
         done.set()
         watcher.join()
+
+
+def _return_free_memory() -> None:
+    """glibc keeps freed memory for the process; elsewhere there is nothing to do."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fed_diffusion.config import Config
 from fed_diffusion.federation.aggregate import UpdateError
-from fed_diffusion.federation.codecs import Cast, Packed, cast, unpack
-from fed_diffusion.masks.recipes import Masks, Numbers, Recipe
+from fed_diffusion.federation.codecs import Cast, Packed, cast, expand, select, unpack
+from fed_diffusion.masks.recipes import Masks, Numbers, Recipe, kept_count
 from fed_diffusion.models.layout import Block, Layout
 from fed_diffusion.rng import Purpose, philox
 
@@ -118,7 +118,7 @@ def encode_update(
         if config.wire.differences:
             kept = kept - start[name]
         if isinstance(mask, Tensor):
-            kept = kept[mask]
+            kept = select(kept, mask)
         packed[name] = cast(kept, config.wire.up, per_row(config), stream).pack()
     return packed
 
@@ -161,14 +161,10 @@ def _decode(
         if mask is None:
             expected = tuple(whole.shape)
         else:
-            expected = mask.kept if isinstance(mask, Block) else (int(mask.sum()),)
+            expected = mask.kept if isinstance(mask, Block) else (kept_count(mask),)
         values = unpack(name, arrays[name], dtype, expected, rows)
-        decoded[name] = _expand(values, mask) if isinstance(mask, Tensor) else values
+        decoded[name] = expand(values, mask) if isinstance(mask, Tensor) else values
     return decoded
-
-
-def _expand(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter_(mask, values)
 
 
 # --- masks that only their bits describe --------------------------------------------------------

@@ -98,15 +98,15 @@ def choose(
 ) -> Budget:
     """The largest ratio whose predicted peak and time fit.
 
-    Both are linear in the demand, memory = a + b bytes and seconds = c + d multiply-adds, through
-    the probes of the two smallest ratios (proportional where the ladder has only one).
+    Memory and time are linear in the demand's bytes and multiply-adds, through the probes of the
+    two smallest ratios (proportional where there is one; the demand alone where there is none).
 
     Parameters
     ----------
     demands
         For every ratio of the ladder.
     probes
-        For its two smallest ratios.
+        For its two smallest ratios, as far as there was room to try them.
     memory_cap
         Bytes above the idle process that may be used.
 
@@ -116,12 +116,11 @@ def choose(
         Nothing fits; the message has the figures.
     """
     seconds_cap = TRAINING_SHARE * deadline_s
-    memory = _line([(demands[keep].memory, probe.memory) for keep, probe in probes.items()])
-    seconds = _line([(demands[keep].work, probe.seconds) for keep, probe in probes.items()])
+    a, b = _line([(demands[keep].work, probe.seconds) for keep, probe in probes.items()])
     limit = "none"
     for keep in sorted(demands, reverse=True):
-        peak = MARGIN * (memory[0] + memory[1] * demands[keep].memory)
-        took = MARGIN * steps * (seconds[0] + seconds[1] * demands[keep].work)
+        peak = expected_memory(demands, probes, keep)
+        took = MARGIN * steps * (a + b * demands[keep].work)
         over = {"memory": peak > memory_cap, "time": took > seconds_cap}
         if not any(over.values()):
             return Budget(keep, limit, peak, memory_cap, took, seconds_cap)
@@ -134,8 +133,21 @@ def choose(
     )
 
 
+def expected_memory(
+    demands: Mapping[float, Demand], probes: Mapping[float, Probe], keep: float
+) -> float:
+    """The predicted peak of a ratio, bytes above the idle process.
+
+    Never less than the demand: a probe may have found memory that the process held before.
+    """
+    a, b = _line([(demands[k].memory, probe.memory) for k, probe in probes.items()])
+    return max(MARGIN * (a + b * demands[keep].memory), demands[keep].memory)
+
+
 def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """a and b of y = a + b x through the points, neither below 0."""
+    """a and b of y = a + b x through the points, neither below 0; both 0 without points."""
+    if not points:
+        return 0.0, 0.0
     (x0, y0), (x1, y1) = min(points), max(points)
     slope = (y1 - y0) / (x1 - x0) if x1 > x0 else 0.0
     if slope <= 0 or y0 - slope * x0 < 0:  # proportional, by the larger of the two rates

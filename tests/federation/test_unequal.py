@@ -128,7 +128,7 @@ def test_differences_come_back_as_what_training_made_of_theta(tiny, digits, kind
 
 
 def test_rounding_on_the_way_down_does_not_stay_in_theta(tiny, digits):
-    """int8 both ways, and workers that change nothing: theta stays theta_0 up to its fixed point."""
+    """int8 both ways, and workers that change nothing: theta stays theta_0, to its fixed point."""
     config = tiny(local__eta=1e-30, local__optimizer="sgd", **QUANT)
     coordinator, worker = start(config, digits)
     before = {name: value.clone() for name, value in coordinator.theta.items()}
