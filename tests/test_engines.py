@@ -56,6 +56,19 @@ def test_a_flower_run_and_an_in_process_run_end_with_the_same_bits(by_hand, tmp_
     assert [line["round"] for line in lines] == [1, 2]
 
 
+def test_small_networks_in_int8_are_the_same_bits_on_flower(tmp_path):
+    """Channels by magnitude: their groups travel as lists, the values as scaled differences."""
+    chosen = {"pruning__kind": "channels", "pruning__choice": "magnitude", "model__group": 4}
+    wire = {"wire__down": "int8", "wire__up": "int8", "wire__differences": True}
+    config = config_of(pruning__keep=[1, 1, 0.75, 0.5, 0.25], **chosen, **wire)
+    simulate(config, tmp_path / "local", processes=1)
+    assert run_on_flower(config, tmp_path / "flower") == 0
+    assert same_bits(tmp_path / "local", tmp_path / "flower")
+    here, there = (RunDir(tmp_path / name).results() for name in ("local", "flower"))
+    assert (here["bytes_up"], here["bytes_down"]) == (there["bytes_up"], there["bytes_down"])
+    assert here["rejected"] == there["rejected"] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("supernodes", [1, 10])
 def test_the_number_of_supernodes_changes_no_bit(by_hand, tmp_path, supernodes):

@@ -16,6 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fed_diffusion.masks.budget import LIMITS
 from fed_diffusion.report import curves
 from fed_diffusion.report.records import Record, read_record
 from fed_diffusion.report.style import CSS
@@ -58,6 +59,7 @@ def render(record: Record) -> str:
             _timeline(record),
             _quality(record),
             _clients(record),
+            _budgets(record),
             _rejected(record),
             _settings(record),
         )
@@ -140,6 +142,9 @@ def _gamma(record: Record) -> str:
         text += " had a trainer" + ("; the others kept their values." if min(covered) < 1 else ".")
     if _mapping(record.settings.get("round")).get("fraction", 1) != 1:
         text += " Only a part of the clients is drawn each round, which the theorem does not cover."
+    factor = [float(v) for e in record.rounds if (v := e.get("w2_n_over_gamma")) is not None]
+    if factor:
+        text += f" w² N / Γ, as it stands in the bound, was at most {_number(max(factor))}."
     plot = _plot(curves.gamma_figure(record.rounds, record.fact("clients")), "Gamma per round")
     return _section("Γ and coverage", f"<p>{text}</p>{plot}")
 
@@ -220,6 +225,29 @@ def _clients(record: Record) -> str:
     ]
     body = _table(head, rows) + _more(len(clients))
     return _section(f"Clients in round {_number(last.get('round'))}", body)
+
+
+def _budgets(record: Record) -> str:
+    if not record.budgets:
+        return ""
+    rows = []
+    for client, entry in list(record.budgets.items())[:MOST_ROWS]:
+        budget = _mapping(entry)
+        limit = dict(enumerate(LIMITS)).get(budget.get("budget.limit", -1))
+        rows.append(
+            (
+                _text(client),
+                _number(budget.get("keep")),
+                limit or "said by its node",
+                _number(budget.get("budget.memory_mb")),
+                _number(budget.get("budget.memory_cap_mb")),
+                _duration(budget.get("budget.seconds")),
+                _duration(budget.get("budget.seconds_cap")),
+            )
+        )
+    head = ("client", "keep", "limited by", "peak, MB", "allowed, MB", "local steps", "allowed")
+    text = "<p>What each client's machine can carry; peaks and times are predictions.</p>"
+    return _section("Budgets", text + _table(head, rows) + _more(len(record.budgets)))
 
 
 def _rejected(record: Record) -> str:

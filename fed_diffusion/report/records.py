@@ -27,6 +27,8 @@ class Record:
         metrics.jsonl, one mapping per round in order; of a repeated round the last one.
     unreadable
         Lines of metrics.jsonl that are no JSON, as the last one of a killed run.
+    budgets
+        budgets.json: what each client's node said it can carry; empty where none was asked.
     results
         results.json; empty for a run that has not finished.
     final, timeline
@@ -37,6 +39,7 @@ class Record:
     settings: dict[str, Any]
     rounds: list[dict[str, Any]]
     unreadable: int
+    budgets: dict[str, Any]
     results: dict[str, Any]
     final: Path | None
     timeline: list[tuple[int, Path]]
@@ -73,7 +76,8 @@ def read_record(run_dir: Path) -> Record:
         settings=settings if isinstance(settings, dict) else {},
         rounds=rounds,
         unreadable=unreadable,
-        results=_read_results(run_dir / "results.json"),
+        budgets=_read_mapping(run_dir / "budgets.json"),
+        results=_read_mapping(run_dir / "results.json"),
         final=final if final.is_file() else None,
         timeline=sorted((int(match[1]), path) for match, path in found if match),
     )
@@ -92,9 +96,9 @@ def _read_rounds(path: Path) -> tuple[list[dict[str, Any]], int]:
     return [rounds[number] for number in sorted(rounds)], unreadable
 
 
-def _read_results(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return results if isinstance(results, dict) else {}
+    return found if isinstance(found, dict) else {}

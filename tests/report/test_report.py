@@ -352,3 +352,24 @@ def test_a_grid_of_something_else_is_refused(shape: tuple[int, ...]) -> None:
 def test_a_grid_without_columns_or_pixels_is_refused(setting: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), **setting)
+
+
+def test_what_each_machine_can_carry_is_shown_with_what_limits_it(tmp_path: Path) -> None:
+    run = write_finished(tmp_path)
+    assert "Budgets" not in page_of(run).text
+    measured = {"keep": 0.5, "budget.limit": 1, "budget.memory_mb": 812.0}
+    measured |= {"budget.memory_cap_mb": 900.0, "budget.seconds": 12.0, "budget.seconds_cap": 48.0}
+    said: dict[str, Any] = {"keep": 0.25, "partition-id": 1}
+    (run / "budgets.json").write_text(json.dumps({"0": measured, "1": said}))
+    text = page_of(run).text
+    assert "0 0.5 memory 812 900 12 s 48 s" in text
+    assert "1 0.25 said by its node" in text
+
+
+def test_the_bounds_factor_is_stated_where_it_is_known(tmp_path: Path) -> None:
+    rounds = [a_round(1, w2_n_over_gamma=12.5), a_round(2, w2_n_over_gamma=None)]
+    assert (
+        "w² N / Γ, as it stands in the bound, was at most 12.5"
+        in page_of(write_run(tmp_path, rounds)).text
+    )
+    assert "as it stands in the bound" not in page_of(write_run(tmp_path, [a_round(1)])).text
