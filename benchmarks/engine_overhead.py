@@ -28,7 +28,7 @@ from fed_diffusion.data import ImageSet, load_dataset, to_unit
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.experiment import Experiment
-from fed_diffusion.federation.coordinator import Update
+from fed_diffusion.federation.records import Update
 from fed_diffusion.federation.simulate import task_runner
 from fed_diffusion.flower_engine import run_on_flower
 from fed_diffusion.models.build import build_network

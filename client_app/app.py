@@ -39,7 +39,8 @@ def hello(message: Message, context: Context) -> Message:
     """Load everything; say which partition this node is and what it can carry."""
     worker = _worker(message)
     numbers: dict[str, int | float] = {
-        "partition-id": int(str(context.node_config.get("partition-id", -1)))
+        "partition-id": int(str(context.node_config.get("partition-id", 0))),
+        "num-partitions": int(str(context.node_config.get("num-partitions", 0))),
     }
     if worker.config.pruning.budget == "node":
         numbers["keep"] = float(str(context.node_config.get("keep", 1.0)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fed_diffusion.federation.aggregate import UpdateError
-from fed_diffusion.federation.coordinator import Task, Update
+from fed_diffusion.federation.records import Task, Update
 from fed_diffusion.federation.wire import Packed, Payload
 
 STYPE = "fed-diffusion.raw"

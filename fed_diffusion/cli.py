@@ -1,4 +1,4 @@
-"""fed-diffusion run | sample | evaluate: what a user types."""
+"""fed-diffusion run | resume | sample | evaluate: what a user types."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, help="the run directory (default: runs/<preset>-<time>)")
     run.set_defaults(command=run_command)
 
+    resume = commands.add_parser("resume", help="go on with a run that was stopped or killed")
+    resume.add_argument("run", type=Path, metavar="RUN")
+    resume.add_argument("--engine", choices=("local", "flower"), default="local")
+    resume.set_defaults(command=resume_command)
+
     sample = commands.add_parser("sample", help="generate images from a trained run")
     sample.add_argument("run", type=Path, metavar="RUN")
     sample.add_argument("--num", type=int, default=64)
@@ -66,35 +71,57 @@ def parser() -> argparse.ArgumentParser:
 def run_command(arguments: argparse.Namespace) -> int:
     """Train a preset on the chosen engine; the run directory is the last line of the output."""
     from fed_diffusion.experiment import check
-    from fed_diffusion.runs import RunDir, new_run_path
+    from fed_diffusion.runs import new_run_path
 
     config = load_config(arguments.preset, parse_pairs(arguments.set))
     path = (arguments.out or new_run_path(config)).resolve()
     if (path / "metrics.jsonl").exists():
         raise ConfigError(f"--out {path} holds a run already; give another directory.")
-    with _live_progress(config) as report:
-        if arguments.engine == "flower":
-            from fed_diffusion.flower_engine import EngineError, run_on_flower
+    if arguments.engine == "flower":
+        check(config)
+    return _train(config, path, arguments.engine, resume=False)
 
-            check(config)
-            try:
-                code = run_on_flower(config, path, progress=report)
-            except EngineError as error:
-                console.print(f"[bold red]failed:[/] {_escape(str(error))}", soft_wrap=True)
-                return 1
-        else:
-            from fed_diffusion.federation.simulate import simulate
 
-            try:
-                simulate(config, path, progress=report)
-            except (RuntimeError, OSError) as error:  # not one update counted; a worker died
-                RunDir(path).write_status("failed", str(error))
-                console.print(f"[bold red]failed:[/] {_escape(str(error))}", soft_wrap=True)
-                return 1
-            code = 0
+def resume_command(arguments: argparse.Namespace) -> int:
+    """Go on from a run's last checkpoint; it ends with the bits it would have ended with."""
+    from fed_diffusion.runs import RunDir
+
+    run = RunDir.open(arguments.run)
+    if run.finished():
+        raise ConfigError(f"{run.path} is finished; there is nothing to resume.")
+    return _train(run.config(), run.path, arguments.engine, resume=True)
+
+
+def _train(config: Config, path: Path, engine: str, *, resume: bool) -> int:
+    """Run a new or stopped run on an engine to its end."""
+    from fed_diffusion.experiment import Experiment
+    from fed_diffusion.runs import RunDir
+    from fed_diffusion.superlink import stop_signals_interrupt
+
+    with _live_progress(config) as report, stop_signals_interrupt():
+        try:
+            if engine == "flower":
+                from fed_diffusion.flower_engine import run_on_flower
+
+                run_on_flower(config, path, progress=report, resume=resume)
+            else:
+                from fed_diffusion.federation.simulate import run_in_process
+
+                made = Experiment.resume(path) if resume else Experiment(config, path)
+                run_in_process(made, progress=report)
+        except ConfigError:
+            raise
+        except (RuntimeError, OSError) as error:  # below quorum; a worker died; no disk
+            if engine == "local" and RunDir(path).metrics.parent.is_dir():
+                RunDir(path).write_status("stopped", str(error))
+            console.print(f"[bold red]failed:[/] {_escape(str(error))}", soft_wrap=True)
+            return 1
+        except KeyboardInterrupt:
+            console.print(f"interrupted; go on with: fed-diffusion resume {path}", soft_wrap=True)
+            return INTERRUPTED
     _print_results(path)
     print(path, flush=True)
-    return code
+    return 0
 
 
 def sample_command(arguments: argparse.Namespace) -> int:

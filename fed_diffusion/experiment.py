@@ -6,25 +6,30 @@ rounds; and after the last round sample, evaluate and write the report.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fed_diffusion.checkpoint import Checkpoint
 from fed_diffusion.config import Config, ConfigError, method_name
 from fed_diffusion.data import ImageSet, image_shape, load_dataset, partition
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.evaluation import check_evaluation, no_quality
-from fed_diffusion.federation.coordinator import Coordinator, RoundSummary, Task, Update
+from fed_diffusion.federation.coordinator import BelowQuorum, Coordinator
+from fed_diffusion.federation.records import RoundSummary, Task, Update
 from fed_diffusion.federation.worker import device_of, pinned_threads
 from fed_diffusion.masks.plan import check_pruning
 from fed_diffusion.models.build import build_network, channel_layout, parameters_of
 from fed_diffusion.report.grids import save_grid
 from fed_diffusion.rng import Purpose
 from fed_diffusion.runs import RunDir, Sampler, sampler_partition
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with each round's line of metrics.jsonl."""
@@ -65,11 +70,22 @@ def check(
     return dataset
 
 
+class RunStopped(RuntimeError):
+    """The run cannot go on now; its last checkpoint is there, the message says how to resume."""
+
+
 class Experiment:
     """The server's side of one run: the coordinator, the run directory and the final hook.
 
-    Use it as: `for task in tasks(r)`, then `receive` (or `reject`) each reply, then `close_round`;
-    after the last round `finish`. `config.rounds` says how many there are.
+    An engine calls `train` with a function that carries one round's `tasks` to the clients and
+    hands back what comes of each, by `receive` or `reject`.
+
+    Parameters
+    ----------
+    path
+        The run directory.
+    dataset, needs_data
+        See `check`.
     """
 
     def __init__(
@@ -78,14 +94,106 @@ class Experiment:
         path: str | Path,
         dataset: ImageSet | None = None,
         needs_data: bool = True,
+        run: RunDir | None = None,
     ):
         self.config = config
         self.dataset = check(config, dataset, needs_data)
-        self.run = RunDir.create(path, config)
+        self.run = RunDir.create(path, config) if run is None else run
         self.coordinator = Coordinator(config, parameters_of(build_network(config)))
-        self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
+        self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "total": 0.0}
         self.history: list[RoundSummary] = []
+        self._written = self._saved = 0
         self._began = self._round_began = time.perf_counter()
+
+    @classmethod
+    def resume(
+        cls, path: str | Path, dataset: ImageSet | None = None, needs_data: bool = True
+    ) -> Experiment:
+        """A run that was stopped or killed, at its last checkpoint (or at its start).
+
+        Raises
+        ------
+        ConfigError
+            No run is there, or it is finished, or its checkpoint is another model's.
+        """
+        run = RunDir.open(path)
+        if run.finished():
+            raise ConfigError(f"{run.path} is finished; there is nothing to resume.")
+        rounds: list[RoundSummary] = []
+        checkpoint = run.load_checkpoint() if run.has_checkpoint() else None
+        if checkpoint is not None:
+            rounds = run.read_rounds(int(checkpoint.state["round"]))
+        run.rewrite_metrics(rounds)
+        experiment = cls(run.config(), run.path, dataset, needs_data, run)
+        if checkpoint is not None:
+            experiment._restore(checkpoint, rounds)
+        return experiment
+
+    def _restore(self, checkpoint: Checkpoint, rounds: list[RoundSummary]) -> None:
+        tensors, state = checkpoint.tensors, checkpoint.state
+        try:
+            self.coordinator.restore(tensors["theta"], tensors["ema"], state["coordinator"])
+        except ValueError as error:
+            raise ConfigError(f"{self.run.path} cannot be resumed: {error}.") from error
+        self.seconds = dict(state["seconds"])
+        self.history = rounds
+        self._written = self._saved = self.coordinator.round
+
+    def train(
+        self, exchange: Callable[[int], None], progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Every round that is left, then the final hook; returns the results.
+
+        Parameters
+        ----------
+        exchange
+            Called with a round's number: sends `tasks(round)`, gives every reply to `receive` or
+            `reject`, and returns when all are in, when there are `enough`, or at the deadline.
+        progress
+            Called with each round's line of metrics.
+
+        Raises
+        ------
+        RunStopped
+            A round stayed below its quorum.
+        """
+        try:
+            while self.coordinator.round < self.config.rounds:
+                summary = self._round(exchange)
+                if progress is not None:
+                    progress(summary.to_dict())
+        except BaseException as error:
+            self._stop(error)
+            raise
+        return self.finish()
+
+    def _round(self, exchange: Callable[[int], None]) -> RoundSummary:
+        """One round, tried again while it is below its quorum."""
+        round = self.coordinator.round + 1
+        for attempt in range(self.config.round.retries + 1):
+            exchange(round)
+            try:
+                return self.close_round()
+            except BelowQuorum as error:
+                problem = error
+                logger.warning("%s (attempt %d)", error, attempt + 1)
+        raise RunStopped(
+            f"{problem} It was tried {self.config.round.retries + 1} times. {self.how_to_resume()}"
+        ) from problem
+
+    def _stop(self, error: BaseException) -> None:
+        """Whatever ends a run early, its last finished round is not lost."""
+        if self._written > self._saved and self._written == self.coordinator.round:
+            self._checkpoint()
+        name = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+        reason = str(error) if isinstance(error, RunStopped) else f"{name}: {error}"
+        self.run.write_status("stopped", reason)
+
+    def how_to_resume(self) -> str:
+        return (
+            f"The last checkpoint is of round {max(self._saved, self._written)}; go on with: "
+            f"fed-diffusion resume {self.run.path}"
+        )
 
     def check_keep(self, keep: float) -> None:
         """Refuse a keep ratio that a node says and that cannot be used: `ValueError`."""
@@ -100,28 +208,33 @@ class Experiment:
             self.coordinator.announce(client, budget["keep"])
         self.run.write_budgets(budgets)
 
-    def tasks(self, round: int) -> Iterator[Task]:
+    def tasks(self, round: int, available: Collection[int] | None = None) -> Iterator[Task]:
         self._round_began = time.perf_counter()
         with pinned_threads(self.config.worker.threads):
-            yield from self.coordinator.tasks(round)
+            yield from self.coordinator.tasks(round, available)
 
-    def receive(self, update: Update) -> bool:
+    def receive(self, update: Update, node: int | None = None) -> bool:
         with self._timed("aggregate"), pinned_threads(self.config.worker.threads):
-            return self.coordinator.receive(update)
+            return self.coordinator.receive(update, node)
 
-    def reject(self, client: int, reason: str) -> None:
-        self.coordinator.reject(client, reason)
+    def reject(self, client: int, reason: str, node: int | None = None) -> None:
+        self.coordinator.reject(client, reason, node)
+
+    def enough(self) -> bool:
+        return self.coordinator.enough()
 
     def close_round(self) -> RoundSummary:
         """Average, write the round's line and checkpoint, draw the small grid where it is due."""
         with self._timed("aggregate"), pinned_threads(self.config.worker.threads):
             summary = self.coordinator.close_round()
-        self.history.append(summary)
-        state = {"round": summary.round, "preset": self.config.preset}
-        self.run.save_checkpoint(self.coordinator.theta, self.coordinator.ema, state)
         summary.seconds = time.perf_counter() - self._round_began
         self.seconds["train"] += summary.seconds
+        self.history.append(summary)
+        # first the line, then the checkpoint: a line without one is dropped when the run resumes
         self.run.append_metrics(summary.to_dict())
+        self._written = summary.round
+        if summary.round % self.config.round.checkpoint_every == 0:
+            self._checkpoint()
         every = self.config.evaluation.every
         if every and summary.round % every == 0 and summary.round < self.config.rounds:
             with self._timed("evaluate"):
@@ -129,8 +242,23 @@ class Experiment:
                 save_grid(images, self.run.path / "samples" / f"round-{summary.round:04d}.png")
         return summary
 
+    def _checkpoint(self) -> None:
+        now = time.perf_counter()
+        self.seconds["total"] += now - self._began
+        self._began = now
+        state = {
+            "round": self.coordinator.round,
+            "preset": self.config.preset,
+            "coordinator": self.coordinator.state(),
+            "seconds": self.seconds,
+        }
+        self.run.save_checkpoint(self.coordinator.theta, self.coordinator.ema, state)
+        self._saved = self.coordinator.round
+
     def finish(self) -> dict[str, Any]:
         """The post-training hook: samples, quality, results.json and the report."""
+        if self._saved < self.coordinator.round:
+            self._checkpoint()
         why = "the evaluation did not finish; fed-diffusion evaluate RUN does it again"
         self.run.write_results(self._results(no_quality(why, 0, 0)))
         with self._timed("evaluate"):
@@ -158,7 +286,7 @@ class Experiment:
 
     def _results(self, quality: dict[str, Any]) -> dict[str, Any]:
         last, config = self.history[-1], self.config
-        total = time.perf_counter() - self._began
+        total = self.seconds["total"] + time.perf_counter() - self._began
         return {
             "preset": config.preset,
             "method": config.method or method_name(config),

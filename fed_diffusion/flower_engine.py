@@ -37,13 +37,17 @@ POLL_S = 0.2
 """Between looks at the run directory: a stat of two files and of three processes."""
 
 
-def run_on_flower(config: Config, run_dir: Path, *, progress: Progress | None = None) -> int:
+def run_on_flower(
+    config: Config, run_dir: Path, *, progress: Progress | None = None, resume: bool = False
+) -> int:
     """Run the whole experiment on Flower's simulation engine, in a SuperLink of its own.
 
     Parameters
     ----------
     run_dir
         Where the ServerApp writes; made if it is not there.
+    resume
+        Go on with the run that is there.
     progress
         Called with each round's line of metrics.jsonl as it appears.
 
@@ -65,7 +69,7 @@ def run_on_flower(config: Config, run_dir: Path, *, progress: Progress | None = 
         stage_app(stage, config)
         return _run_app(
             stage,
-            {"preset": PRESET, "run-dir": str(run_dir)},
+            {"preset": PRESET, "resume" if resume else "run-dir": str(run_dir)},
             _federation(config),
             run_dir,
             progress,

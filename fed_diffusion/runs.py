@@ -2,42 +2,48 @@
 
 config.yaml          the resolved configuration: enough to repeat the run
 metrics.jsonl        one line per round
-checkpoint/          theta.safetensors, ema.safetensors, state.json; replaced as a whole
+checkpoint/          theta.safetensors, ema.safetensors, state.json; checkpoint-previous/ is the one
+                     before it
 samples/             round-0005.png ..., final.png
 results.json         the figures of a finished run
 report.html          all of it on one page
 budgets.json         what each client's node can carry, where nodes say it (pruning.budget)
-status.json          how the run ended: finished, or failed and why
+status.json          how the run ended: finished, or stopped or failed and why
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fed_diffusion.checkpoint import (
+    NEWEST,
+    PREVIOUS,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fed_diffusion.config import Config, ConfigError, build_config
 from fed_diffusion.data import class_count, image_shape, to_uint8
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.diffusion.process import Score, per_image, sigma
 from fed_diffusion.diffusion.samplers import exponential_integrator
+from fed_diffusion.federation.records import RoundSummary
 from fed_diffusion.federation.worker import device_of, network_with
 from fed_diffusion.rng import Purpose, torch_generator
 
 DEFAULT_ROOT = "runs"
-OLD_CHECKPOINT = ".checkpoint-old"
-"""Where the previous checkpoint is for the moment in which the new one takes its place."""
 
 
 def new_run_path(config: Config, root: str | Path = DEFAULT_ROOT) -> Path:
@@ -89,6 +95,8 @@ class RunDir:
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         write_atomic(self.path / "results.json", json.dumps(results, indent=2) + "\n")
@@ -107,30 +115,51 @@ class RunDir:
         """The last thing a server writes: finished, or failed with the reason."""
         write_atomic(self.path / "status.json", json.dumps({"state": state, "reason": reason}))
 
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        path = self.path / "status.json"
+        return path.is_file() and json.loads(path.read_text("utf-8"))["state"] == "finished"
+
+    def budgets(self) -> dict[int, dict[str, float]]:
+        """What write_budgets wrote; empty where it wrote nothing."""
+        path = self.path / "budgets.json"
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        return {int(client): budget for client, budget in found.items()}
+
+    def has_checkpoint(self) -> bool:
+        return any((self.path / folder).exists() for folder in (NEWEST, PREVIOUS))
+
     def save_checkpoint(
         self, theta: Mapping[str, Tensor], ema: Mapping[str, Tensor], state: Mapping[str, Any]
     ) -> None:
-        """Write checkpoint/ beside the old one, then swap: at any moment one of them is whole."""
-        fresh = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.path))
-        save_file(dict(theta), fresh / "theta.safetensors")
-        save_file(dict(ema), fresh / "ema.safetensors")
-        write_atomic(fresh / "state.json", json.dumps(dict(state)))
-        fresh.chmod(0o755)
-        final, old = self.path / "checkpoint", self.path / OLD_CHECKPOINT
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        fresh.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        """Write checkpoint/; see `fed_diffusion.checkpoint`."""
+        save_checkpoint(self.path, {"theta": theta, "ema": ema}, state)
+
+    def load_checkpoint(self) -> Checkpoint:
+        """The newest whole checkpoint; `ConfigError` where there is none."""
+        try:
+            return load_checkpoint(self.path)
+        except CheckpointError as error:
+            raise ConfigError(f"{self.path} cannot be read as a trained run: {error}.") from error
 
     def load_theta(self, *, ema: bool) -> dict[str, Tensor]:
-        name = "ema.safetensors" if ema else "theta.safetensors"
-        places = (self.path / "checkpoint" / name, self.path / OLD_CHECKPOINT / name)
-        path = next((place for place in places if place.is_file()), None)
-        if path is None:
-            raise ConfigError(f"{self.path} has no checkpoint yet: not one round is finished.")
-        loaded: dict[str, Tensor] = load_file(path)
-        return loaded
+        return self.load_checkpoint().tensors["ema" if ema else "theta"]
+
+    def read_rounds(self, last: int) -> list[RoundSummary]:
+        """The lines of metrics.jsonl up to round `last`; of a repeated round the last one."""
+        rounds: dict[int, RoundSummary] = {}
+        for line in self.metrics.read_text("utf-8").splitlines() if self.metrics.exists() else ():
+            try:
+                summary = RoundSummary.from_dict(json.loads(line))
+            except (ValueError, TypeError, KeyError):
+                continue  # cut off in the middle of a line
+            if summary.round <= last:
+                rounds[summary.round] = summary
+        return [rounds[number] for number in sorted(rounds)]
+
+    def rewrite_metrics(self, rounds: Iterable[RoundSummary]) -> None:
+        """Leave only these rounds in metrics.jsonl: what came after the checkpoint comes again."""
+        write_atomic(self.metrics, "".join(json.dumps(r.to_dict()) + "\n" for r in rounds))
 
 
 def write_atomic(path: Path, text: str) -> None:

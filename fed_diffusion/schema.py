@@ -206,6 +206,34 @@ class RoundConfig(Section):
     """Part of the clients drawn each round."""
     deadline_s: float = Field(3600.0, gt=0)
     """Flower engine: replies later than this are not waited for."""
+    quorum: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Updates without which a round is not closed: a count (2), or a part of those wanted (0.5)."""
+    retries: int = Field(2, ge=0)
+    """How often a round below its quorum is tried again before the run stops."""
+    over_select: float = Field(0.0, ge=0)
+    """Ask this part more clients than wanted, and close when the wanted number is in."""
+    max_norm: float | None = Field(None, gt=0)
+    """Refuse updates whose difference to theta_r has a larger norm."""
+    norm_factor: float | None = Field(None, ge=1)
+    """Refuse updates that differ this many times more than the median of recent ones."""
+    ban_after: int = Field(3, ge=0)
+    """Leave a client out after so many bad updates; 0: never."""
+    aggregation: Literal["mean", "trimmed_mean", "median"] = "mean"
+    """mean is equation (8). The others withstand lying clients, and hold all updates of a round
+    in memory: 4 bytes for each parameter and client."""
+    trim: float = Field(0.1, ge=0, lt=0.5)
+    """For trimmed_mean: the part of the values left out at either end of each coordinate."""
+    checkpoint_every: int = Field(1, ge=1)
+    """Rounds between checkpoints."""
+
+    @model_validator(mode="after")
+    def _robust_averages_know_no_weights(self) -> RoundConfig:
+        if self.aggregation != "mean" and self.weighting != "uniform":
+            raise ValueError(
+                f"aggregation: {self.aggregation} knows no weights; set round.weighting to uniform"
+            )
+        return self
+
     weighting: Literal["uniform", "examples"] = "uniform"
     """Equation (8) is uniform."""
 

@@ -10,7 +10,7 @@ from flwr.app import Context, UserConfig
 from flwr.serverapp import Grid, ServerApp
 
 from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
-from fed_diffusion.experiment import Experiment
+from fed_diffusion.experiment import Experiment, RunStopped
 from fed_diffusion.runs import RunDir, new_run_path
 from server_app.strategy import FedDiffusion
 
@@ -37,23 +37,34 @@ def config_of(run_config: UserConfig) -> Config:
     return load_config(str(run_config["preset"]), overrides | pairs)
 
 
+def _experiment(run_config: UserConfig, path: Path | None) -> Experiment:
+    """A new run, or with `resume` the one that a run directory holds."""
+    resumed = str(run_config.get("resume", ""))
+    if resumed:
+        stored = RunDir.open(resumed).config()
+        return Experiment.resume(resumed, needs_data=stored.evaluation.reference == "data")
+    config = config_of(run_config)
+    path = path or new_run_path(config)
+    if (path / "metrics.jsonl").exists():
+        raise FileExistsError(f"run-dir {path} holds a run already; give another directory")
+    # in a deployment the server has images only if it is to compare with them
+    return Experiment(config, path, needs_data=config.evaluation.reference == "data")
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run; however it ends, status.json in the run directory says so."""
     given = str(context.run_config.get("run-dir", ""))
     path = Path(given) if given else None
     try:
-        config = config_of(context.run_config)
-        path = path or new_run_path(config)
-        if (path / "metrics.jsonl").exists():
-            raise FileExistsError(f"run-dir {path} holds a run already; give another directory")
-        # in a deployment the server has images only if it is to compare with them
-        needs_data = config.evaluation.reference == "data"
-        experiment = Experiment(config, path, needs_data=needs_data)
+        experiment = _experiment(context.run_config, path)
+        path = experiment.run.path
         FedDiffusion(experiment).run(grid)
-        experiment.finish()
     except FileExistsError:
         raise  # the run that is there keeps its status
+    except (RunStopped, KeyboardInterrupt):
+        traceback.print_exc()
+        raise  # its status says that it was stopped, and how to resume
     except BaseException as error:
         traceback.print_exc()  # Flower prints it only after Ray is down
         if path is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import statistics
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,98 +16,55 @@ from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation.aggregate import MaskedMean, UpdateError
+from fed_diffusion.federation.records import (
+    ClientRound,
+    RoundSummary,
+    Task,
+    Update,
+    measurements,
+)
+from fed_diffusion.federation.robust import RobustMean
 from fed_diffusion.federation.wire import Payload, cast_theta, decode_update, encode_task
 from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.masks.recipes import (
     Masks,
     Recipe,
     RecipeError,
+    kept_count,
     kept_fraction,
     pruning_error,
 )
 from fed_diffusion.models.build import channel_layout
+from fed_diffusion.models.layout import Block
 from fed_diffusion.rng import Purpose, generator
 
-MEASURED_LIMIT = 2.0**53
-"""Above any loss, time or count that a worker can have measured."""
-EXAMPLES_LIMIT = 2**24
-"""Above any number of images on one client; as a weight it must leave room for its values."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One client's work in one round, as it travels."""
-
-    round: int
-    client: int
-    payload: Payload
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one client sends back: kept values; the recipe and its measurements as numbers."""
-
-    round: int
-    client: int
-    payload: Payload
-
-
-@dataclass(frozen=True)
-class ClientRound:
-    """One client's line in a round's record."""
-
-    client: int
-    kind: str
-    keep: float
-    loss: float
-    holdout_loss: float | None
-    w2: float
-    images: int
-    seconds: float
-    bytes_up: int
-    bytes_down: int
-
-
-@dataclass
-class RoundSummary:
-    """What is known of a finished round; a line of metrics.jsonl."""
-
-    round: int
-    loss: float
-    holdout_loss: float | None
-    dsm_objective: float
-    gamma: int
-    trained: float
-    w2_max: float
-    w2_n_over_gamma: float | None
-    """w^2 N / Gamma_r, as it stands in the bound; None where Gamma_r is 0."""
-    bytes_up: int
-    bytes_down: int
-    dense_bytes: int
-    images: int
-    eta: float
-    clients: list[ClientRound]
-    rejected: list[dict[str, Any]]
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+NORMS_KEPT = 256
+"""Updates whose norms round.norm_factor compares with."""
 
 
 @dataclass
 class _Open:
     """The round in progress."""
 
-    mean: MaskedMean
+    mean: MaskedMean | RobustMean
     recipes: dict[int, Recipe]
+    target: int
+    """Updates that are enough to close the round early."""
+    absent: list[int] = field(default_factory=list)
+    """Clients that could not be reached when it began."""
     waiting: dict[int, int] = field(default_factory=dict)
     """client -> bytes sent to it, for those whose update is still out."""
     top_k: dict[float, Masks] = field(default_factory=dict)
     """keep ratio -> mask: the same for all clients of a round."""
     clients: list[ClientRound] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
+
+
+class BelowQuorum(RuntimeError):
+    """Too few updates counted for the round to be closed; the message holds the reasons."""
 
 
 class Coordinator:
@@ -132,31 +90,92 @@ class Coordinator:
         u = PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
         self._Z = DSMLoss(u).Z
         self._d = math.prod(image_shape(config.data))
+        self.strikes: dict[int, int] = {}
+        """client -> how many bad updates it has sent."""
+        self.norms: list[float] = []
+        """Root-mean-square differences of recent updates, for round.norm_factor."""
         self._open: _Open | None = None
+        self._failed: _Open | None = None
+        """Earlier attempts at the same round: what they cost and why updates did not count."""
+        self._late = 0
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs beside theta and its moving average."""
+        return {"round": self.round, "strikes": self.strikes, "norms": self.norms}
+
+    def restore(
+        self, theta: Mapping[str, Tensor], ema: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> None:
+        """Go on from a checkpoint.
+
+        Raises
+        ------
+        ValueError
+            Its tensors are not this model's.
+        """
+        for mine, theirs in ((self.theta, theta), (self.ema, ema)):
+            here = {name: tuple(value.shape) for name, value in mine.items()}
+            if here != {name: tuple(value.shape) for name, value in theirs.items()}:
+                raise ValueError("the checkpoint's tensors are not those of the configured model")
+        # in the model's order, which random masks follow; a file keeps its own
+        self.theta = {name: theta[name] for name in self.theta}
+        self.ema = {name: ema[name] for name in self.ema}
+        self.round = int(state["round"])
+        self.strikes = {int(client): int(n) for client, n in state["strikes"].items()}
+        self.norms = [float(norm) for norm in state["norms"]]
 
     def announce(self, client: int, keep: float) -> None:
         """Note the keep ratio that a client's node gives it (pruning.budget: node or auto)."""
         self.keeps[client] = keep
 
-    def participants(self, round: int) -> list[int]:
-        """The clients of a round: a fraction of all (at least one), drawn by the run's seed.
+    def eligible(self) -> list[int]:
+        """Clients that may take part: not banned; under `exclusive` only with the whole network."""
+        alone = self.config.pruning.baseline == "exclusive"
+        banned = self.banned()
+        return [
+            client
+            for client, keep in sorted(self.keeps.items())
+            if client not in banned and (keep == 1 or not alone)
+        ]
 
-        Under the baseline `exclusive` only workers with the whole network count.
+    def banned(self) -> list[int]:
+        """Clients that have sent round.ban_after bad updates."""
+        limit = self.config.round.ban_after
+        return sorted(c for c, count in self.strikes.items() if limit and count >= limit)
+
+    def target(self) -> int:
+        """How many updates a round wants: round.fraction of the eligible clients, at least one."""
+        return max(1, math.floor(self.config.round.fraction * len(self.eligible()) + 0.5))
+
+    def quorum(self) -> int:
+        """How many it needs: round.quorum, as a count or as a part of the target."""
+        quorum = self.config.round.quorum
+        wanted = quorum if isinstance(quorum, int) else math.ceil(quorum * self.target())
+        return min(wanted, self.target())
+
+    def participants(self, round: int, available: Collection[int] | None = None) -> list[int]:
+        """The clients of a round, drawn by the run's seed: the target and round.over_select more.
+
+        Parameters
+        ----------
+        available
+            Clients that can be reached; default: all.
         """
-        everyone = sorted(self.keeps)
-        if self.config.pruning.baseline == "exclusive":
-            everyone = [client for client in everyone if self.keeps[client] == 1]
-        count = max(1, math.floor(self.config.round.fraction * len(everyone) + 0.5))
-        if count == len(everyone):
+        everyone = self.eligible()
+        if available is not None:
+            everyone = [client for client in everyone if client in available]
+        count = math.ceil(self.target() * (1 + self.config.round.over_select))
+        if count >= len(everyone):
             return everyone
         draw = generator(self.config.seed, Purpose.PARTICIPATION, round)
         return sorted(int(c) for c in draw.choice(everyone, count, replace=False))
 
-    def tasks(self, round: int) -> Iterator[Task]:
+    def tasks(self, round: int, available: Collection[int] | None = None) -> Iterator[Task]:
         """Open the round and yield each participant's task; payloads are made one at a time."""
-        keeps = {client: self.keeps[client] for client in self.participants(round)}
+        keeps = {client: self.keeps[client] for client in self.participants(round, available)}
+        absent = [c for c in self.eligible() if available is not None and c not in available]
         recipes = plan_round(self.config, round, keeps, self.theta, self.layout)
-        self._open = _Open(MaskedMean(self.theta, workers=len(keeps)), recipes)
+        self._open = _Open(self._mean(len(keeps)), recipes, self.target(), absent)
         casts = cast_theta(self.theta, self.config, round)
         full: Payload | None = None
         for client, recipe in recipes.items():
@@ -169,22 +188,33 @@ class Coordinator:
             self._open.bytes_down += payload.nbytes
             yield Task(round, client, payload)
 
-    def receive(self, update: Update) -> bool:
+    def receive(self, update: Update, node: int | None = None) -> bool:
         """Check an update and add it; a bad one is rejected whole and named in the summary."""
         state = self._state()
         state.bytes_up += update.payload.nbytes
         try:
             self._accept(state, update)
         except (UpdateError, RecipeError) as error:
-            self.reject(update.client, str(error))
+            self.strikes[update.client] = self.strikes.get(update.client, 0) + 1
+            self.reject(update.client, str(error), node)
             return False
         return True
 
-    def reject(self, client: int, reason: str) -> None:
+    def reject(self, client: int, reason: str, node: int | None = None) -> None:
         """Note that a client's update does not count, and why."""
         state = self._state()
         state.waiting.pop(client, None)
-        state.rejected.append({"client": client, "reason": reason})
+        where = {} if node is None else {"node": str(node)}
+        state.rejected.append({"client": client, "reason": reason, **where})
+
+    def late(self) -> None:
+        """Note a reply to a round that is closed; it is thrown away."""
+        self._late += 1
+
+    def enough(self) -> bool:
+        """Whether the round has as many updates as it wants."""
+        state = self._state()
+        return len(state.clients) >= state.target
 
     def waiting(self) -> list[int]:
         """Clients of the open round that have not been heard of."""
@@ -201,10 +231,12 @@ class Coordinator:
             raise RecipeError(f"the recipe is not the one agreed on: {recipe.differences(agreed)}")
         masks = self._mask(recipe)
         values = decode_update(update.payload.arrays, self.theta, masks, self.config)
-        measured = _measurements(numbers)
+        measured = measurements(numbers)
+        norm = self._check_norm(values, masks)
         by_examples = self.config.round.weighting == "examples"
         state.mean.add(values, masks, measured["examples"] if by_examples else 1)
         state.clients.append(self._client_round(state, update, recipe, masks, measured))
+        state.norms += [] if norm is None else [norm]
         del state.waiting[update.client]
 
     def _client_round(
@@ -228,18 +260,65 @@ class Coordinator:
 
         Raises
         ------
-        RuntimeError
-            Not one update counted; the message holds the reasons.
+        BelowQuorum
+            Too few updates counted; theta is as it was, and the round can be tried again.
         """
         state, round = self._state(), self.round + 1
-        if not state.clients:
-            reasons = "; ".join(f"client {r['client']}: {r['reason']}" for r in state.rejected)
-            raise RuntimeError(f"round {round}: no update counted. {reasons or 'No reply came.'}")
+        self._open = None
+        if len(state.clients) < self.quorum():
+            self._give_up(state)
+            reasons = "; ".join(f"client {r['client']}: {r['reason']}" for r in state.rejected[:5])
+            raise BelowQuorum(
+                f"round {round}: {len(state.clients) or 'no'} update counted, and "
+                f"{self.quorum()} are needed (round.quorum). {reasons or 'No reply came.'}"
+            )
         self.theta = state.mean.result()
         self._update_ema(round)
         self.round = round
-        self._open = None
+        self.norms = sorted_window(self.norms, state.norms)
         return self._summary(state, round)
+
+    def _give_up(self, state: _Open) -> None:
+        """What an attempt has cost stays in the ledger of the round."""
+        before = self._failed or _Open(self._mean(1), {}, 0)
+        before.bytes_up += state.bytes_up
+        before.bytes_down += state.bytes_down
+        before.rejected += state.rejected
+        before.clients += state.clients
+        before.mean = self._mean(1)
+        self._failed = before
+
+    def _mean(self, workers: int) -> MaskedMean | RobustMean:
+        settings = self.config.round
+        if settings.aggregation == "mean":
+            return MaskedMean(self.theta, workers)
+        trim = 0.5 if settings.aggregation == "median" else settings.trim
+        return RobustMean(self.theta, trim)
+
+    def _check_norm(self, values: Mapping[str, Tensor], masks: Masks) -> float | None:
+        """The root mean square of an update's difference to theta_r, where a limit is set.
+
+        Raises
+        ------
+        UpdateError
+            It is beyond round.max_norm (as a norm), or beyond round.norm_factor times the median
+            of recent rounds (as a root mean square, so that small and large networks compare).
+        """
+        settings = self.config.round
+        if settings.max_norm is None and settings.norm_factor is None:
+            return None
+        square, count = difference(values, self.theta, masks)
+        norm, rms = math.sqrt(square), math.sqrt(square / max(count, 1))
+        if settings.max_norm is not None and not norm <= settings.max_norm:
+            raise UpdateError(f"its difference has norm {norm:.4g}, above {settings.max_norm:g}")
+        if settings.norm_factor is not None and self.norms:
+            limit = settings.norm_factor * statistics.median(self.norms)
+            if not rms <= limit:
+                raise UpdateError(
+                    f"its difference is {rms:.4g} (root mean square), above "
+                    f"{settings.norm_factor:g} times the median of recent updates"
+                )
+        return rms
 
     def _update_ema(self, round: int) -> None:
         decay = min(self.config.ema.decay, (1 + round) / (10 + round))
@@ -247,7 +326,11 @@ class Coordinator:
             average.lerp_(self.theta[name], 1 - decay)
 
     def _summary(self, state: _Open, round: int) -> RoundSummary:
+        failed, self._failed = self._failed or _Open(state.mean, {}, 0), None
+        late, self._late = self._late, 0
         clients = sorted(state.clients, key=lambda c: c.client)
+        rejected = failed.rejected + sorted(state.rejected, key=lambda r: r["client"])
+        sent = len(clients) + len(failed.clients) + len(rejected)
         loss = sum(c.loss for c in clients) / len(clients)
         # Only workers with the whole network measure theta_r itself on their held-out images.
         heldout = [
@@ -263,13 +346,16 @@ class Coordinator:
             trained=state.mean.trained(),
             w2_max=w2_max,
             w2_n_over_gamma=w2_max * len(clients) / gamma if gamma else None,
-            bytes_up=state.bytes_up,
-            bytes_down=state.bytes_down,
-            dense_bytes=4 * self.parameters * (len(clients) + len(state.rejected)),
+            bytes_up=failed.bytes_up + state.bytes_up,
+            bytes_down=failed.bytes_down + state.bytes_down,
+            dense_bytes=4 * self.parameters * sent,
             images=sum(c.images for c in clients),
             eta=eta_of(self.config, round),
             clients=clients,
-            rejected=sorted(state.rejected, key=lambda r: r["client"]),
+            rejected=rejected,
+            late=late,
+            banned=self.banned(),
+            absent=state.absent,
         )
 
     def _mask(self, recipe: Recipe) -> Masks:
@@ -286,6 +372,29 @@ class Coordinator:
         return self._open
 
 
+def difference(
+    values: Mapping[str, Tensor], theta: Mapping[str, Tensor], masks: Masks
+) -> tuple[float, int]:
+    """The squared norm of values - theta over what the mask keeps, and how many values that is."""
+    square, count = 0.0, 0
+    for name, value in values.items():
+        mask = masks.get(name)
+        if isinstance(mask, Block):
+            change = value - mask.take(theta[name])
+        else:
+            change = value - theta[name]
+            if mask is not None:
+                change.masked_fill_(~mask, 0)
+        square += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+        count += value.numel() if mask is None else kept_count(mask)
+    return square, count
+
+
+def sorted_window(before: list[float], fresh: list[float]) -> list[float]:
+    """The last norms of earlier rounds, then this one's, in an order that no arrival decides."""
+    return (before + sorted(fresh))[-NORMS_KEPT:]
+
+
 def eta_of(config: Config, round: int) -> float:
     """The step size of a round (1-based): linear warm-up, then constant or cosine to 0."""
     local = config.local
@@ -293,23 +402,3 @@ def eta_of(config: Config, round: int) -> float:
     if local.schedule == "cosine":
         eta *= 0.5 * (1 + math.cos(math.pi * (round - 1) / config.rounds))
     return eta
-
-
-def _measurements(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """The worker's measurements, checked: they end in the record of the run."""
-    try:
-        measured: dict[str, Any] = {
-            "loss": float(numbers["loss"]),
-            "images": int(numbers["images"]),
-            "examples": int(numbers["examples"]),
-            "seconds": float(numbers["seconds"]),
-        }
-        if "holdout_loss" in numbers:
-            measured["holdout_loss"] = float(numbers["holdout_loss"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UpdateError(f"measurement missing or not a number: {error}") from error
-    # NaN fails every comparison; a limit on each keeps one client from owning the sums
-    legal = all(0 <= value <= MEASURED_LIMIT for value in measured.values())
-    if not legal or not 1 <= measured["examples"] <= EXAMPLES_LIMIT:
-        raise UpdateError(f"measurements are not finite or out of range: {measured}")
-    return measured

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import ImageSet
 from fed_diffusion.experiment import Experiment, Progress
-from fed_diffusion.federation.coordinator import Task, Update
+from fed_diffusion.federation.records import Task, Update
 from fed_diffusion.federation.worker import Worker, device_of
 
 
@@ -42,7 +42,17 @@ def simulate(
     progress
         Called with each round's line of metrics.
     """
-    experiment = Experiment(config, out)
+    return run_in_process(Experiment(config, out), processes=processes, progress=progress)
+
+
+def run_in_process(
+    experiment: Experiment, *, processes: int | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train a new or resumed experiment to its end; see `simulate`.
+
+    The deadline of a round is for real machines: clients in turn would miss it all.
+    """
+    config = experiment.config
     assert experiment.dataset is not None
     if processes is None:
         on_gpu = device_of(config).type == "cuda"
@@ -50,16 +60,20 @@ def simulate(
         processes = 1 if on_gpu else max(1, (cores or 1) // config.worker.threads)
     announce_budgets(experiment)
     with task_runner(config, experiment.dataset, min(processes, config.clients)) as run:
-        for round in range(1, config.rounds + 1):
-            for task, outcome in run(experiment.tasks(round)):
-                if isinstance(outcome, Update):
-                    experiment.receive(outcome)
-                else:
-                    experiment.reject(task.client, f"{type(outcome).__name__}: {outcome}")
-            summary = experiment.close_round()
-            if progress is not None:
-                progress(summary.to_dict())
-    return experiment.finish()
+        return experiment.train(lambda round: exchange(experiment, run, round), progress)
+
+
+def exchange(experiment: Experiment, run: Runner, round: int) -> None:
+    """Carry a round's tasks to the runner, and what comes of them back."""
+    for task, outcome in run(experiment.tasks(round)):
+        if isinstance(outcome, Update):
+            experiment.receive(outcome)
+        else:
+            experiment.reject(task.client, f"{type(outcome).__name__}: {outcome}")
+        if experiment.enough():
+            break
+    for client in experiment.coordinator.waiting():
+        experiment.reject(client, "there were enough updates without it")
 
 
 def announce_budgets(experiment: Experiment) -> None:
@@ -76,7 +90,9 @@ def announce_budgets(experiment: Experiment) -> None:
             "pruning.budget = 'node' takes keep ratios from Flower nodes, and in one process there "
             "are none; give pruning.keep one ratio per client, or use --engine flower."
         )
-    if config.pruning.budget == "auto":
+    if config.pruning.budget == "auto" and (known := experiment.run.budgets()):
+        experiment.announce(known)  # a resumed run goes on as it was
+    elif config.pruning.budget == "auto":
         budget = Worker(config, experiment.dataset).budget().to_metrics()
         experiment.announce(dict.fromkeys(range(config.clients), budget))
 

@@ -14,8 +14,9 @@ from fed_diffusion.config import Config
 from fed_diffusion.data import ImageSet, load_dataset, partition, split_holdout, to_unit
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
-from fed_diffusion.federation.coordinator import Task, Update, eta_of
+from fed_diffusion.federation.coordinator import eta_of
 from fed_diffusion.federation.probe import measure_budget
+from fed_diffusion.federation.records import Task, Update
 from fed_diffusion.federation.wire import Payload, decode_task, encode_update
 from fed_diffusion.masks.budget import Budget
 from fed_diffusion.masks.recipes import Masks, Numbers

@@ -10,7 +10,8 @@ from fed_diffusion.config import ConfigError
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation.codecs import Packed
-from fed_diffusion.federation.coordinator import Coordinator, Update, eta_of
+from fed_diffusion.federation.coordinator import Coordinator, eta_of
+from fed_diffusion.federation.records import Update
 from fed_diffusion.federation.simulate import simulate
 from fed_diffusion.federation.wire import Payload, decode_task, decode_update
 from fed_diffusion.federation.worker import Worker

@@ -1,0 +1,138 @@
+"""Checkpoints that survive a crash at any moment: the last two, each whole, checked when read.
+
+checkpoint/            the newest: *.safetensors and state.json
+checkpoint-previous/   the one before it
+
+A checkpoint is written beside the others, synced to disk, and takes its place by renaming. Its
+state holds the hash of every tensor file and of itself; one that is truncated or altered is
+recognised, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+NEWEST, PREVIOUS = "checkpoint", "checkpoint-previous"
+STATE = "state.json"
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not what was written, or none at all; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on: groups of tensors by name, and a state of plain values."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    run: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> None:
+    """Write the newest checkpoint of a run; the one that was newest becomes the previous one.
+
+    Parameters
+    ----------
+    run
+        The run directory.
+    tensors
+        File name (without its ending) -> tensors by name.
+    state
+        Plain values, as JSON takes them.
+    """
+    fresh = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=run))
+    hashes = {}
+    for name, group in tensors.items():
+        path = fresh / f"{name}.safetensors"
+        save_file(dict(group), path)
+        _sync(path)
+        hashes[path.name] = _hash_of(path)
+    sealed = json.loads(json.dumps(dict(state) | {"sha256": hashes}))  # as it will be read
+    (fresh / STATE).write_text(json.dumps(sealed | {"seal": _seal(sealed)}), "utf-8")
+    _sync(fresh / STATE)
+    _sync(fresh)
+    fresh.chmod(0o755)
+    newest, previous, old = run / NEWEST, run / PREVIOUS, run / ".checkpoint-old"
+    # whenever it is cut off, `newest` or `previous` is whole
+    shutil.rmtree(old, ignore_errors=True)
+    if newest.exists():
+        if previous.exists():
+            previous.rename(old)
+        newest.rename(previous)
+    fresh.rename(newest)
+    _sync(run)
+    shutil.rmtree(old, ignore_errors=True)
+    for left in run.glob(".checkpoint-*"):  # of a process that was killed while it wrote one
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def load_checkpoint(run: Path) -> Checkpoint:
+    """The newest checkpoint that is whole.
+
+    Raises
+    ------
+    CheckpointError
+        There is none; the message says what is wrong with each.
+    """
+    problems = []
+    for folder in (run / NEWEST, run / PREVIOUS):
+        try:
+            checkpoint = _read(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            logger.warning("%s; the one before it is used", problem)
+        return checkpoint
+    raise CheckpointError("; ".join(problems))
+
+
+def _read(folder: Path) -> Checkpoint:
+    try:
+        state = json.loads((folder / STATE).read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} holds no checkpoint") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder / STATE} is damaged: {error}") from error
+    if not isinstance(state, dict) or state.pop("seal", None) != _seal(state):
+        raise CheckpointError(f"{folder / STATE} is not as it was written")
+    tensors = {}
+    for name, digest in state.pop("sha256").items():
+        path = folder / name
+        if not path.is_file() or _hash_of(path) != digest:
+            raise CheckpointError(f"{path} is missing, truncated or altered")
+        tensors[path.stem] = load_file(path)
+    return Checkpoint(tensors, state)
+
+
+def _seal(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the operating system bring a file or a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

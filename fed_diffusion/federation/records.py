@@ -1,0 +1,107 @@
+"""What passes between server and workers, and what is written down of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fed_diffusion.federation.aggregate import UpdateError
+from fed_diffusion.federation.wire import Payload
+
+MEASURED_LIMIT = 2.0**53
+"""Above any loss, time or count that a worker can have measured."""
+EXAMPLES_LIMIT = 2**24
+"""Above any number of images on one client; as a weight it must leave room for its values."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client's work in one round, as it travels."""
+
+    round: int
+    client: int
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends back: kept values; the recipe and its measurements as numbers."""
+
+    round: int
+    client: int
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """One client's line in a round's record."""
+
+    client: int
+    kind: str
+    keep: float
+    loss: float
+    holdout_loss: float | None
+    w2: float
+    images: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass
+class RoundSummary:
+    """What is known of a finished round; a line of metrics.jsonl."""
+
+    round: int
+    loss: float
+    holdout_loss: float | None
+    dsm_objective: float
+    gamma: int
+    trained: float
+    w2_max: float
+    w2_n_over_gamma: float | None
+    """w^2 N / Gamma_r, as it stands in the bound; None where Gamma_r is 0."""
+    bytes_up: int
+    bytes_down: int
+    dense_bytes: int
+    images: int
+    eta: float
+    clients: list[ClientRound]
+    rejected: list[dict[str, Any]]
+    """client, reason and, where known, the node, of every update that did not count."""
+    late: int = 0
+    """Replies that came after their round was closed, and were thrown away."""
+    banned: list[int] = field(default_factory=list)
+    """Clients that are left out for having sent bad updates repeatedly."""
+    absent: list[int] = field(default_factory=list)
+    """Clients whose nodes were not there when the round began."""
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, line: Mapping[str, Any]) -> RoundSummary:
+        """The inverse of `to_dict`, for a line of metrics.jsonl."""
+        return cls(**(dict(line) | {"clients": [ClientRound(**c) for c in line["clients"]]}))
+
+
+def measurements(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The worker's measurements, checked: they end in the record of the run."""
+    try:
+        measured: dict[str, Any] = {
+            "loss": float(numbers["loss"]),
+            "images": int(numbers["images"]),
+            "examples": int(numbers["examples"]),
+            "seconds": float(numbers["seconds"]),
+        }
+        if "holdout_loss" in numbers:
+            measured["holdout_loss"] = float(numbers["holdout_loss"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UpdateError(f"measurement missing or not a number: {error}") from error
+    # NaN fails every comparison; a limit on each keeps one client from owning the sums
+    legal = all(0 <= value <= MEASURED_LIMIT for value in measured.values())
+    if not legal or not 1 <= measured["examples"] <= EXAMPLES_LIMIT:
+        raise UpdateError(f"measurements are not finite or out of range: {measured}")
+    return measured

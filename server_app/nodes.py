@@ -1,0 +1,181 @@
+"""Which nodes there are, what they said of themselves, and which clients each of them hosts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from logging import INFO, WARNING
+
+from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.common import log
+from flwr.serverapp import Grid
+
+POLL_S = 0.05
+"""Between looks for replies; Flower's own loop waits up to 3 s."""
+JOIN_S = 120.0
+"""How long to wait for the first node, and for a node to answer the opening query."""
+LOOK_S = 1.0
+"""Between looks for nodes, while there are too few."""
+
+Numbers = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Host:
+    """A node that has answered: the clients whose number is `partition` modulo `of` are its own.
+
+    A node without a partition in its node config (`of` is 0) takes clients that no other hosts.
+    """
+
+    node: int
+    partition: int
+    of: int
+    numbers: Numbers
+
+
+class Nodes:
+    """The nodes of a run. New ones are asked and join; those that are offline host nobody.
+
+    Parameters
+    ----------
+    accept
+        Given a node's answer; raises `ValueError` or `KeyError` where it cannot be used.
+    joined
+        Given each node that has joined.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        config_json: str,
+        accept: Callable[[Numbers], None],
+        joined: Callable[[Host], None],
+    ):
+        self._grid = grid
+        self._config_json = config_json
+        self._accept = accept
+        self._joined = joined
+        self._hosts: dict[int, Host] = {}
+        self._asked: dict[str, int] = {}
+        self._online: set[int] = set()
+        self._refused: dict[int, str] = {}
+
+    def meet(self) -> None:
+        """Wait for the first nodes, and until all that are there have answered.
+
+        Raises
+        ------
+        RuntimeError
+            None came, or none can run the ClientApp.
+        """
+        end = time.monotonic() + JOIN_S
+        while not self.refresh() and time.monotonic() < end:
+            time.sleep(0.2)
+        if not self._online:
+            raise RuntimeError(f"no node joined within {JOIN_S:g} s; start SuperNodes first")
+        while self._asked and time.monotonic() < end:
+            time.sleep(POLL_S)
+            self.refresh()
+        if not self._hosts:
+            silent = [f"node {n}: no answer within {JOIN_S:g} s" for n in self._asked.values()]
+            failures = [f"node {node}: {reason}" for node, reason in self._refused.items()]
+            raise RuntimeError("no node can run the ClientApp. " + "; ".join(failures + silent))
+
+    def refresh(self) -> bool:
+        """See who is online, ask those who are new, take the answers that are in; any online?"""
+        self._online = set(self._grid.get_node_ids())
+        known = self._hosts.keys() | set(self._asked.values()) | self._refused.keys()
+        for node in sorted(self._online - known):
+            self._ask(node)
+        for message_id in list(self._asked):
+            for reply in pull(self._grid, message_id):
+                self._take(self._asked.pop(message_id), reply)
+        return bool(self._online)
+
+    def wait_for(self, clients: list[int], count: int, seconds: float) -> set[int]:
+        """Those of the clients that have a host now; waits while they are fewer than `count`."""
+        end = time.monotonic() + seconds
+        self.refresh()
+        while len(found := {c for c in clients if self.host_of(c)}) < count:
+            if time.monotonic() >= end:
+                break
+            time.sleep(LOOK_S)
+            self.refresh()
+        return found
+
+    def host_of(self, client: int) -> Host | None:
+        """The node that works for a client; None while it is not there."""
+        here = [self._hosts[node] for node in sorted(self._online & self._hosts.keys())]
+        own = [host for host in here if host.of and client % host.of == host.partition]
+        if own:
+            return own[0]
+        partitioned = [h for h in self._hosts.values() if h.of]
+        if any(client % host.of == host.partition for host in partitioned):
+            return None  # its node is away; its data are there, not here
+        free = [host for host in here if not host.of]
+        return free[client % len(free)] if free else None
+
+    def __len__(self) -> int:
+        return len(self._online & self._hosts.keys())
+
+    def _ask(self, node: int) -> None:
+        about = ConfigRecord({"round": 0, "client": 0, "config": self._config_json})
+        query = Message(
+            RecordDict({"about": about}),
+            dst_node_id=node,
+            message_type=MessageType.QUERY,
+            ttl=JOIN_S,
+        )
+        self._asked |= dict.fromkeys((m for m in self._grid.push_messages([query]) if m), node)
+
+    def _take(self, node: int, reply: Message | Exception) -> None:
+        try:
+            numbers = _answer(reply)
+            self._accept(numbers)
+            host = Host(node, int(numbers["partition-id"]), int(numbers["num-partitions"]), numbers)
+        except (ValueError, KeyError, TypeError) as error:
+            log(WARNING, "node %d cannot be used: %s", node, error)
+            self._refused[node] = str(error)
+            return
+        self._hosts[node] = host
+        log(INFO, "node %d joined", node)
+        self._joined(host)
+
+
+def pull(grid: Grid, message_id: str) -> Iterator[Message | Exception]:
+    """The reply to a message if it is there; one that does not inflate comes as its exception."""
+    try:
+        yield from grid.pull_messages([message_id])
+    except (ValueError, TypeError, KeyError) as error:
+        yield error
+
+
+def replies(
+    grid: Grid, waiting: Mapping[str, object], deadline: float
+) -> Iterator[tuple[str, Message | Exception]]:
+    """Replies as they come, until `waiting` is empty (the caller removes) or time is up."""
+    while waiting and time.monotonic() < deadline:
+        arrived = False
+        for message_id in list(waiting):  # one at a time: one update in memory, not all of them
+            for reply in pull(grid, message_id):
+                arrived = True
+                yield message_id, reply
+        if not arrived:
+            time.sleep(POLL_S)
+
+
+def reason_of(error: Error) -> str:
+    return f"{error.reason or 'no reason given'} (Flower error {error.code})"
+
+
+def _answer(reply: Message | Exception) -> dict[str, float]:
+    """The numbers of a node's answer to the opening query; raises where it is none."""
+    if isinstance(reply, Exception):
+        raise ValueError(f"its answer cannot be read: {reply!r}")
+    if reply.has_error():
+        raise ValueError(reason_of(reply.error))
+    numbers = reply.content["metrics"]
+    if not isinstance(numbers, MetricRecord):
+        raise TypeError("its answer has no metrics")
+    return {key: value for key, value in numbers.items() if not isinstance(value, list)}
