@@ -20,6 +20,7 @@ from fed_diffusion.config import Config, ConfigError, method_name
 from fed_diffusion.data import ImageSet, image_shape, load_dataset, partition
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.evaluation import check_evaluation, no_quality
+from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.federation.records import RoundSummary, Task, Update
 from fed_diffusion.federation.worker import device_of, pinned_threads
@@ -99,7 +100,8 @@ class Experiment:
         self.config = config
         self.dataset = check(config, dataset, needs_data)
         self.run = RunDir.create(path, config) if run is None else run
-        self.coordinator = Coordinator(config, parameters_of(build_network(config)))
+        kind = BufferedCoordinator if config.round.mode == "buffered" else Coordinator
+        self.coordinator: Coordinator = kind(config, parameters_of(build_network(config)))
         self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "total": 0.0}
         self.history: list[RoundSummary] = []
         self._written = self._saved = 0
@@ -132,7 +134,7 @@ class Experiment:
     def _restore(self, checkpoint: Checkpoint, rounds: list[RoundSummary]) -> None:
         tensors, state = checkpoint.tensors, checkpoint.state
         try:
-            self.coordinator.restore(tensors["theta"], tensors["ema"], state["coordinator"])
+            self.coordinator.restore(tensors, state["coordinator"])
         except ValueError as error:
             raise ConfigError(f"{self.run.path} cannot be resumed: {error}.") from error
         self.seconds = dict(state["seconds"])
@@ -206,7 +208,7 @@ class Experiment:
         """Note what each client's node can carry: its keep ratio and, where measured, why."""
         for client, budget in budgets.items():
             self.coordinator.announce(client, budget["keep"])
-        self.run.write_budgets(budgets)
+        self.run.write_budgets(self.run.budgets() | dict(budgets))
 
     def tasks(self, round: int, available: Collection[int] | None = None) -> Iterator[Task]:
         self._round_began = time.perf_counter()
@@ -252,7 +254,7 @@ class Experiment:
             "coordinator": self.coordinator.state(),
             "seconds": self.seconds,
         }
-        self.run.save_checkpoint(self.coordinator.theta, self.coordinator.ema, state)
+        self.run.save_checkpoint(self.coordinator.tensors(), state)
         self._saved = self.coordinator.round
 
     def finish(self) -> dict[str, Any]:

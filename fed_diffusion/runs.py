@@ -130,10 +130,10 @@ class RunDir:
         return any((self.path / folder).exists() for folder in (NEWEST, PREVIOUS))
 
     def save_checkpoint(
-        self, theta: Mapping[str, Tensor], ema: Mapping[str, Tensor], state: Mapping[str, Any]
+        self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
     ) -> None:
         """Write checkpoint/; see `fed_diffusion.checkpoint`."""
-        save_checkpoint(self.path, {"theta": theta, "ema": ema}, state)
+        save_checkpoint(self.path, tensors, state)
 
     def load_checkpoint(self) -> Checkpoint:
         """The newest whole checkpoint; `ConfigError` where there is none."""

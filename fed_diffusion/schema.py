@@ -225,12 +225,33 @@ class RoundConfig(Section):
     """For trimmed_mean: the part of the values left out at either end of each coordinate."""
     checkpoint_every: int = Field(1, ge=1)
     """Rounds between checkpoints."""
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    """buffered (FedBuff): theta moves when `buffer` updates are in; `rounds` counts its moves."""
+    buffer: int | None = Field(None, ge=1)
+    """Updates behind a move of theta; default: one of every client."""
+    staleness: float = Field(0.5, ge=0)
+    """a of the weight 1 / (1 + s)^a of an update during which theta moved s times."""
+    pace: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """In-process engine: simulated seconds of each client's task, for the simulated clock."""
 
     @model_validator(mode="after")
     def _robust_averages_know_no_weights(self) -> RoundConfig:
         if self.aggregation != "mean" and self.weighting != "uniform":
             raise ValueError(
                 f"aggregation: {self.aggregation} knows no weights; set round.weighting to uniform"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _buffered_rounds_ask_everyone(self) -> RoundConfig:
+        if self.mode == "synchronous":
+            if self.buffer is not None:
+                raise ValueError("buffer: it needs round.mode buffered")
+            return self
+        if self.fraction != 1 or self.over_select or self.aggregation != "mean":
+            raise ValueError(
+                "mode: buffered asks every client as soon as it is free and averages, so it goes "
+                "with fraction 1, over_select 0 and aggregation mean"
             )
         return self
 
@@ -318,6 +339,19 @@ class Config(Section):
             raise ValueError(
                 f"pruning.keep: {len(keep)} ratios for clients = {self.clients}; "
                 "give one ratio for all, or one per client"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _buffered_rounds_add_differences(self) -> Config:
+        if self.round.mode == "buffered" and not self.wire.differences:
+            raise ValueError(
+                "round.mode: buffered adds what each worker changed to a theta that has moved "
+                "meanwhile; set wire.differences to true"
+            )
+        if self.round.pace is not None and len(self.round.pace) != self.clients:
+            raise ValueError(
+                f"round.pace: {len(self.round.pace)} times for clients = {self.clients}"
             )
         return self
 

@@ -98,14 +98,23 @@ class Deployment:
         for process in [*parent.children(recursive=True), parent]:
             process.send_signal(number)
 
+    def online(self):
+        """How many nodes the SuperLink holds to be there; it takes a minute to see one die."""
+        listed = self.flwr("supernode", "list", "loopback", "--format", "json").stdout
+        return listed.count('"online"')
+
     def wait_for_nodes(self, count, seconds=60):
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            listed = self.flwr("supernode", "list", "loopback", "--format", "json").stdout
-            if listed.count('"online"') >= count:
-                return
+        while self.online() < count:
+            if time.monotonic() > end:
+                raise RuntimeError(f"{count} nodes did not come online")
             time.sleep(0.5)
-        raise RuntimeError(f"{count} nodes did not come online: {listed}")
+
+    def stop_log_streams(self):
+        """End `flwr run --stream`, which goes on after its ServerApp is dead."""
+        for process in self.processes():
+            if "--stream" in process.cmdline():
+                process.kill()
 
     def flwr(self, *arguments, timeout=120):
         return subprocess.run(

@@ -1,30 +1,162 @@
-"""Flower's deployment engine on loopback, with real processes."""
+"""Flower's deployment engine on loopback, with real processes killed by real signals."""
 
 import json
+import re
+import signal
+import threading
+import time
 
 import pytest
+import torch
 
+from fed_diffusion.config import load_config
+from fed_diffusion.federation.simulate import simulate
 from fed_diffusion.runs import RunDir
 from tests.deployment import Deployment
 from tests.federation.conftest import TINY
 
-SMALL = " ".join(f"{key}={value}".replace(" ", "") for key, value in TINY.items())
+pytestmark = pytest.mark.slow
+TINY = TINY | {"evaluation.every": 0}
 
 
-@pytest.mark.slow
+def run_config(path, **settings):
+    pairs = " ".join(f"{key}={value}".replace(" ", "") for key, value in (TINY | settings).items())
+    return f"preset='digits' run-dir='{path}' set='{pairs}'"
+
+
+def lines_of(path):
+    found = path / "metrics.jsonl"
+    return [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
+
+
+def status_of(path):
+    return json.loads((path / "status.json").read_text())
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def in_background(flower, config):
+    thread = threading.Thread(target=flower.run, args=(config, 600))
+    thread.start()
+    return thread
+
+
 def test_nodes_say_in_their_own_config_what_they_keep(tmp_path):
+    path = tmp_path / "run"
+    chosen = {"pruning.kind": "channels", "pruning.budget": "node", "model.group": 4}
     with Deployment(tmp_path / "flwr") as flower:
         for partition, config in enumerate(({}, {"keep": 0.5}, {"keep": 7.0})):
             flower.start_node(partition, 3, **config)
         flower.wait_for_nodes(3)
-        chosen = "pruning.kind=channels pruning.budget=node model.group=4 clients=4 rounds=2"
-        printed = flower.run(f"preset='digits' run-dir='{tmp_path / 'run'}' set='{SMALL} {chosen}'")
-    assert "its keep = 7" in printed  # that node cannot be used, and the two others host its client
-    results = RunDir(tmp_path / "run").results()
-    assert results["method"] == "C-FedDM-node"
-    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    kept = [client["keep"] for client in line["clients"]]
-    assert kept[0] == kept[2] == 1.0
-    assert 0.4 < kept[1] == kept[3] <= 0.5
-    budgets = json.loads((tmp_path / "run/budgets.json").read_text())
-    assert [budgets[str(client)]["keep"] for client in range(4)] == [1.0, 0.5, 1.0, 0.5]
+        printed = flower.run(run_config(path, clients=4, rounds=2, **chosen))
+    assert "its keep = 7" in printed  # that node cannot be used, and its client takes no part
+    assert RunDir(path).results()["method"] == "C-FedDM-node"
+    line = lines_of(path)[-1]
+    kept = {client["client"]: client["keep"] for client in line["clients"]}
+    assert kept[0] == kept[3] == 1.0
+    assert 0.4 < kept[1] <= 0.5
+    assert 2 not in kept
+    budgets = json.loads((path / "budgets.json").read_text())
+    assert {client: budget["keep"] for client, budget in budgets.items()} == {
+        "0": 1.0,
+        "1": 0.5,
+        "3": 1.0,
+    }
+
+
+def test_a_node_killed_and_a_node_stopped_in_a_round_cost_their_updates_only(tmp_path):
+    """One is gone for good, one is silent past a deadline and comes back."""
+    path = tmp_path / "run"
+    settings = {"clients": 4, "rounds": 5, "local.steps": 100, "round.deadline_s": 40}
+    with Deployment(tmp_path / "flwr") as flower:
+        for partition in range(4):
+            flower.start_node(partition, 4)
+        flower.wait_for_nodes(4)
+        running = in_background(flower, run_config(path, **settings))
+        wait_until(lambda: len(lines_of(path)) == 1)
+        flower.signal_node(3, signal.SIGKILL)
+        flower.signal_node(2, signal.SIGSTOP)
+        wait_until(lambda: len(lines_of(path)) == 2)
+        flower.signal_node(2, signal.SIGCONT)
+        running.join()
+    assert status_of(path)["state"] == "finished"
+    lines = lines_of(path)
+    assert [line["round"] for line in lines] == [1, 2, 3, 4, 5]
+    came = [{client["client"] for client in line["clients"]} for line in lines]
+    assert came[0] == {0, 1, 2, 3}
+    assert came[1] == {0, 1}
+    assert came[4] >= {0, 1, 2}  # back again
+    assert all(3 not in clients for clients in came[1:])
+    missing = [{r["client"] for r in line["rejected"]} | set(line["absent"]) for line in lines]
+    assert all(3 in clients for clients in missing[1:])
+    reasons = [r["reason"] for r in lines[1]["rejected"]]
+    assert reasons
+    assert all(r["node"] for r in lines[1]["rejected"])
+
+
+def test_below_its_quorum_a_run_stops_and_the_command_it_names_resumes_it(tmp_path):
+    path = tmp_path / "run"
+    settings = {"clients": 3, "rounds": 3, "local.steps": 100}
+    settings |= {"round.deadline_s": 30, "round.retries": 1, "round.quorum": 2}
+    with Deployment(tmp_path / "flwr") as flower:
+        for partition in range(3):
+            flower.start_node(partition, 3)
+        flower.wait_for_nodes(3)
+        running = in_background(flower, run_config(path, **settings))
+        wait_until(lambda: len(lines_of(path)) == 1)
+        for partition in (1, 2):
+            flower.signal_node(partition, signal.SIGKILL)
+        running.join()
+        status = status_of(path)
+        assert status["state"] == "stopped"
+        assert "2 are needed (round.quorum)" in status["reason"]
+        listed = flower.flwr("ls", "loopback", "--format", "json").stdout
+        assert "finished:failed" in listed
+        for partition in (1, 2):
+            flower.start_node(partition, 3)
+        wait_until(lambda: flower.online() >= 3)
+        flower.run(f"resume='{path}'")
+    assert status_of(path)["state"] == "finished"
+    assert [line["round"] for line in lines_of(path)] == [1, 2, 3]
+    command = re.search(r"fed-diffusion resume (\S+)", status["reason"])
+    assert command[1] == str(path)
+
+
+def test_a_serverapp_killed_three_times_ends_with_the_bits_of_a_run_left_alone(tmp_path):
+    settings = {"clients": 2, "rounds": 4, "local.steps": 40, "method": "T-FedDM-M"}
+    simulate(load_config("digits", TINY | settings), tmp_path / "alone", processes=1)
+    path = tmp_path / "run"
+    config = run_config(path, **settings)
+    moments = {
+        "training": lambda: len(lines_of(path)) == 1,
+        "just after a line was written": lambda: len(lines_of(path)) == 2,
+        "while a checkpoint is written": lambda: (
+            len(lines_of(path)) >= 3 or any(path.glob(".checkpoint-*"))
+        ),
+    }
+    with Deployment(tmp_path / "flwr") as flower:
+        for partition in range(2):
+            flower.start_node(partition, 2)
+        flower.wait_for_nodes(2)
+        for condition in moments.values():
+            running = in_background(flower, config)
+            wait_until(condition)
+            for process in flower.processes():
+                if any("flwr-serverapp" in part for part in process.cmdline()):
+                    process.kill()
+            flower.stop_log_streams()
+            running.join()
+            assert not (path / "results.json").exists()
+            config = f"resume='{path}'"
+        flower.run(config)
+    assert status_of(path)["state"] == "finished"
+    one, two = (RunDir(p).load_checkpoint().tensors for p in (tmp_path / "alone", path))
+    for group in ("theta", "ema"):
+        for name, value in one[group].items():
+            assert torch.equal(value, two[group][name])
+    assert [line["round"] for line in lines_of(path)] == [1, 2, 3, 4]

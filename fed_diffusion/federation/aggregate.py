@@ -8,6 +8,7 @@ bits in any order and grouping of arrival.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,16 @@ BLOCK = 1 << 18
 
 class UpdateError(ValueError):
     """An update that must not count; the message says what is wrong with it."""
+
+
+@dataclass
+class _Pending:
+    """Sums over one block, not yet in their place in the whole tensor."""
+
+    block: Block
+    sums: Tensor
+    weight: int = 0
+    workers: int = 0
 
 
 class MaskedMean:
@@ -56,6 +67,7 @@ class MaskedMean:
         self._workers = dict.fromkeys(self._theta, 0)
         self._weights: dict[str, Tensor] = {}
         self._trainers: dict[str, Tensor] = {}
+        self._pending: dict[str, _Pending] = {}
 
     def add(
         self,
@@ -88,8 +100,32 @@ class MaskedMean:
         self._check(values, masks, whole)
         self._room -= 1
         for name, value in values.items():
-            _add_fixed_point(self._sums[name], value, masks.get(name), whole)
-            self._count(name, masks.get(name), whole)
+            mask = masks.get(name)
+            if isinstance(mask, Block):
+                self._add_block(name, value, mask, whole)
+            else:
+                _add_fixed_point(self._sums[name], value, mask, whole)
+                self._count(name, mask, whole)
+
+    def _add_block(self, name: str, value: Tensor, block: Block, weight: int) -> None:
+        """Blocks are summed densely while one like the last follows, as for workers of one size."""
+        pending = self._pending.get(name)
+        if pending is None or pending.block.runs != block.runs:
+            self._settle(name)
+            pending = _Pending(block, torch.zeros(block.kept, dtype=torch.int64))
+            self._pending[name] = pending
+        _add_fixed_point(pending.sums, value, None, weight)
+        pending.weight += weight
+        pending.workers += 1
+
+    def _settle(self, name: str) -> None:
+        """Bring a tensor's pending sums to their place."""
+        pending = self._pending.pop(name, None)
+        if pending is None:
+            return
+        for there, here in pending.block.pieces():
+            self._sums[name][there] += pending.sums[here]
+        self._count(name, pending.block, pending.weight, pending.workers)
 
     def _check(
         self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor | Block], weight: int
@@ -121,23 +157,28 @@ class MaskedMean:
                     f"beyond {self._limit:g}"
                 )
 
-    def _count(self, name: str, mask: Tensor | Block | None, weight: int) -> None:
+    def _count(self, name: str, mask: Tensor | Block | None, weight: int, workers: int = 1) -> None:
         if mask is None:
             self._weight[name] += weight
-            self._workers[name] += 1
+            self._workers[name] += workers
             return
         shape = self._theta[name].shape
         if name not in self._trainers:
             self._trainers[name] = torch.zeros(shape, dtype=torch.int32)
-        if weight != 1 and name not in self._weights:  # so far every weight was 1
+        if weight != workers and name not in self._weights:  # so far every weight was 1
             self._weights[name] = self._trainers[name].to(torch.int64)
-        _count_in(self._trainers[name], mask, 1)
+        _count_in(self._trainers[name], mask, workers)
         if name in self._weights:
             _count_in(self._weights[name], mask, weight)
 
     def result(self) -> dict[str, Tensor]:
         """theta_{r+1}: the mean where somebody trained, theta_r elsewhere; float32."""
+        self._settle_all()
         return {name: self._mean(name) for name in self._theta}
+
+    def _settle_all(self) -> None:
+        for name in list(self._pending):
+            self._settle(name)
 
     def _mean(self, name: str) -> Tensor:
         old = self._theta[name]
@@ -157,6 +198,7 @@ class MaskedMean:
 
     def coverage(self) -> dict[str, Tensor]:
         """|N_r^i| for every coordinate i: how many workers trained it (int32, theta's shapes)."""
+        self._settle_all()
         return {
             name: self._workers[name] + self._trainers.get(name, torch.zeros(1, dtype=torch.int32))
             if name in self._trainers
@@ -166,6 +208,7 @@ class MaskedMean:
 
     def gamma(self) -> int:
         """Gamma_r = min_i |N_r^i|."""
+        self._settle_all()
         return min(
             self._workers[name] + (int(self._trainers[name].min()) if name in self._trainers else 0)
             for name in self._theta
@@ -173,6 +216,7 @@ class MaskedMean:
 
     def trained(self) -> float:
         """The fraction of coordinates with at least one trainer."""
+        self._settle_all()
         total = sum(value.numel() for value in self._theta.values())
         bare = sum(
             (int((self._trainers[n] == 0).sum()) if n in self._trainers else v.numel())
@@ -201,21 +245,18 @@ def _largest(value: Tensor, mask: Tensor | Block | None) -> float:
     return max(-float(low), float(high)) if low == low else float("nan")
 
 
-def _add_fixed_point(sums: Tensor, value: Tensor, mask: Tensor | Block | None, weight: int) -> None:
+def _add_fixed_point(sums: Tensor, value: Tensor, mask: Tensor | None, weight: int) -> None:
     """sums += weight * round(value 2^40) where the mask keeps, in cache-sized parts."""
-    if isinstance(mask, Block):
-        for there, here in mask.pieces():
-            fixed = value[here].to(torch.float64).mul_(SCALE).round_().to(torch.int64)
-            sums[there].add_(fixed, alpha=weight)
-        return
-    flat, target = value.detach().flatten(), sums.view(-1)
+    flat, target = value.detach().reshape(-1), sums.view(-1)
+    if flat.dtype.itemsize < 4:
+        flat = flat.float()  # half precision does not reach 2^40
     kept = None if mask is None else mask.flatten()
-    for start in range(0, flat.numel(), BLOCK):
+    fixed = torch.empty(min(BLOCK, len(flat)), dtype=torch.int64)
+    for start in range(0, len(flat), BLOCK):
         block = slice(start, start + BLOCK)
         # Scaling by a power of two is exact; rounding is then at most 2^-41 of the value's unit.
-        fixed = flat[block].to(torch.float64).mul_(SCALE).round_().to(torch.int64)
-        if weight != 1:
-            fixed *= weight
+        scaled = torch.mul(flat[block], SCALE).round_()
+        part = fixed[: len(scaled)].copy_(scaled)
         if kept is not None:
-            fixed *= kept[block]
-        target[block] += fixed
+            part *= kept[block]
+        target[block].add_(part, alpha=weight)

@@ -54,6 +54,8 @@ class _Open:
     """Clients that could not be reached when it began."""
     waiting: dict[int, int] = field(default_factory=dict)
     """client -> bytes sent to it, for those whose update is still out."""
+    lost: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """client -> the part of all coordinates that its mask keeps, and w^2."""
     top_k: dict[float, Masks] = field(default_factory=dict)
     """keep ratio -> mask: the same for all clients of a round."""
     clients: list[ClientRound] = field(default_factory=list)
@@ -98,13 +100,21 @@ class Coordinator:
         self._failed: _Open | None = None
         """Earlier attempts at the same round: what they cost and why updates did not count."""
         self._late = 0
+        self.clock = 0.0
+        """Simulated seconds since the start; only the in-process engine moves it."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, by file."""
+        return {"theta": self.theta, "ema": self.ema}
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs beside theta and its moving average."""
-        return {"round": self.round, "strikes": self.strikes, "norms": self.norms}
+        """What `restore` needs beside the tensors."""
+        strikes = {str(client): count for client, count in self.strikes.items()}
+        known = {"round": self.round, "strikes": strikes, "norms": self.norms}
+        return known | {"clock": self.clock}
 
     def restore(
-        self, theta: Mapping[str, Tensor], ema: Mapping[str, Tensor], state: Mapping[str, Any]
+        self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
     ) -> None:
         """Go on from a checkpoint.
 
@@ -113,6 +123,7 @@ class Coordinator:
         ValueError
             Its tensors are not this model's.
         """
+        theta, ema = tensors["theta"], tensors["ema"]
         for mine, theirs in ((self.theta, theta), (self.ema, ema)):
             here = {name: tuple(value.shape) for name, value in mine.items()}
             if here != {name: tuple(value.shape) for name, value in theirs.items()}:
@@ -123,6 +134,7 @@ class Coordinator:
         self.round = int(state["round"])
         self.strikes = {int(client): int(n) for client, n in state["strikes"].items()}
         self.norms = [float(norm) for norm in state["norms"]]
+        self.clock = float(state["clock"])
 
     def announce(self, client: int, keep: float) -> None:
         """Note the keep ratio that a client's node gives it (pruning.budget: node or auto)."""
@@ -176,16 +188,26 @@ class Coordinator:
         absent = [c for c in self.eligible() if available is not None and c not in available]
         recipes = plan_round(self.config, round, keeps, self.theta, self.layout)
         self._open = _Open(self._mean(len(keeps)), recipes, self.target(), absent)
+        yield from self._encode(round, list(recipes))
+
+    def _encode(self, round: int, clients: list[int]) -> Iterator[Task]:
+        """The tasks of these clients of the open round, with theta cast once for all of them."""
+        state = self._state()
         casts = cast_theta(self.theta, self.config, round)
         full: Payload | None = None
-        for client, recipe in recipes.items():
+        for client in clients:
+            recipe = state.recipes[client]
             if recipe.kind == "full":  # the same bytes for everyone who trains the whole network
                 full = full or encode_task(casts, recipe, {})
                 payload = Payload(full.arrays, recipe.to_metrics())
+                state.lost[client] = 1.0, 0.0
             else:
-                payload = encode_task(casts, recipe, self._mask(recipe))
-            self._open.waiting[client] = payload.nbytes
-            self._open.bytes_down += payload.nbytes
+                masks = self._mask(recipe)
+                payload = encode_task(casts, recipe, masks)
+                kept = kept_fraction(masks, self.theta)
+                state.lost[client] = kept, pruning_error(masks, self.theta)
+            state.waiting[client] = payload.nbytes
+            state.bytes_down += payload.nbytes
             yield Task(round, client, payload)
 
     def receive(self, update: Update, node: int | None = None) -> bool:
@@ -221,34 +243,45 @@ class Coordinator:
         return list(self._state().waiting)
 
     def _accept(self, state: _Open, update: Update) -> None:
-        if update.client not in state.waiting:
-            raise UpdateError("no update was expected from this client (a duplicate?)")
-        if update.round != self.round + 1:
-            raise UpdateError(f"it is for round {update.round}, and this is {self.round + 1}")
+        agreed, weight = self._agreed(update)
         numbers = update.payload.numbers
-        recipe, agreed = Recipe.from_metrics(numbers), state.recipes[update.client]
+        recipe = Recipe.from_metrics(numbers)
         if recipe != agreed:
             raise RecipeError(f"the recipe is not the one agreed on: {recipe.differences(agreed)}")
-        masks = self._mask(recipe)
+        masks = self._mask_of(update.client, recipe)
         values = decode_update(update.payload.arrays, self.theta, masks, self.config)
         measured = measurements(numbers)
         norm = self._check_norm(values, masks)
         by_examples = self.config.round.weighting == "examples"
-        state.mean.add(values, masks, measured["examples"] if by_examples else 1)
-        state.clients.append(self._client_round(state, update, recipe, masks, measured))
+        state.mean.add(values, masks, weight * (measured["examples"] if by_examples else 1))
+        state.clients.append(self._client_round(state, update, recipe, measured))
         state.norms += [] if norm is None else [norm]
         del state.waiting[update.client]
 
+    def _agreed(self, update: Update) -> tuple[Recipe, int]:
+        """The recipe that this client was sent, and the weight that its update has."""
+        state = self._state()
+        if update.client not in state.waiting:
+            raise UpdateError("no update was expected from this client (a duplicate?)")
+        if update.round != self.round + 1:
+            raise UpdateError(f"it is for round {update.round}, and this is {self.round + 1}")
+        return state.recipes[update.client], 1
+
+    def _mask_of(self, client: int, recipe: Recipe) -> Masks:
+        """The mask that a client trained under."""
+        return self._mask(recipe)
+
     def _client_round(
-        self, state: _Open, update: Update, recipe: Recipe, masks: Masks, measured: dict[str, Any]
+        self, state: _Open, update: Update, recipe: Recipe, measured: dict[str, Any]
     ) -> ClientRound:
+        kept, w2 = state.lost[update.client]
         return ClientRound(
             client=update.client,
             kind=recipe.kind,
-            keep=kept_fraction(masks, self.theta),
+            keep=kept,
             loss=measured["loss"],
             holdout_loss=measured.get("holdout_loss"),
-            w2=pruning_error(masks, self.theta),
+            w2=w2,
             images=measured["images"],
             seconds=measured["seconds"],
             bytes_up=update.payload.nbytes,
@@ -302,7 +335,8 @@ class Coordinator:
         ------
         UpdateError
             It is beyond round.max_norm (as a norm), or beyond round.norm_factor times the median
-            of recent rounds (as a root mean square, so that small and large networks compare).
+            of recent rounds, in the first round theta's own size (as root mean squares, so that
+            small and large networks compare).
         """
         settings = self.config.round
         if settings.max_norm is None and settings.norm_factor is None:
@@ -311,12 +345,14 @@ class Coordinator:
         norm, rms = math.sqrt(square), math.sqrt(square / max(count, 1))
         if settings.max_norm is not None and not norm <= settings.max_norm:
             raise UpdateError(f"its difference has norm {norm:.4g}, above {settings.max_norm:g}")
-        if settings.norm_factor is not None and self.norms:
-            limit = settings.norm_factor * statistics.median(self.norms)
-            if not rms <= limit:
+        if settings.norm_factor is not None:
+            usual, of = statistics.median(self.norms or [0]), "the median of recent updates"
+            if not self.norms:  # the first round: no honest step is many times theta itself
+                usual, of = _root_mean_square(self.theta), "theta's own"
+            if not rms <= settings.norm_factor * usual:
                 raise UpdateError(
                     f"its difference is {rms:.4g} (root mean square), above "
-                    f"{settings.norm_factor:g} times the median of recent updates"
+                    f"{settings.norm_factor:g} times {of}"
                 )
         return rms
 
@@ -353,6 +389,7 @@ class Coordinator:
             eta=eta_of(self.config, round),
             clients=clients,
             rejected=rejected,
+            clock=self.clock if self.config.round.pace else None,
             late=late,
             banned=self.banned(),
             absent=state.absent,
@@ -388,6 +425,11 @@ def difference(
         square += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
         count += value.numel() if mask is None else kept_count(mask)
     return square, count
+
+
+def _root_mean_square(theta: Mapping[str, Tensor]) -> float:
+    norms = [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in theta.values()]
+    return math.hypot(*norms) / math.sqrt(sum(value.numel() for value in theta.values()))
 
 
 def sorted_window(before: list[float], fresh: list[float]) -> list[float]:

@@ -70,6 +70,10 @@ class RoundSummary:
     clients: list[ClientRound]
     rejected: list[dict[str, Any]]
     """client, reason and, where known, the node, of every update that did not count."""
+    staleness: int = 0
+    """Buffered: how often theta changed, at most, while a worker of this update trained."""
+    clock: float | None = None
+    """Simulated seconds since the start, where round.pace is set."""
     late: int = 0
     """Replies that came after their round was closed, and were thrown away."""
     banned: list[int] = field(default_factory=list)

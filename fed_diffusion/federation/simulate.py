@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import ImageSet
 from fed_diffusion.experiment import Experiment, Progress
+from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.records import Task, Update
 from fed_diffusion.federation.worker import Worker, device_of
 
@@ -60,20 +62,64 @@ def run_in_process(
         processes = 1 if on_gpu else max(1, (cores or 1) // config.worker.threads)
     announce_budgets(experiment)
     with task_runner(config, experiment.dataset, min(processes, config.clients)) as run:
+        if config.round.mode == "buffered":
+            return experiment.train(BufferedExchange(experiment, run), progress)
         return experiment.train(lambda round: exchange(experiment, run, round), progress)
 
 
 def exchange(experiment: Experiment, run: Runner, round: int) -> None:
     """Carry a round's tasks to the runner, and what comes of them back."""
+    coordinator, pace = experiment.coordinator, experiment.config.round.pace
+    slowest = 0.0
     for task, outcome in run(experiment.tasks(round)):
-        if isinstance(outcome, Update):
-            experiment.receive(outcome)
-        else:
-            experiment.reject(task.client, f"{type(outcome).__name__}: {outcome}")
+        _deliver(experiment, task, outcome)
+        slowest = max(slowest, pace[task.client] if pace else 0.0)
         if experiment.enough():
             break
-    for client in experiment.coordinator.waiting():
+    coordinator.clock += slowest
+    for client in coordinator.waiting():
         experiment.reject(client, "there were enough updates without it")
+
+
+def _deliver(experiment: Experiment, task: Task, outcome: Update | Exception) -> None:
+    if isinstance(outcome, Update):
+        experiment.receive(outcome)
+    else:
+        experiment.reject(task.client, f"{type(outcome).__name__}: {outcome}")
+
+
+class BufferedExchange:
+    """Buffered rounds on a simulated clock: updates arrive in the order of round.pace.
+
+    A task is computed when it is sent and delivered when its time has come. Ties go to the lower
+    client, so the order is a function of the configuration alone.
+    """
+
+    def __init__(self, experiment: Experiment, run: Runner):
+        self._experiment = experiment
+        self._run = run
+        self._arrivals: list[tuple[float, int, Task, Update | Exception]] = []
+        coordinator = experiment.coordinator
+        assert isinstance(coordinator, BufferedCoordinator)
+        self._coordinator = coordinator
+        # of a resumed run: what was out is out again, and arrives when it would have
+        for client in coordinator.waiting():
+            self._send([coordinator.again(client)], coordinator.sent_at[client])
+
+    def __call__(self, round: int) -> None:
+        coordinator = self._coordinator
+        self._send(self._experiment.tasks(round), coordinator.clock)
+        while self._arrivals and not self._experiment.enough():
+            arrives, _, task, outcome = heapq.heappop(self._arrivals)
+            coordinator.clock = max(coordinator.clock, arrives)
+            _deliver(self._experiment, task, outcome)
+
+    def _send(self, tasks: Iterable[Task], now: float) -> None:
+        pace = self._experiment.config.round.pace
+        for task, outcome in self._run(tasks):
+            self._coordinator.sent_at[task.client] = now
+            arrives = now + (pace[task.client] if pace else 1.0)
+            heapq.heappush(self._arrivals, (arrives, task.client, task, outcome))
 
 
 def announce_budgets(experiment: Experiment) -> None:
