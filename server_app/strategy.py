@@ -16,8 +16,9 @@ from flwr.serverapp.strategy import Strategy
 from client_app.messages import to_records, to_update
 from fed_diffusion.experiment import Experiment
 from fed_diffusion.federation.aggregate import UpdateError
+from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.records import Task
-from server_app.nodes import JOIN_S, Host, Nodes, Numbers, pull, reason_of, replies
+from server_app.nodes import JOIN_S, POLL_S, Host, Nodes, Numbers, pull, reason_of, replies
 
 DEAD_ACTOR = "ray.exceptions.ActorDiedError"
 
@@ -37,6 +38,8 @@ class FedDiffusion(Strategy):
         self._nodes: Nodes | None = None
         self._late: dict[str, float] = {}
         """Messages whose round was closed without their reply -> when they expire."""
+        self._out: dict[str, tuple[int, int, float]] = {}
+        """Buffered: messages that are out -> client, node, when they expire."""
 
     def run(self, grid: Grid) -> dict[str, Any]:
         """All rounds that are left, then the final hook; returns the results.
@@ -46,7 +49,44 @@ class FedDiffusion(Strategy):
         self.summary()
         nodes = self._meet(grid)
         log(INFO, "%d clients on %d nodes", self.config.clients, len(nodes))
+        coordinator = self.experiment.coordinator
+        if isinstance(coordinator, BufferedCoordinator):
+            coordinator.forget_flights()
+            return self.experiment.train(lambda r: self._exchange_buffered(grid, r), self._report)
         return self.experiment.train(lambda round: self._exchange(grid, round), self._report)
+
+    def _exchange_buffered(self, grid: Grid, round: int) -> None:
+        """Tasks to whoever is free, until the buffer is full; what is out stays out."""
+        assert self._nodes is not None
+        clients, seconds = list(range(self.config.clients)), self.config.round.deadline_s
+        while not (self.experiment.coordinator.has_window() and self.experiment.enough()):
+            available = self._nodes.wait_for(clients, 1, min(seconds, JOIN_S))
+            for task in self.experiment.tasks(round, available):
+                for message_id, host in self._send(grid, task):
+                    expires = time.monotonic() + seconds
+                    self._out[message_id] = (task.client, host.node, expires)
+            if not self._out:
+                return  # nobody is there: below the quorum
+            for message_id, (client, node, expires) in list(self._out.items()):
+                for reply in pull(grid, message_id):
+                    del self._out[message_id]
+                    self._receive(reply, client, node)
+                if message_id in self._out and time.monotonic() > expires:
+                    del self._out[message_id]
+                    self._reject(client, f"no reply within {seconds:g} s", node)
+                if self.experiment.enough():
+                    break
+            time.sleep(POLL_S)
+
+    def _send(self, grid: Grid, task: Task) -> list[tuple[str, Host]]:
+        """The task's message on its way to the client's node; else the client is rejected."""
+        assert self._nodes is not None
+        host = self._nodes.host_of(task.client)
+        sent = [m for m in grid.push_messages([self._message(task, host)]) if m] if host else []
+        if not sent or host is None:
+            self._reject(task.client, "its node cannot be reached", host.node if host else None)
+            return []
+        return [(message_id, host) for message_id in sent]
 
     def _exchange(self, grid: Grid, round: int) -> None:
         """One round's messages out and back, until all are in, enough are, or time is up."""
@@ -59,11 +99,7 @@ class FedDiffusion(Strategy):
         deadline = time.monotonic() + seconds
         waiting: dict[str, tuple[int, int]] = {}
         for task in self.experiment.tasks(round, available):
-            host = self._nodes.host_of(task.client)
-            sent = [m for m in grid.push_messages([self._message(task, host)]) if m] if host else []
-            if not sent or host is None:
-                self._reject(task.client, "its node cannot be reached", host.node if host else None)
-            waiting |= {m: (task.client, host.node) for m in sent if host}
+            waiting |= {m: (task.client, host.node) for m, host in self._send(grid, task)}
         for message_id, reply in replies(grid, waiting, deadline):
             self._receive(reply, *waiting.pop(message_id))
             if self.experiment.enough():

@@ -70,6 +70,17 @@ def test_small_networks_in_int8_are_the_same_bits_on_flower(tmp_path):
 
 
 @pytest.mark.slow
+def test_buffered_rounds_on_flower_move_theta_as_updates_come(tmp_path):
+    buffered = {"round__mode": "buffered", "round__buffer": 2, "wire__differences": True}
+    config = config_of(rounds=5, evaluation__every=0, **buffered)
+    assert run_on_flower(config, tmp_path / "run") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [line["round"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(len(line["clients"]) == 2 and not line["rejected"] for line in lines)
+    assert max(line["staleness"] for line in lines) >= 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("supernodes", [1, 10])
 def test_the_number_of_supernodes_changes_no_bit(by_hand, tmp_path, supernodes):
     config = config_of(method="T-FedDM-M", flower__supernodes=supernodes)

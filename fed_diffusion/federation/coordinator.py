@@ -233,6 +233,10 @@ class Coordinator:
         """Note a reply to a round that is closed; it is thrown away."""
         self._late += 1
 
+    def has_window(self) -> bool:
+        """Whether a round is open."""
+        return self._open is not None
+
     def enough(self) -> bool:
         """Whether the round has as many updates as it wants."""
         state = self._state()

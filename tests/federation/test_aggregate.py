@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fed_diffusion.federation.aggregate import MaskedMean, UpdateError
+from fed_diffusion.models.layout import Block
 
 SHAPES = {"a": (3, 2), "b": (4,)}
 
@@ -156,3 +157,42 @@ def test_sums_that_could_overflow_are_refused():
     assert mean.result()["w"].item() == 2.0**22 - 1
     with pytest.raises(UpdateError, match="no room"):
         mean.add({"w": torch.zeros(1)})
+
+
+def a_block(rng, shape):
+    """A random sub-block, as runs of single indices."""
+    kept = [sorted(rng.choice(n, int(rng.integers(1, n + 1)), replace=False)) for n in shape]
+    return Block(shape, tuple(tuple((int(i), int(i) + 1) for i in axis) for axis in kept))
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 6), order=st.randoms())
+@settings(max_examples=60)
+def test_blocks_are_the_masks_they_stand_for_to_the_bit_in_any_order(seed, n, order):
+    rng = np.random.default_rng(seed)
+    theta = theta_of(seed)
+    blocks = [{k: a_block(rng, s) for k, s in SHAPES.items()} for _ in range(2)]
+    updates = []
+    for values, masks, weight in random_updates(seed, n):
+        # often the same block again, as for workers of one size
+        chosen = blocks[int(rng.integers(2))] if rng.random() < 0.7 else None
+        updates.append((values, masks, chosen, weight))
+    dense, mixed = MaskedMean(theta), MaskedMean(theta)
+    for values, masks, chosen, weight in updates:
+        as_masks = {k: b.dense() for k, b in chosen.items()} if chosen else masks
+        dense.add(values, as_masks, weight)
+    order.shuffle(updates)
+    for values, masks, chosen, weight in updates:
+        small = {k: chosen[k].take(v) for k, v in values.items()} if chosen else values
+        mixed.add(small, chosen or masks, weight)
+    one, two = dense.result(), mixed.result()
+    assert all(torch.equal(one[name], two[name]) for name in theta)
+    one, two = dense.coverage(), mixed.coverage()
+    assert all(torch.equal(one[name], two[name]) for name in theta)
+    assert (dense.gamma(), dense.trained()) == (mixed.gamma(), mixed.trained())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_values_of_another_precision_count_as_what_they_are(dtype):
+    mean = MaskedMean({"w": torch.zeros(3)})
+    mean.add({"w": torch.tensor([1.5, -2.0, 0.25], dtype=dtype)})
+    assert mean.result()["w"].tolist() == [1.5, -2.0, 0.25]
