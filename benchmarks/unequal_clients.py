@@ -4,8 +4,7 @@
 
 Every variant trains `digits-unequal` (keep ratios 1 to 0.125) on the same images per worker; each
 run is a run directory under --out, and one that is finished is not run again. Ends with a table in
-Markdown (also written to --out/table.md): means over the seeds, with the range of FID. `--skewed`
-gives every worker the images of few classes, so that leaving the weak ones out loses classes.
+Markdown (also written to --out/table.md): means over the seeds, with the range of FID.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from fed_diffusion.models.layout import Block
 from fed_diffusion.runs import RunDir
 
 PRESET = "digits-unequal"
-SKEWED = {"data.partition": "dirichlet", "data.alpha": 0.3}
 
 
 def masks(kind: str, **more: str) -> dict[str, Any]:
@@ -59,7 +57,7 @@ VARIANTS = {
 }
 
 
-def run(variant: str, seed: int, root: Path, more: dict[str, Any]) -> Path:
+def run(variant: str, seed: int, root: Path) -> Path:
     """The finished run directory of one variant; an unfinished one is started anew beside it."""
     name = variant.replace(", ", "-").replace(" ", "-")
     for attempt in range(100):
@@ -68,7 +66,7 @@ def run(variant: str, seed: int, root: Path, more: dict[str, Any]) -> Path:
             return path
         if not path.exists():
             break
-    config = load_config(PRESET, VARIANTS[variant] | more | {"seed": seed})
+    config = load_config(PRESET, VARIANTS[variant] | {"seed": seed})
     began = time.perf_counter()
     results = simulate(config, path)
     fid = results["quality"]["fid"]
@@ -151,13 +149,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/unequal"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--skewed", action="store_true")
     arguments = parser.parse_args()
     began = time.perf_counter()
     done: dict[str, list[Path]] = {name: [] for name in arguments.only}
     for seed in range(arguments.seeds):
         for name in arguments.only:
-            done[name].append(run(name, seed, arguments.out, SKEWED if arguments.skewed else {}))
+            done[name].append(run(name, seed, arguments.out))
     text = table([row(name, paths) for name, paths in done.items()], arguments.seeds)
     if "F" in done:
         text += "\n" + on_one_theta(done["F"][0])
