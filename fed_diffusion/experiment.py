@@ -219,8 +219,8 @@ class Experiment:
         with self._timed("aggregate"), pinned_threads(self.config.worker.threads):
             return self.coordinator.receive(update, node)
 
-    def reject(self, client: int, reason: str, node: int | None = None) -> None:
-        self.coordinator.reject(client, reason, node)
+    def reject(self, client: int, reason: str, node: int | None = None, nbytes: int = 0) -> None:
+        self.coordinator.reject(client, reason, node, nbytes)
 
     def enough(self) -> bool:
         return self.coordinator.enough()

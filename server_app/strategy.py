@@ -137,14 +137,15 @@ class FedDiffusion(Strategy):
             self._reject(client, str(error), node)
             return
         if update.client != client:
-            self._reject(client, f"the reply is for client {update.client}", node)
+            reason = f"the reply is for client {update.client}"
+            self._reject(client, reason, node, update.payload.nbytes)
             return
         if not self.experiment.receive(update, node):
             log(WARNING, "the update of client %d was rejected; see metrics.jsonl", client)
 
-    def _reject(self, client: int, reason: str, node: int | None) -> None:
+    def _reject(self, client: int, reason: str, node: int | None, nbytes: int = 0) -> None:
         log(WARNING, "client %d does not count in this round: %s", client, reason)
-        self.experiment.reject(client, reason, node)
+        self.experiment.reject(client, reason, node, nbytes)
 
     def _message(self, task: Task, host: Host) -> Message:
         return Message(
@@ -161,15 +162,21 @@ class FedDiffusion(Strategy):
         return self._nodes
 
     def _accept(self, numbers: Numbers) -> None:
-        if self.config.pruning.budget != "level":
-            self.experiment.check_keep(numbers["keep"])
+        if self.config.pruning.budget == "level":
+            return
+        if not numbers["num-partitions"]:
+            raise ValueError(
+                "with pruning.budget a node's ratio is its clients', so its node config must say "
+                "which they are: partition-id=0 num-partitions=3"
+            )
+        self.experiment.check_keep(numbers["keep"])
 
     def _joined(self, host: Host) -> None:
         """What a node says it can carry holds for every client that it hosts."""
         if self.config.pruning.budget == "level":
             return
         clients = range(self.config.clients)
-        own = [c for c in clients if not host.of or c % host.of == host.partition]
+        own = [client for client in clients if client % host.of == host.partition]
         self.experiment.announce(dict.fromkeys(own, host.numbers))
 
     def _report(self, line: dict[str, Any]) -> None:

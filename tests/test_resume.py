@@ -117,7 +117,7 @@ def test_what_a_limit_learned_and_who_was_banned_is_not_forgotten(tmp_path):
     resumed = Experiment.resume(tmp_path / "run")
     assert resumed.coordinator.round == 2
     assert resumed.coordinator.banned() == [3]
-    assert resumed.coordinator.norms == experiment.coordinator.norms != []
+    assert resumed.coordinator.norms.recent == experiment.coordinator.norms.recent != []
     assert resumed.coordinator.participants(3) == [0, 1, 2, 4]
 
 

@@ -164,8 +164,8 @@ class BufferedCoordinator(Coordinator):
         self.flights.pop(update.client, None)
         return counted
 
-    def reject(self, client: int, reason: str, node: int | None = None) -> None:
-        super().reject(client, reason, node)
+    def reject(self, client: int, reason: str, node: int | None = None, nbytes: int = 0) -> None:
+        super().reject(client, reason, node, nbytes)
         self.flights.pop(client, None)
 
     def waiting(self) -> list[int]:

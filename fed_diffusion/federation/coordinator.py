@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation.aggregate import MaskedMean, UpdateError
+from fed_diffusion.federation.norms import NormLimit
 from fed_diffusion.federation.records import (
     ClientRound,
     RoundSummary,
@@ -30,16 +30,11 @@ from fed_diffusion.masks.recipes import (
     Masks,
     Recipe,
     RecipeError,
-    kept_count,
     kept_fraction,
     pruning_error,
 )
 from fed_diffusion.models.build import channel_layout
-from fed_diffusion.models.layout import Block
 from fed_diffusion.rng import Purpose, generator
-
-NORMS_KEPT = 256
-"""Updates whose norms round.norm_factor compares with."""
 
 
 @dataclass
@@ -94,8 +89,7 @@ class Coordinator:
         self._d = math.prod(image_shape(config.data))
         self.strikes: dict[int, int] = {}
         """client -> how many bad updates it has sent."""
-        self.norms: list[float] = []
-        """Root-mean-square differences of recent updates, for round.norm_factor."""
+        self.norms = NormLimit(config.round.max_norm, config.round.norm_factor)
         self._open: _Open | None = None
         self._failed: _Open | None = None
         """Earlier attempts at the same round: what they cost and why updates did not count."""
@@ -110,7 +104,7 @@ class Coordinator:
     def state(self) -> dict[str, Any]:
         """What `restore` needs beside the tensors."""
         strikes = {str(client): count for client, count in self.strikes.items()}
-        known = {"round": self.round, "strikes": strikes, "norms": self.norms}
+        known = {"round": self.round, "strikes": strikes, "norms": self.norms.recent}
         return known | {"clock": self.clock}
 
     def restore(
@@ -133,7 +127,7 @@ class Coordinator:
         self.ema = {name: ema[name] for name in self.ema}
         self.round = int(state["round"])
         self.strikes = {int(client): int(n) for client, n in state["strikes"].items()}
-        self.norms = [float(norm) for norm in state["norms"]]
+        self.norms.recent = [float(norm) for norm in state["norms"]]
         self.clock = float(state["clock"])
 
     def announce(self, client: int, keep: float) -> None:
@@ -222,9 +216,10 @@ class Coordinator:
             return False
         return True
 
-    def reject(self, client: int, reason: str, node: int | None = None) -> None:
-        """Note that a client's update does not count, and why."""
+    def reject(self, client: int, reason: str, node: int | None = None, nbytes: int = 0) -> None:
+        """Note that a client's update does not count, and why; `nbytes` of it came."""
         state = self._state()
+        state.bytes_up += nbytes
         state.waiting.pop(client, None)
         where = {} if node is None else {"node": str(node)}
         state.rejected.append({"client": client, "reason": reason, **where})
@@ -255,11 +250,11 @@ class Coordinator:
         masks = self._mask_of(update.client, recipe)
         values = decode_update(update.payload.arrays, self.theta, masks, self.config)
         measured = measurements(numbers)
-        norm = self._check_norm(values, masks)
+        rms = self.norms.check(values, self.theta, masks)
         by_examples = self.config.round.weighting == "examples"
         state.mean.add(values, masks, weight * (measured["examples"] if by_examples else 1))
         state.clients.append(self._client_round(state, update, recipe, measured))
-        state.norms += [] if norm is None else [norm]
+        state.norms += [] if rms is None else [rms]
         del state.waiting[update.client]
 
     def _agreed(self, update: Update) -> tuple[Recipe, int]:
@@ -312,7 +307,7 @@ class Coordinator:
         self.theta = state.mean.result()
         self._update_ema(round)
         self.round = round
-        self.norms = sorted_window(self.norms, state.norms)
+        self.norms.learn(state.norms)
         return self._summary(state, round)
 
     def _give_up(self, state: _Open) -> None:
@@ -331,34 +326,6 @@ class Coordinator:
             return MaskedMean(self.theta, workers)
         trim = 0.5 if settings.aggregation == "median" else settings.trim
         return RobustMean(self.theta, trim)
-
-    def _check_norm(self, values: Mapping[str, Tensor], masks: Masks) -> float | None:
-        """The root mean square of an update's difference to theta_r, where a limit is set.
-
-        Raises
-        ------
-        UpdateError
-            It is beyond round.max_norm (as a norm), or beyond round.norm_factor times the median
-            of recent rounds, in the first round theta's own size (as root mean squares, so that
-            small and large networks compare).
-        """
-        settings = self.config.round
-        if settings.max_norm is None and settings.norm_factor is None:
-            return None
-        square, count = difference(values, self.theta, masks)
-        norm, rms = math.sqrt(square), math.sqrt(square / max(count, 1))
-        if settings.max_norm is not None and not norm <= settings.max_norm:
-            raise UpdateError(f"its difference has norm {norm:.4g}, above {settings.max_norm:g}")
-        if settings.norm_factor is not None:
-            usual, of = statistics.median(self.norms or [0]), "the median of recent updates"
-            if not self.norms:  # the first round: no honest step is many times theta itself
-                usual, of = _root_mean_square(self.theta), "theta's own"
-            if not rms <= settings.norm_factor * usual:
-                raise UpdateError(
-                    f"its difference is {rms:.4g} (root mean square), above "
-                    f"{settings.norm_factor:g} times {of}"
-                )
-        return rms
 
     def _update_ema(self, round: int) -> None:
         decay = min(self.config.ema.decay, (1 + round) / (10 + round))
@@ -411,34 +378,6 @@ class Coordinator:
         if self._open is None:
             raise RuntimeError("no round is open: call tasks() first")
         return self._open
-
-
-def difference(
-    values: Mapping[str, Tensor], theta: Mapping[str, Tensor], masks: Masks
-) -> tuple[float, int]:
-    """The squared norm of values - theta over what the mask keeps, and how many values that is."""
-    square, count = 0.0, 0
-    for name, value in values.items():
-        mask = masks.get(name)
-        if isinstance(mask, Block):
-            change = value - mask.take(theta[name])
-        else:
-            change = value - theta[name]
-            if mask is not None:
-                change.masked_fill_(~mask, 0)
-        square += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
-        count += value.numel() if mask is None else kept_count(mask)
-    return square, count
-
-
-def _root_mean_square(theta: Mapping[str, Tensor]) -> float:
-    norms = [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in theta.values()]
-    return math.hypot(*norms) / math.sqrt(sum(value.numel() for value in theta.values()))
-
-
-def sorted_window(before: list[float], fresh: list[float]) -> list[float]:
-    """The last norms of earlier rounds, then this one's, in an order that no arrival decides."""
-    return (before + sorted(fresh))[-NORMS_KEPT:]
 
 
 def eta_of(config: Config, round: int) -> float:

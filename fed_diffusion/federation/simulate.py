@@ -82,8 +82,11 @@ def exchange(experiment: Experiment, run: Runner, round: int) -> None:
 
 
 def _deliver(experiment: Experiment, task: Task, outcome: Update | Exception) -> None:
-    if isinstance(outcome, Update):
+    if isinstance(outcome, Update) and outcome.client == task.client:
         experiment.receive(outcome)
+    elif isinstance(outcome, Update):
+        reason = f"the reply is for client {outcome.client}"
+        experiment.reject(task.client, reason, nbytes=outcome.payload.nbytes)
     else:
         experiment.reject(task.client, f"{type(outcome).__name__}: {outcome}")
 
