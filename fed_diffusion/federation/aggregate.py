@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,12 +69,15 @@ class MaskedMean:
         self._weights: dict[str, Tensor] = {}
         self._trainers: dict[str, Tensor] = {}
         self._pending: dict[str, _Pending] = {}
+        self._bytes: dict[str, list[Any]] = {}
 
     def add(
         self,
         values: Mapping[str, Tensor],
         masks: Mapping[str, Tensor | Block] | None = None,
         weight: float = 1.0,
+        *,
+        dropped_are_zero: bool = False,
     ) -> None:
         """Add one worker's theta_{r,n,S} under its mask.
 
@@ -86,6 +90,8 @@ class MaskedMean:
             Bool tensors or blocks by name; a name that is missing is kept whole.
         weight
             A positive whole number (equation (8) has 1).
+        dropped_are_zero
+            Whole values are zero where a mask drops (as decoded ones are): half of the work.
 
         Raises
         ------
@@ -97,14 +103,14 @@ class MaskedMean:
         whole = int(weight)
         if whole != weight or whole < 1:
             raise UpdateError(f"weight = {weight}; it must be a positive whole number")
-        self._check(values, masks, whole)
+        self._check(values, masks, whole, dropped_are_zero)
         self._room -= 1
         for name, value in values.items():
             mask = masks.get(name)
             if isinstance(mask, Block):
                 self._add_block(name, value, mask, whole)
             else:
-                _add_fixed_point(self._sums[name], value, mask, whole)
+                _add_fixed_point(self._sums[name], value, None if dropped_are_zero else mask, whole)
                 self._count(name, mask, whole)
 
     def _add_block(self, name: str, value: Tensor, block: Block, weight: int) -> None:
@@ -128,7 +134,11 @@ class MaskedMean:
         self._count(name, pending.block, pending.weight, pending.workers)
 
     def _check(
-        self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor | Block], weight: int
+        self,
+        values: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor | Block],
+        weight: int,
+        dropped_are_zero: bool,
     ) -> None:
         if self._room < 1 or weight >= self._limit:
             raise UpdateError(f"no room for this update (weight {weight}); see `workers`")
@@ -148,7 +158,7 @@ class MaskedMean:
                 raise UpdateError(f"the mask of {name} is not of shape {shape}")
             if isinstance(mask, Tensor) and mask.dtype != torch.bool:
                 raise UpdateError(f"the mask of {name} is {mask.dtype}, not bool {shape}")
-            largest = _largest(value, mask)
+            largest = _largest(value, None if dropped_are_zero else mask)
             if not largest < float("inf"):
                 raise UpdateError(f"{name} holds values that are not finite")
             if largest * weight >= self._limit:
@@ -165,11 +175,29 @@ class MaskedMean:
         shape = self._theta[name].shape
         if name not in self._trainers:
             self._trainers[name] = torch.zeros(shape, dtype=torch.int32)
+        if weight == workers == 1 and name not in self._weights and isinstance(mask, Tensor):
+            self._count_bytes(name, mask)
+            return
+        self._settle_counts(name)
         if weight != workers and name not in self._weights:  # so far every weight was 1
             self._weights[name] = self._trainers[name].to(torch.int64)
         _count_in(self._trainers[name], mask, workers)
         if name in self._weights:
             _count_in(self._weights[name], mask, weight)
+
+    def _count_bytes(self, name: str, mask: Tensor) -> None:
+        """Masks are bytes of 0 and 1: up to 255 of them add up in bytes, which is fastest."""
+        if name not in self._bytes:
+            self._bytes[name] = [torch.zeros(mask.shape, dtype=torch.uint8), 0]
+        counted = self._bytes[name]
+        counted[0] += mask.view(torch.uint8)
+        counted[1] += 1
+        if counted[1] == 255:
+            self._settle_counts(name)
+
+    def _settle_counts(self, name: str) -> None:
+        if name in self._bytes:
+            self._trainers[name] += self._bytes.pop(name)[0]
 
     def result(self) -> dict[str, Tensor]:
         """theta_{r+1}: the mean where somebody trained, theta_r elsewhere; float32."""
@@ -179,21 +207,26 @@ class MaskedMean:
     def _settle_all(self) -> None:
         for name in list(self._pending):
             self._settle(name)
+        for name in list(self._bytes):
+            self._settle_counts(name)
 
     def _mean(self, name: str) -> Tensor:
         old = self._theta[name]
         new = torch.empty_like(old).flatten()
         sums, flat = self._sums[name].flatten(), old.flatten()
         weights = self._weights.get(name, self._trainers.get(name))
+        counts = sums if weights is None else weights.flatten()
         for start in range(0, flat.numel(), BLOCK):
             block = slice(start, start + BLOCK)
-            total = sums[block].to(torch.float64) / SCALE
+            total = sums[block].to(torch.float64).mul_(1 / SCALE)  # exact: a power of two
             if weights is None:
                 weight = self._weight[name]
-                new[block] = total / weight if weight else flat[block]
+                new[block] = total.div_(weight) if weight else flat[block]
             else:
-                count = weights.flatten()[block].to(torch.float64) + self._weight[name]
-                new[block] = torch.where(count > 0, total / count, flat[block].double()).float()
+                count = counts[block] + self._weight[name]
+                new[block] = total.div_(count.clamp(min=1))
+                if int(count.min()) == 0:
+                    new[block] = torch.where(count > 0, new[block], flat[block])
         return new.view(old.shape)
 
     def coverage(self) -> dict[str, Tensor]:

@@ -252,7 +252,8 @@ class Coordinator:
         measured = measurements(numbers)
         rms = self.norms.check(values, self.theta, masks)
         by_examples = self.config.round.weighting == "examples"
-        state.mean.add(values, masks, weight * (measured["examples"] if by_examples else 1))
+        weight *= measured["examples"] if by_examples else 1
+        state.mean.add(values, masks, weight, dropped_are_zero=True)
         state.clients.append(self._client_round(state, update, recipe, measured))
         state.norms += [] if rms is None else [rms]
         del state.waiting[update.client]

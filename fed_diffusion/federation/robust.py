@@ -44,11 +44,13 @@ class RobustMean:
         values: Mapping[str, Tensor],
         masks: Mapping[str, Tensor | Block] | None = None,
         weight: float = 1.0,
+        *,
+        dropped_are_zero: bool = False,
     ) -> None:
         """Add one worker's values, as `MaskedMean.add`; raises `UpdateError` as it does."""
         if weight != 1:
             raise UpdateError(f"weight = {weight}; trimmed means and medians know no weights")
-        self._counts.add(values, masks)
+        self._counts.add(values, masks, dropped_are_zero=dropped_are_zero)
         self._updates.append(({n: v.clone() for n, v in values.items()}, dict(masks or {})))
 
     def result(self) -> dict[str, Tensor]:

@@ -129,20 +129,15 @@ def decode_update(
     """One worker's part of the mean (8): its values, or theta_r plus its differences.
 
     The difference is to what the worker decoded; added to theta_r itself, what rounding changed on
-    the way down does not stay in the model. Nobody reads what the mask drops.
+    the way down does not stay in the model. Values are zero where the mask drops.
 
     Raises
     ------
     UpdateError
         A name, dtype, shape or length that the recipe does not imply.
     """
-    values = _decode(arrays, theta, masks, config.wire.up, per_row(config))
-    if config.wire.differences:
-        for name, difference in values.items():
-            mask = masks.get(name)
-            base = mask.take(theta[name]) if isinstance(mask, Block) else theta[name]
-            values[name] = base + difference
-    return values
+    base = theta if config.wire.differences else None
+    return _decode(arrays, theta, masks, config.wire.up, per_row(config), base)
 
 
 def _decode(
@@ -151,7 +146,9 @@ def _decode(
     masks: Masks,
     dtype: str,
     rows: bool,
+    base: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
+    """Values by name, with `base` added to what is kept."""
     if arrays.keys() != theta.keys():
         odd = sorted(arrays.keys() ^ theta.keys())[:3]
         raise UpdateError(f"tensor names differ from the model's, first of them: {odd}")
@@ -163,8 +160,16 @@ def _decode(
         else:
             expected = mask.kept if isinstance(mask, Block) else (kept_count(mask),)
         values = unpack(name, arrays[name], dtype, expected, rows)
+        if base is not None:
+            values = values + _kept(base[name], mask)
         decoded[name] = expand(values, mask) if isinstance(mask, Tensor) else values
     return decoded
+
+
+def _kept(whole: Tensor, mask: Tensor | Block | None) -> Tensor:
+    if isinstance(mask, Block):
+        return mask.take(whole)
+    return whole if mask is None else select(whole, mask)
 
 
 # --- masks that only their bits describe --------------------------------------------------------
