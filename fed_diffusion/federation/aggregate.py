@@ -20,7 +20,7 @@ FRACTION_BITS = 40
 SCALE = 2.0**FRACTION_BITS
 LIMIT = 2.0 ** (63 - FRACTION_BITS)
 """Bound on a coordinate's weighted sum of magnitudes, so that int64 cannot overflow."""
-BLOCK = 1 << 18
+BLOCK = 1 << 17
 """Coordinates handled at once: the float64 temporaries stay in cache."""
 
 
@@ -218,7 +218,8 @@ class MaskedMean:
         counts = sums if weights is None else weights.flatten()
         for start in range(0, flat.numel(), BLOCK):
             block = slice(start, start + BLOCK)
-            total = sums[block].to(torch.float64).mul_(1 / SCALE)  # exact: a power of two
+            total = sums[block].to(torch.float64)
+            total *= 1 / SCALE  # exact: a power of two
             if weights is None:
                 weight = self._weight[name]
                 new[block] = total.div_(weight) if weight else flat[block]
@@ -284,12 +285,13 @@ def _add_fixed_point(sums: Tensor, value: Tensor, mask: Tensor | None, weight: i
     if flat.dtype.itemsize < 4:
         flat = flat.float()  # half precision does not reach 2^40
     kept = None if mask is None else mask.flatten()
-    fixed = torch.empty(min(BLOCK, len(flat)), dtype=torch.int64)
+    size = min(BLOCK, len(flat))
+    scaled, fixed = torch.empty(size, dtype=flat.dtype), torch.empty(size, dtype=torch.int64)
     for start in range(0, len(flat), BLOCK):
-        block = slice(start, start + BLOCK)
+        values = flat[start : start + BLOCK]
         # Scaling by a power of two is exact; rounding is then at most 2^-41 of the value's unit.
-        scaled = torch.mul(flat[block], SCALE).round_()
-        part = fixed[: len(scaled)].copy_(scaled)
+        torch.mul(values, SCALE, out=scaled[: len(values)]).round_()
+        part = fixed[: len(values)].copy_(scaled[: len(values)])
         if kept is not None:
-            part *= kept[block]
-        target[block].add_(part, alpha=weight)
+            part *= kept[start : start + BLOCK]
+        target[start : start + BLOCK].add_(part, alpha=weight)
