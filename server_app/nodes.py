@@ -15,6 +15,8 @@ POLL_S = 0.05
 """Between looks for replies; Flower's own loop waits up to 3 s."""
 JOIN_S = 120.0
 """How long to wait for the first node, and for a node to answer the opening query."""
+UNANSWERED = (3, 4, 5, 8)
+"""Flower's errors for a message, a reply or a node that is not there, and a ClientApp that died."""
 LOOK_S = 1.0
 """Between looks for nodes, while there are too few."""
 
@@ -130,6 +132,9 @@ class Nodes:
         self._asked |= dict.fromkeys((m for m in self._grid.push_messages([query]) if m), node)
 
     def _take(self, node: int, reply: Message | Exception) -> None:
+        if isinstance(reply, Message) and reply.has_error() and reply.error.code in UNANSWERED:
+            log(WARNING, "node %d did not answer: %s", node, reason_of(reply.error))
+            return  # it is asked again when it is next seen
         try:
             numbers = _answer(reply)
             self._accept(numbers)
