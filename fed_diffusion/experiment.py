@@ -25,7 +25,7 @@ from fed_diffusion.federation.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.federation.records import RoundSummary, Task, Update
 from fed_diffusion.federation.worker import device_of, pinned_threads
 from fed_diffusion.masks.plan import check_pruning
-from fed_diffusion.models.build import build_network, channel_layout, parameters_of
+from fed_diffusion.models.build import build_network, channel_layout, parameters_of, skeleton
 from fed_diffusion.report.grids import save_grid
 from fed_diffusion.rng import Purpose
 from fed_diffusion.runs import RunDir, Sampler, sampler_partition
@@ -59,7 +59,7 @@ def check(
         raise ConfigError(
             f"worker.device = {device!r}, and torch sees no CUDA device; use auto or cpu."
         )
-    build_network(config)
+    skeleton(config)
     check_pruning(config, channel_layout(config))
     check_evaluation(config)
     if dataset is None and needs_data:

@@ -59,7 +59,7 @@ class FedDiffusion(Strategy):
         """Tasks to whoever is free, until the buffer is full; what is out stays out."""
         assert self._nodes is not None
         clients, seconds = list(range(self.config.clients)), self.config.round.deadline_s
-        while not (self.experiment.coordinator.has_window() and self.experiment.enough()):
+        while not self.experiment.enough():
             available = self._nodes.wait_for(clients, 1, min(seconds, JOIN_S))
             for task in self.experiment.tasks(round, available):
                 for message_id, host in self._send(grid, task):

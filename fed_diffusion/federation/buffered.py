@@ -81,14 +81,17 @@ class BufferedCoordinator(Coordinator):
             self._open = _Open(self._mean(self.target()), recipes, self.target(), absent)
         state = self._open
         for task in self._encode(round, [client for client in free if client in state.recipes]):
-            recipe = state.recipes[task.client]
-            bits = encode_bits(self._mask(recipe)) if recipe.needs_bits else None
-            lost = state.lost[task.client]
-            self.flights[task.client] = Flight(round, recipe, task.payload.nbytes, lost, bits)
+            self._note_flight(task)
             self._began[task.client] = round
             if self.versions is not None:
                 self.versions[round] = self.theta
             yield task
+
+    def _note_flight(self, task: Task) -> None:
+        state = self._state()
+        recipe, lost = state.recipes[task.client], state.lost[task.client]
+        bits = encode_bits(self._mask(recipe)) if recipe.needs_bits else None
+        self.flights[task.client] = Flight(task.round, recipe, task.payload.nbytes, lost, bits)
 
     def again(self, client: int) -> Task:
         """A task that is out, made anew from the theta it began on."""
@@ -100,9 +103,7 @@ class BufferedCoordinator(Coordinator):
             recipes = plan_round(self.config, flight.round, keeps, self.theta, self.layout)
             self._open = _Open(self._mean(1), recipes, 1)
             (task,) = self._encode(flight.round, [client])
-            recipe, lost = recipes[client], self._open.lost[client]
-            bits = encode_bits(self._mask(recipe)) if recipe.needs_bits else None
-            self.flights[client] = Flight(flight.round, recipe, task.payload.nbytes, lost, bits)
+            self._note_flight(task)
         finally:
             self.theta, self._open = newest, state
         return task
@@ -173,9 +174,9 @@ class BufferedCoordinator(Coordinator):
 
     def close_round(self) -> RoundSummary:
         """Move theta by the buffered differences; tasks that are out stay out."""
+        stale, self._staleness = self._staleness, []
         summary = super().close_round()
-        summary.staleness = max(self._staleness, default=0)
-        self._staleness = []
+        summary.staleness = max(stale, default=0)
         if self.versions is not None:
             out = {flight.round for flight in self.flights.values()}
             self.versions = {r: theta for r, theta in self.versions.items() if r in out}

@@ -41,7 +41,7 @@ from fed_diffusion.rng import Purpose, generator
 class _Open:
     """The round in progress."""
 
-    mean: MaskedMean | RobustMean
+    mean: MaskedMean
     recipes: dict[int, Recipe]
     target: int
     """Updates that are enough to close the round early."""
@@ -228,14 +228,9 @@ class Coordinator:
         """Note a reply to a round that is closed; it is thrown away."""
         self._late += 1
 
-    def has_window(self) -> bool:
-        """Whether a round is open."""
-        return self._open is not None
-
     def enough(self) -> bool:
-        """Whether the round has as many updates as it wants."""
-        state = self._state()
-        return len(state.clients) >= state.target
+        """Whether a round is open and has as many updates as it wants."""
+        return self._open is not None and len(self._open.clients) >= self._open.target
 
     def waiting(self) -> list[int]:
         """Clients of the open round that have not been heard of."""
@@ -321,7 +316,7 @@ class Coordinator:
         before.mean = self._mean(1)
         self._failed = before
 
-    def _mean(self, workers: int) -> MaskedMean | RobustMean:
+    def _mean(self, workers: int) -> MaskedMean:
         settings = self.config.round
         if settings.aggregation == "mean":
             return MaskedMean(self.theta, workers)

@@ -20,6 +20,7 @@ from fed_diffusion.data import class_count, image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.masks.budget import (
     BYTES_PER_PARAMETER,
+    MB,
     Budget,
     Demand,
     Probe,
@@ -79,8 +80,7 @@ def measure_budget(
 def sub_network(whole: UNet, layout: Layout, keep: float, device: torch.device | str) -> UNet:
     """The sub-network of the first groups at this ratio, not initialised."""
     blocks = layout.blocks(ordered(layout, layout.counts(keep)))
-    shapes = {n: blocks[n].kept if n in blocks else shape for n, shape in layout.shapes.items()}
-    return resized(whole, shapes, device=device)
+    return resized(whole, layout.shapes_of(blocks), device=device)
 
 
 def demand(config: Config, network: UNet) -> Demand:
@@ -146,7 +146,7 @@ def _batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor, Tensor
 def _cuda_memory_allowed(config: Config, device: torch.device) -> float:
     free = float(torch.cuda.mem_get_info(device)[0])
     stated = config.worker.memory_mb
-    return free if stated is None else min(free, stated * 1e6)
+    return free if stated is None else min(free, stated * MB)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ ROWS = 1 << 16
 """Coordinates sorted at once."""
 
 
-class RobustMean:
+class RobustMean(MaskedMean):
     """The trimmed mean of each coordinate over the workers that trained it.
 
     Of n values the floor(trim n) smallest and as many of the largest are left out, at most so many
@@ -34,9 +34,8 @@ class RobustMean:
     """
 
     def __init__(self, theta: Mapping[str, Tensor], trim: float):
-        self._theta = dict(theta)
+        super().__init__(theta)
         self._trim = trim
-        self._counts = MaskedMean(theta)  # checks updates, counts trainers
         self._updates: list[tuple[dict[str, Tensor], dict[str, Tensor | Block]]] = []
 
     def add(
@@ -47,10 +46,10 @@ class RobustMean:
         *,
         dropped_are_zero: bool = False,
     ) -> None:
-        """Add one worker's values, as `MaskedMean.add`; raises `UpdateError` as it does."""
+        """Add one worker's values; raises `UpdateError` as `MaskedMean.add`, and on weights."""
         if weight != 1:
             raise UpdateError(f"weight = {weight}; trimmed means and medians know no weights")
-        self._counts.add(values, masks, dropped_are_zero=dropped_are_zero)
+        super().add(values, masks, dropped_are_zero=dropped_are_zero)  # checks it, counts trainers
         self._updates.append(({n: v.clone() for n, v in values.items()}, dict(masks or {})))
 
     def result(self) -> dict[str, Tensor]:
@@ -85,15 +84,3 @@ class RobustMean:
         total = ordered.masked_fill(~inside, 0).sum(1)
         mean = total / inside.sum(1).clamp(min=1)
         return torch.where(count > 0, mean, old.double()).float()
-
-    def coverage(self) -> dict[str, Tensor]:
-        """|N_r^i| for every coordinate i."""
-        return self._counts.coverage()
-
-    def gamma(self) -> int:
-        """Gamma_r = min_i |N_r^i|."""
-        return self._counts.gamma()
-
-    def trained(self) -> float:
-        """The fraction of coordinates with at least one trainer."""
-        return self._counts.trained()

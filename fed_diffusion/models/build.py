@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import class_count, image_shape
+from fed_diffusion.masks.channels import ordered
 from fed_diffusion.masks.levels import keep_ratios
 from fed_diffusion.models.layout import Layout, layout_of
 from fed_diffusion.models.slim import resized
@@ -74,8 +75,7 @@ def _smallest(config: Config) -> dict[str, tuple[int, ...]]:
         counts = layout.counts(min(keep_ratios(config)))
     except ValueError as error:
         raise ConfigError(f"pruning: {error}.") from error
-    blocks = layout.blocks({name: tuple(range(count)) for name, count in counts.items()})
-    return {n: blocks[n].kept if n in blocks else shape for n, shape in layout.shapes.items()}
+    return layout.shapes_of(layout.blocks(ordered(layout, counts)))
 
 
 def _meta_unet(config: Config) -> UNet:

@@ -186,6 +186,10 @@ class Layout:
                 blocks[name] = block
         return blocks
 
+    def shapes_of(self, blocks: Mapping[str, Block]) -> dict[str, tuple[int, ...]]:
+        """The parameters' shapes in the network that keeps these blocks."""
+        return {n: blocks[n].kept if n in blocks else shape for n, shape in self.shapes.items()}
+
     def _runs(self, axis: tuple[str, ...], channels: Channels) -> Runs:
         runs: list[tuple[int, int]] = []
         offset = 0

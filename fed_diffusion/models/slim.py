@@ -26,13 +26,13 @@ def extract(network: UNet, channels: Channels) -> UNet:
     channels
         space -> kept groups, for every space of `layout_of(network)`.
     """
-    blocks = layout_of(network).blocks(channels)
+    layout = layout_of(network)
+    blocks = layout.blocks(channels)
     values = {
         name: blocks[name].take(value.detach()) if name in blocks else value.detach().clone()
         for name, value in network.named_parameters()
     }
-    shapes = {name: tuple(value.shape) for name, value in values.items()}
-    small = resized(network, shapes, device="meta")
+    small = resized(network, layout.shapes_of(blocks), device="meta")
     for name, value in values.items():
         module, _, parameter = name.rpartition(".")
         small.get_submodule(module).register_parameter(parameter, nn.Parameter(value))
