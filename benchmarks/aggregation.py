@@ -26,10 +26,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.messages import to_records, to_update
 from fed_diffusion.config import Config, load_config
+from fed_diffusion.federation.codecs import cast, kept_of
 from fed_diffusion.federation.coordinator import Coordinator
 from fed_diffusion.federation.probe import peak_memory
 from fed_diffusion.federation.records import Update
-from fed_diffusion.federation.wire import Payload, decode_task, encode_update
+from fed_diffusion.federation.wire import Payload
+from fed_diffusion.masks.recipes import Recipe
 from fed_diffusion.models.build import build_network, parameters_of
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -100,16 +102,23 @@ def fed_avg(config: Config, clock: Clock) -> None:
 def ours(config: Config, clock: Clock) -> None:
     coordinator = Coordinator(config, parameters_of(build_network(config)))
     theta, layout = coordinator.theta, coordinator.layout
-    shapes = {name: torch.empty(value.shape, device="meta") for name, value in theta.items()}
     measured = {"loss": 1.0, "images": 1, "examples": 1, "seconds": 1.0}
+    # every task goes out before the first reply comes in
+    recipes = {
+        task.client: Recipe.from_metrics(task.payload.numbers) for task in coordinator.tasks(1)
+    }
+    top_k = [recipes[0].mask(theta)] if recipes[0].kind == "topk" else []  # the same for all
 
     def replies() -> Iterator[Message]:
-        for task in coordinator.tasks(1):
-            recipe, masks, start = decode_task(task.payload, shapes, layout, config)
-            end = {name: value + 1e-3 * task.client for name, value in start.items()}
-            arrays = encode_update(end, start, masks, config, 1, task.client)
+        for client, recipe in recipes.items():
+            masks = top_k[0] if top_k else recipe.mask(theta, layout)
+            start = {name: kept_of(value, masks.get(name)) for name, value in theta.items()}
+            arrays = {
+                name: cast(value + 1e-3 * client, "fp32", False, None).pack()
+                for name, value in start.items()
+            }
             payload = Payload(arrays, recipe.to_metrics() | measured)
-            yield reply_with(to_records(Update(1, task.client, payload)))
+            yield reply_with(to_records(Update(1, client, payload)))
 
     clock.start()
     for reply in clock.without(replies()):

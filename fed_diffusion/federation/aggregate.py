@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fed_diffusion.masks.recipes import kept_count
 from fed_diffusion.models.layout import Block
 
 FRACTION_BITS = 40
 SCALE = 2.0**FRACTION_BITS
 LIMIT = 2.0 ** (63 - FRACTION_BITS)
 """Bound on a coordinate's weighted sum of magnitudes, so that int64 cannot overflow."""
-BLOCK = 1 << 17
+ALIGNED = 1.5 * 2.0 ** (52 - FRACTION_BITS)
+"""Added to a float64, it leaves the value's 40 fractional bits at the end of the mantissa."""
+ALIGNED_BITS = int(np.float64(ALIGNED).view(np.int64))
+ALIGNED_LIMIT = 2.0 ** (51 - FRACTION_BITS)
+BLOCK = 1 << 16
 """Coordinates handled at once: the float64 temporaries stay in cache."""
 
 
@@ -68,30 +73,27 @@ class MaskedMean:
         self._workers = dict.fromkeys(self._theta, 0)
         self._weights: dict[str, Tensor] = {}
         self._trainers: dict[str, Tensor] = {}
+        # up to 255 masks add up as the bytes they are, which is fastest and smallest
+        self._counts = torch.uint8 if workers < 256 else torch.int32
         self._pending: dict[str, _Pending] = {}
-        self._bytes: dict[str, list[Any]] = {}
 
     def add(
         self,
         values: Mapping[str, Tensor],
         masks: Mapping[str, Tensor | Block] | None = None,
         weight: float = 1.0,
-        *,
-        dropped_are_zero: bool = False,
     ) -> None:
         """Add one worker's theta_{r,n,S} under its mask.
 
         Parameters
         ----------
         values
-            Float tensors by theta's names, shaped like theta (what the mask drops is not read) or,
-            where the mask is a block, like the block.
+            Float tensors by theta's names, shaped like theta (what the mask drops is not read) or
+            only the kept values: shaped like the block where the mask is one, else one-dimensional.
         masks
             Bool tensors or blocks by name; a name that is missing is kept whole.
         weight
             A positive whole number (equation (8) has 1).
-        dropped_are_zero
-            Whole values are zero where a mask drops (as decoded ones are): half of the work.
 
         Raises
         ------
@@ -103,26 +105,27 @@ class MaskedMean:
         whole = int(weight)
         if whole != weight or whole < 1:
             raise UpdateError(f"weight = {weight}; it must be a positive whole number")
-        self._check(values, masks, whole, dropped_are_zero)
+        largest = self._check(values, masks, whole)
         self._room -= 1
         for name, value in values.items():
             mask = masks.get(name)
             if isinstance(mask, Block):
-                self._add_block(name, value, mask, whole)
+                sums = self._block_sums(name, mask, whole)
+                _add_fixed_point(sums, value, None, whole, largest[name])
             else:
-                _add_fixed_point(self._sums[name], value, None if dropped_are_zero else mask, whole)
+                _add_fixed_point(self._sums[name], value, mask, whole, largest[name])
                 self._count(name, mask, whole)
 
-    def _add_block(self, name: str, value: Tensor, block: Block, weight: int) -> None:
+    def _block_sums(self, name: str, block: Block, weight: int) -> Tensor:
         """Blocks are summed densely while one like the last follows, as for workers of one size."""
         pending = self._pending.get(name)
         if pending is None or pending.block.runs != block.runs:
             self._settle(name)
             pending = _Pending(block, torch.zeros(block.kept, dtype=torch.int64))
             self._pending[name] = pending
-        _add_fixed_point(pending.sums, value, None, weight)
         pending.weight += weight
         pending.workers += 1
+        return pending.sums
 
     def _settle(self, name: str) -> None:
         """Bring a tensor's pending sums to their place."""
@@ -138,8 +141,8 @@ class MaskedMean:
         values: Mapping[str, Tensor],
         masks: Mapping[str, Tensor | Block],
         weight: int,
-        dropped_are_zero: bool,
-    ) -> None:
+    ) -> dict[str, float]:
+        """Refuse what must not count; returns the largest magnitude of each tensor."""
         if self._room < 1 or weight >= self._limit:
             raise UpdateError(f"no room for this update (weight {weight}); see `workers`")
         if values.keys() != self._theta.keys():
@@ -147,25 +150,33 @@ class MaskedMean:
             raise UpdateError(f"tensor names differ from the model's, first of them: {odd}")
         if unknown := sorted(masks.keys() - self._theta.keys())[:3]:
             raise UpdateError(f"masks for tensors the model lacks, first of them: {unknown}")
+        largest = {}
         for name, value in values.items():
-            shape, mask = tuple(self._theta[name].shape), masks.get(name)
-            expected = mask.kept if isinstance(mask, Block) else shape
-            if tuple(value.shape) != expected or not value.is_floating_point():
-                raise UpdateError(
-                    f"{name} is {value.dtype} {tuple(value.shape)}, not floating {expected}"
-                )
-            if mask is not None and tuple(mask.shape) != shape:
-                raise UpdateError(f"the mask of {name} is not of shape {shape}")
-            if isinstance(mask, Tensor) and mask.dtype != torch.bool:
-                raise UpdateError(f"the mask of {name} is {mask.dtype}, not bool {shape}")
-            largest = _largest(value, None if dropped_are_zero else mask)
-            if not largest < float("inf"):
+            mask = masks.get(name)
+            self._check_shape(name, value, mask)
+            largest[name] = _largest(value, mask)
+            if not largest[name] < float("inf"):
                 raise UpdateError(f"{name} holds values that are not finite")
-            if largest * weight >= self._limit:
+            if largest[name] * weight >= self._limit:
                 raise UpdateError(
-                    f"{name} holds values as large as {largest:.3g} (weight {weight}): "
+                    f"{name} holds values as large as {largest[name]:.3g} (weight {weight}): "
                     f"beyond {self._limit:g}"
                 )
+        return largest
+
+    def _check_shape(self, name: str, value: Tensor, mask: Tensor | Block | None) -> None:
+        shape = tuple(self._theta[name].shape)
+        if mask is not None and tuple(mask.shape) != shape:
+            raise UpdateError(f"the mask of {name} is not of shape {shape}")
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            raise UpdateError(f"the mask of {name} is {mask.dtype}, not bool {shape}")
+        expected = mask.kept if isinstance(mask, Block) else shape
+        if isinstance(mask, Tensor) and tuple(value.shape) != shape:
+            expected = (kept_count(mask),)
+        if tuple(value.shape) != expected or not value.is_floating_point():
+            raise UpdateError(
+                f"{name} is {value.dtype} {tuple(value.shape)}, not floating {expected}"
+            )
 
     def _count(self, name: str, mask: Tensor | Block | None, weight: int, workers: int = 1) -> None:
         if mask is None:
@@ -174,30 +185,12 @@ class MaskedMean:
             return
         shape = self._theta[name].shape
         if name not in self._trainers:
-            self._trainers[name] = torch.zeros(shape, dtype=torch.int32)
-        if weight == workers == 1 and name not in self._weights and isinstance(mask, Tensor):
-            self._count_bytes(name, mask)
-            return
-        self._settle_counts(name)
+            self._trainers[name] = torch.zeros(shape, dtype=self._counts)
         if weight != workers and name not in self._weights:  # so far every weight was 1
             self._weights[name] = self._trainers[name].to(torch.int64)
         _count_in(self._trainers[name], mask, workers)
         if name in self._weights:
             _count_in(self._weights[name], mask, weight)
-
-    def _count_bytes(self, name: str, mask: Tensor) -> None:
-        """Masks are bytes of 0 and 1: up to 255 of them add up in bytes, which is fastest."""
-        if name not in self._bytes:
-            self._bytes[name] = [torch.zeros(mask.shape, dtype=torch.uint8), 0]
-        counted = self._bytes[name]
-        counted[0] += mask.view(torch.uint8)
-        counted[1] += 1
-        if counted[1] == 255:
-            self._settle_counts(name)
-
-    def _settle_counts(self, name: str) -> None:
-        if name in self._bytes:
-            self._trainers[name] += self._bytes.pop(name)[0]
 
     def result(self) -> dict[str, Tensor]:
         """theta_{r+1}: the mean where somebody trained, theta_r elsewhere; float32."""
@@ -207,8 +200,6 @@ class MaskedMean:
     def _settle_all(self) -> None:
         for name in list(self._pending):
             self._settle(name)
-        for name in list(self._bytes):
-            self._settle_counts(name)
 
     def _mean(self, name: str) -> Tensor:
         old = self._theta[name]
@@ -224,7 +215,7 @@ class MaskedMean:
                 weight = self._weight[name]
                 new[block] = total.div_(weight) if weight else flat[block]
             else:
-                count = counts[block] + self._weight[name]
+                count = counts[block].to(torch.int64) + self._weight[name]
                 new[block] = total.div_(count.clamp(min=1))
                 if int(count.min()) == 0:
                     new[block] = torch.where(count > 0, new[block], flat[block])
@@ -234,10 +225,10 @@ class MaskedMean:
         """|N_r^i| for every coordinate i: how many workers trained it (int32, theta's shapes)."""
         self._settle_all()
         return {
-            name: self._workers[name] + self._trainers.get(name, torch.zeros(1, dtype=torch.int32))
+            name: self._trainers[name].to(torch.int32) + self._workers[name]
             if name in self._trainers
-            else torch.full(self._theta[name].shape, self._workers[name], dtype=torch.int32)
-            for name in self._theta
+            else torch.full(value.shape, self._workers[name], dtype=torch.int32)
+            for name, value in self._theta.items()
         }
 
     def gamma(self) -> int:
@@ -265,6 +256,8 @@ def _count_in(counts: Tensor, mask: Tensor | Block, weight: int) -> None:
     if isinstance(mask, Block):
         for there, _ in mask.pieces():
             counts[there] += weight
+    elif counts.dtype == torch.uint8 and weight == 1:
+        counts += mask.view(torch.uint8)
     else:
         counts.add_(mask, alpha=weight)
 
@@ -273,25 +266,56 @@ def _largest(value: Tensor, mask: Tensor | Block | None) -> float:
     """The largest kept magnitude; NaN and infinities come through."""
     if value.numel() == 0:
         return 0.0
-    if isinstance(mask, Tensor):
+    if isinstance(mask, Tensor) and value.shape == mask.shape:
         value = value.where(mask, 0)
     low, high = torch.aminmax(value)
     return max(-float(low), float(high)) if low == low else float("nan")
 
 
-def _add_fixed_point(sums: Tensor, value: Tensor, mask: Tensor | None, weight: int) -> None:
-    """sums += weight * round(value 2^40) where the mask keeps, in cache-sized parts."""
-    flat, target = value.detach().reshape(-1), sums.view(-1)
-    if flat.dtype.itemsize < 4:
-        flat = flat.float()  # half precision does not reach 2^40
-    kept = None if mask is None else mask.flatten()
-    size = min(BLOCK, len(flat))
-    scaled, fixed = torch.empty(size, dtype=flat.dtype), torch.empty(size, dtype=torch.int64)
-    for start in range(0, len(flat), BLOCK):
-        values = flat[start : start + BLOCK]
-        # Scaling by a power of two is exact; rounding is then at most 2^-41 of the value's unit.
-        torch.mul(values, SCALE, out=scaled[: len(values)]).round_()
-        part = fixed[: len(values)].copy_(scaled[: len(values)])
-        if kept is not None:
-            part *= kept[start : start + BLOCK]
-        target[start : start + BLOCK].add_(part, alpha=weight)
+def _add_fixed_point(
+    sums: Tensor, value: Tensor, mask: Tensor | None, weight: int, largest: float
+) -> None:
+    """sums += weight * round(value 2^40) where the mask keeps, in cache-sized parts.
+
+    NumPy, because it converts while it adds: a third of the passes over memory.
+    """
+    flat = value.detach().reshape(-1)
+    values = (flat.float() if flat.dtype == torch.bfloat16 else flat).numpy()
+    target = sums.view(-1).numpy()
+    kept = None if mask is None else mask.reshape(-1).numpy()
+    compact = kept is not None and len(values) != len(kept)
+    scaled = np.empty(min(BLOCK, len(target)))
+    spread = np.empty(len(scaled), values.dtype)
+    taken = 0
+    for start in range(0, len(target), BLOCK):
+        there = target[start : start + BLOCK]
+        part = scaled[: len(there)]
+        if kept is None:
+            fixed = _fixed_point(values[start : start + BLOCK], part, largest)
+        else:
+            places = np.flatnonzero(kept[start : start + BLOCK])
+            here = values[taken : taken + len(places)] if compact else values[start:][places]
+            taken += len(places)
+            whole = spread[: len(there)]
+            whole.fill(0)
+            whole[places] = here
+            fixed = _fixed_point(whole, part, largest)
+        if weight != 1:
+            fixed *= weight
+        there += fixed
+
+
+def _fixed_point(values: np.ndarray, out: np.ndarray, largest: float) -> np.ndarray:
+    """round(values 2^40), halves to even, as int64 in the memory of the float64 `out`.
+
+    The sum with `ALIGNED` is rounded to 40 fractional bits by the processor, and its bits are the
+    whole number wanted, but for those of `ALIGNED`: 2 operations in place of 3, and no conversion.
+    """
+    fixed = out.view(np.int64)
+    if largest < ALIGNED_LIMIT:
+        np.add(values, ALIGNED, out=out, dtype=np.float64)
+        fixed -= ALIGNED_BITS
+    else:
+        np.multiply(values, SCALE, out=out, dtype=np.float64)
+        fixed[:] = np.rint(out)
+    return fixed

@@ -81,6 +81,13 @@ def select(values: Tensor, mask: Tensor) -> Tensor:
     return kept.view(values.dtype)
 
 
+def kept_of(whole: Tensor, mask: Tensor | Block | None) -> Tensor:
+    """What a mask keeps of a tensor: a block, single values in order, or all of it."""
+    if isinstance(mask, Block):
+        return mask.take(whole)
+    return whole if mask is None else select(whole, mask)
+
+
 def expand(values: Tensor, mask: Tensor) -> Tensor:
     """The inverse of `select`: zero where the mask drops."""
     whole = np.zeros(mask.numel(), np.float32)

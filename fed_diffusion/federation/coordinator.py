@@ -15,6 +15,7 @@ from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation.aggregate import MaskedMean, UpdateError
+from fed_diffusion.federation.codecs import Packed
 from fed_diffusion.federation.norms import NormLimit
 from fed_diffusion.federation.records import (
     ClientRound,
@@ -24,7 +25,14 @@ from fed_diffusion.federation.records import (
     measurements,
 )
 from fed_diffusion.federation.robust import RobustMean
-from fed_diffusion.federation.wire import Payload, cast_theta, decode_update, encode_task
+from fed_diffusion.federation.wire import (
+    Payload,
+    cast_theta,
+    decode_bits,
+    decode_update,
+    encode_bits,
+    encode_task,
+)
 from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.masks.recipes import (
     Masks,
@@ -35,6 +43,9 @@ from fed_diffusion.masks.recipes import (
 )
 from fed_diffusion.models.build import channel_layout
 from fed_diffusion.rng import Purpose, generator
+
+MASK_BYTES = 64 << 20
+"""Masks of a round that stay packed until their updates come, whatever the number of clients."""
 
 
 @dataclass
@@ -53,6 +64,10 @@ class _Open:
     """client -> the part of all coordinates that its mask keeps, and w^2."""
     top_k: dict[float, Masks] = field(default_factory=dict)
     """keep ratio -> mask: the same for all clients of a round."""
+    packed: dict[int, dict[str, Packed]] = field(default_factory=dict)
+    """client -> its mask, where deriving it again costs ten times as much as unpacking it."""
+    room: int = MASK_BYTES
+    """Bytes left for `packed`."""
     clients: list[ClientRound] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -197,6 +212,7 @@ class Coordinator:
                 state.lost[client] = 1.0, 0.0
             else:
                 masks = self._mask(recipe)
+                self._remember(state, client, recipe, masks)
                 payload = encode_task(casts, recipe, masks)
                 kept = kept_fraction(masks, self.theta)
                 state.lost[client] = kept, pruning_error(masks, self.theta)
@@ -248,7 +264,7 @@ class Coordinator:
         rms = self.norms.check(values, self.theta, masks)
         by_examples = self.config.round.weighting == "examples"
         weight *= measured["examples"] if by_examples else 1
-        state.mean.add(values, masks, weight, dropped_are_zero=True)
+        state.mean.add(values, masks, weight)
         state.clients.append(self._client_round(state, update, recipe, measured))
         state.norms += [] if rms is None else [rms]
         del state.waiting[update.client]
@@ -264,7 +280,15 @@ class Coordinator:
 
     def _mask_of(self, client: int, recipe: Recipe) -> Masks:
         """The mask that a client trained under."""
-        return self._mask(recipe)
+        packed = self._state().packed.pop(client, None)
+        return self._mask(recipe) if packed is None else decode_bits(packed, self.theta)
+
+    def _remember(self, state: _Open, client: int, recipe: Recipe, masks: Masks) -> None:
+        size = sum((mask.numel() + 7) // 8 for mask in masks.values())
+        if recipe.by_channels or recipe.kind == "topk" or size > state.room:
+            return
+        state.packed[client] = encode_bits(masks)
+        state.room -= size
 
     def _client_round(
         self, state: _Open, update: Update, recipe: Recipe, measured: dict[str, Any]

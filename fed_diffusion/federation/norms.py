@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fed_diffusion.federation.aggregate import UpdateError
-from fed_diffusion.masks.recipes import Masks, kept_count
-from fed_diffusion.models.layout import Block
+from fed_diffusion.federation.codecs import kept_of
+from fed_diffusion.masks.recipes import Masks
 
 KEPT = 256
 """Updates whose size the relative limit compares with."""
@@ -69,18 +69,13 @@ class NormLimit:
 def difference(
     values: Mapping[str, Tensor], theta: Mapping[str, Tensor], masks: Masks
 ) -> tuple[float, int]:
-    """The squared norm of values - theta over what the mask keeps, and how many values that is."""
+    """The squared norm of kept values - theta over what the mask keeps, and how many they are."""
     square, count = 0.0, 0
     for name, value in values.items():
         mask = masks.get(name)
-        if isinstance(mask, Block):
-            change = value - mask.take(theta[name])
-        else:
-            change = value - theta[name]
-            if mask is not None:
-                change.masked_fill_(~mask, 0)
+        change = value - kept_of(theta[name], mask)
         square += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
-        count += value.numel() if mask is None else kept_count(mask)
+        count += value.numel()
     return square, count
 
 

@@ -43,13 +43,11 @@ class RobustMean(MaskedMean):
         values: Mapping[str, Tensor],
         masks: Mapping[str, Tensor | Block] | None = None,
         weight: float = 1.0,
-        *,
-        dropped_are_zero: bool = False,
     ) -> None:
         """Add one worker's values; raises `UpdateError` as `MaskedMean.add`, and on weights."""
         if weight != 1:
             raise UpdateError(f"weight = {weight}; trimmed means and medians know no weights")
-        super().add(values, masks, dropped_are_zero=dropped_are_zero)  # checks it, counts trainers
+        super().add(values, masks)  # checks it, counts trainers
         self._updates.append(({n: v.clone() for n, v in values.items()}, dict(masks or {})))
 
     def result(self) -> dict[str, Tensor]:
@@ -64,7 +62,8 @@ class RobustMean(MaskedMean):
             if isinstance(mask, Block):
                 value = mask.put(value, torch.full(mask.shape, math.inf))
             elif mask is not None:
-                value = value.masked_fill(~mask, math.inf)
+                kept = value[mask] if value.shape == mask.shape else value
+                value = torch.full(mask.shape, math.inf).masked_scatter_(mask, kept)
             columns.append(value.flatten())
         new = old.flatten().clone()
         for start in range(0, new.numel(), ROWS):

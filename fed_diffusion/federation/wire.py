@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fed_diffusion.config import Config
 from fed_diffusion.federation.aggregate import UpdateError
-from fed_diffusion.federation.codecs import Cast, Packed, cast, expand, select, unpack
+from fed_diffusion.federation.codecs import Cast, Packed, cast, expand, kept_of, select, unpack
 from fed_diffusion.masks.recipes import Masks, Numbers, Recipe, kept_count
 from fed_diffusion.models.layout import Block, Layout
 from fed_diffusion.rng import Purpose, philox
@@ -89,7 +89,11 @@ def decode_task(
     masks = recipe.mask(theta, layout) if not recipe.needs_bits else decode_bits(bits, theta)
     if recipe.needs_bits:
         recipe.check_bits(masks, theta)
-    return recipe, masks, _decode(values, theta, masks, config.wire.down, per_row(config))
+    kept = _decode(values, theta, masks, config.wire.down, per_row(config))
+    for name, mask in masks.items():
+        if isinstance(mask, Tensor):
+            kept[name] = expand(kept[name], mask)
+    return recipe, masks, kept
 
 
 # --- towards the server -------------------------------------------------------------------------
@@ -129,7 +133,7 @@ def decode_update(
     """One worker's part of the mean (8): its values, or theta_r plus its differences.
 
     The difference is to what the worker decoded; added to theta_r itself, what rounding changed on
-    the way down does not stay in the model. Values are zero where the mask drops.
+    the way down does not stay in the model. Only kept values: one-dimensional under bool masks.
 
     Raises
     ------
@@ -148,7 +152,7 @@ def _decode(
     rows: bool,
     base: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Values by name, with `base` added to what is kept."""
+    """Kept values by name, with `base` added to them."""
     if arrays.keys() != theta.keys():
         odd = sorted(arrays.keys() ^ theta.keys())[:3]
         raise UpdateError(f"tensor names differ from the model's, first of them: {odd}")
@@ -161,15 +165,9 @@ def _decode(
             expected = mask.kept if isinstance(mask, Block) else (kept_count(mask),)
         values = unpack(name, arrays[name], dtype, expected, rows)
         if base is not None:
-            values = values + _kept(base[name], mask)
-        decoded[name] = expand(values, mask) if isinstance(mask, Tensor) else values
+            values = values + kept_of(base[name], mask)
+        decoded[name] = values
     return decoded
-
-
-def _kept(whole: Tensor, mask: Tensor | Block | None) -> Tensor:
-    if isinstance(mask, Block):
-        return mask.take(whole)
-    return whole if mask is None else select(whole, mask)
 
 
 # --- masks that only their bits describe --------------------------------------------------------

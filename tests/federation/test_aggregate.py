@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fed_diffusion.federation.aggregate import MaskedMean, UpdateError
+from fed_diffusion.federation.codecs import kept_of
 from fed_diffusion.models.layout import Block
 
 SHAPES = {"a": (3, 2), "b": (4,)}
@@ -147,6 +148,14 @@ def test_weights_are_positive_whole_numbers(weight):
         MaskedMean({"w": torch.zeros(1)}).add({"w": torch.zeros(1)}, weight=weight)
 
 
+@given(st.lists(st.floats(-(2.0**13), 2.0**13, width=32), min_size=1, max_size=20))
+def test_values_count_as_multiples_of_2_to_the_minus_40_rounded_half_to_even(values):
+    mean = MaskedMean({"w": torch.zeros(len(values))}, workers=1)
+    mean.add({"w": torch.tensor(values)})
+    exact = [round(Fraction(value) * 2**40) for value in values]
+    assert mean._sums["w"].tolist() == exact
+
+
 def test_sums_that_could_overflow_are_refused():
     """Whatever came before: so one client's large values cost no other client its update."""
     mean = MaskedMean({"w": torch.zeros(1)}, workers=2)
@@ -167,7 +176,7 @@ def a_block(rng, shape):
 
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 6), order=st.randoms())
 @settings(max_examples=60)
-def test_blocks_are_the_masks_they_stand_for_to_the_bit_in_any_order(seed, n, order):
+def test_blocks_and_kept_values_are_the_masked_tensors_they_stand_for_in_any_order(seed, n, order):
     rng = np.random.default_rng(seed)
     theta = theta_of(seed)
     blocks = [{k: a_block(rng, s) for k, s in SHAPES.items()} for _ in range(2)]
@@ -182,8 +191,9 @@ def test_blocks_are_the_masks_they_stand_for_to_the_bit_in_any_order(seed, n, or
         dense.add(values, as_masks, weight)
     order.shuffle(updates)
     for values, masks, chosen, weight in updates:
-        small = {k: chosen[k].take(v) for k, v in values.items()} if chosen else values
-        mixed.add(small, chosen or masks, weight)
+        kept = chosen or masks  # only what a block or a mask keeps
+        small = {k: kept_of(v, kept.get(k)) for k, v in values.items()}
+        mixed.add(small, kept, weight)
     one, two = dense.result(), mixed.result()
     assert all(torch.equal(one[name], two[name]) for name in theta)
     one, two = dense.coverage(), mixed.coverage()
