@@ -126,9 +126,9 @@ class Deployment:
             timeout=timeout,
         )
 
-    def run(self, run_config, timeout=300):
+    def run(self, run_config, timeout=300, app=ROOT):
         """`flwr run` to its end; returns what it printed."""
         done = self.flwr(
-            *("run", str(ROOT), "loopback", "--stream", "--run-config", run_config), timeout=timeout
+            *("run", str(app), "loopback", "--stream", "--run-config", run_config), timeout=timeout
         )
         return done.stdout + done.stderr

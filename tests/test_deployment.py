@@ -1,5 +1,6 @@
 """Flower's deployment engine on loopback, with real processes killed by real signals."""
 
+import inspect
 import json
 import re
 import signal
@@ -11,9 +12,11 @@ import torch
 
 from fed_diffusion.config import load_config
 from fed_diffusion.federation.simulate import simulate
+from fed_diffusion.flower_engine import stage_app
 from fed_diffusion.runs import RunDir
 from tests.deployment import Deployment
 from tests.federation.conftest import TINY
+from tests.federation.test_faults import spoiled
 
 pytestmark = pytest.mark.slow
 TINY = TINY | {"evaluation.every": 0}
@@ -160,3 +163,64 @@ def test_a_serverapp_killed_three_times_ends_with_the_bits_of_a_run_left_alone(t
         for name, value in one[group].items():
             assert torch.equal(value, two[group][name])
     assert [line["round"] for line in lines_of(path)] == [1, 2, 3, 4]
+
+
+def test_clients_that_raise_or_lie_cost_their_own_updates_and_are_named(tmp_path):
+    faults = ["fine", "raises", "nan", "wrong shape", "wrong recipe", "huge", "nothing"]
+    path, app = tmp_path / "run", tmp_path / "app"
+    settings = {"clients": len(faults), "rounds": 2, "round.quorum": 1}
+    settings |= {"round.norm_factor": 100, "round.ban_after": 1}
+    stage_app(app, load_config("digits", TINY))
+    (app / "client_app" / "app.py").rename(app / "client_app" / "honest.py")
+    (app / "client_app" / "app.py").write_text(LIARS.format(faults) + inspect.getsource(spoiled))
+    with Deployment(tmp_path / "flwr") as flower:
+        for partition in range(2):  # a node hosts clients: odd ones here, even ones there
+            flower.start_node(partition, 2)
+        flower.wait_for_nodes(2)
+        flower.run(run_config(path, **settings), app=app)
+    assert status_of(path)["state"] == "finished"
+    first, second = lines_of(path)
+    assert [client["client"] for client in first["clients"]] == [0]
+    reasons = {line["client"]: line["reason"] for line in first["rejected"]}
+    assert reasons.keys() == set(range(1, len(faults)))
+    said = ["broken by design", "nan", "is sent with shape", "recipe", "its difference is"]
+    for client, words in enumerate(said, start=1):
+        assert words in reasons[client]
+    assert all(line["node"] for line in first["rejected"])
+    assert [client["client"] for client in second["clients"]] == [0]
+    assert {2, 3, 4, 5} <= set(first["banned"])
+    theta = RunDir(path).load_checkpoint().tensors["theta"]
+    assert all(bool(torch.isfinite(value).all()) for value in theta.values())
+
+
+LIARS = """
+import math
+
+import numpy as np
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client_app import honest
+from client_app.messages import to_records, to_task
+from fed_diffusion.federation.codecs import Packed
+from fed_diffusion.federation.records import Update
+from fed_diffusion.federation.wire import Payload
+
+FAULTS = {}
+app = ClientApp()
+app.query()(honest.hello)
+
+
+@app.train()
+def train(message, context):
+    task = to_task(message.content)
+    fault = FAULTS[task.client]
+    if fault == "raises":
+        raise RuntimeError("broken by design")
+    update = honest._worker(message).run(task)
+    if fault == "nothing":
+        return Message(RecordDict(), reply_to=message)
+    return Message(to_records(spoiled(update, fault)), reply_to=message)
+
+
+"""
