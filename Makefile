@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-slow lint install clean
+.PHONY: run test test-slow test-faults lint install clean
 
 run: .venv/.run
 	$(BIN)/fed-diffusion run digits --engine flower
@@ -12,6 +12,9 @@ test: .venv/.test
 
 test-slow: .venv/.test
 	$(BIN)/python -m pytest -m slow
+
+test-faults: .venv/.test
+	$(BIN)/python -m pytest -m slow tests/test_deployment.py
 
 lint: .venv/.test
 	$(BIN)/ruff check .

@@ -74,6 +74,7 @@ def run_on_flower(
             run_dir,
             progress,
             modules=Path.cwd() if own_modules else None,
+            ray_address=config.flower.ray_address,
         )
 
 
@@ -85,6 +86,7 @@ def _run_app(
     progress: Progress | None = None,
     *,
     modules: Path | None = None,
+    ray_address: str | None = None,
 ) -> int:
     """Run any Flower app that keeps to metrics.jsonl and status.json; see `run_on_flower`."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -93,7 +95,7 @@ def _run_app(
     with (
         stop_signals_interrupt(),
         _short_temp_dir() as home,
-        SuperLink(home, modules) as superlink,
+        SuperLink(home, modules, ray_address) as superlink,
     ):
         try:
             superlink.start()
@@ -223,12 +225,14 @@ def _federation(config: Config) -> dict[str, int | float]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     clients = math.ceil(config.clients * config.round.fraction)
     workers = max(1, min((cores or 1) // threads, clients))
-    return {
+    federation: dict[str, int | float] = {
         "num-supernodes": config.flower.supernodes or config.clients,
         "client-resources-num-cpus": threads,
         "client-resources-num-gpus": config.flower.gpus,
-        "init-args-num-cpus": workers * threads,
     }
+    if config.flower.ray_address is None:  # a cluster that is there has its own size
+        federation["init-args-num-cpus"] = workers * threads
+    return federation
 
 
 @contextmanager

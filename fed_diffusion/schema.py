@@ -310,6 +310,8 @@ class FlowerConfig(Section):
     """Default: one per client."""
     gpus: float = Field(0.0, ge=0)
     """GPUs per client (a fraction shares one)."""
+    ray_address: str | None = Field(None, min_length=1)
+    """Of a Ray cluster that runs already, as host:port; its processes see this machine's files."""
 
 
 class Config(Section):

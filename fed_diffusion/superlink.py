@@ -59,11 +59,11 @@ class SuperLink:
         A directory to import the user's own modules from, after the app's.
     """
 
-    def __init__(self, home: Path, modules: Path | None = None):
+    def __init__(self, home: Path, modules: Path | None = None, ray_address: str | None = None):
         self.home = home
         self._mark = uuid.uuid4().hex
         self._port = _free_port()
-        self._env = self._environment(modules)
+        self._env = self._environment(modules) | self._ray(ray_address)
         self._process: subprocess.Popen[bytes] | None = None
         self._client: subprocess.Popen[bytes] | None = None
         self._watch: subprocess.Popen[bytes] | None = None
@@ -172,6 +172,19 @@ class SuperLink:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             # the superexec polls for tasks all through the run; ours is there at its first poll
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "2",
+            "NO_PROXY": no_proxy,
+            "no_proxy": no_proxy,
+            "PATH": os.pathsep.join([*_bin_dirs(), env.get("PATH", os.defpath)]),
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            "PYTHONUNBUFFERED": "1",
+            "COLUMNS": "500",  # Flower's error messages in one line
+        }
+
+    def _ray(self, address: str | None) -> dict[str, str]:
+        """For a Ray of this run's own, or one that is there, whose token our environment has."""
+        if address is not None:
+            return {"RAY_ADDRESS": address}
+        return {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": str(self.home),
             # workers started ahead have the wrong environment for Flower's actors: never used
@@ -180,12 +193,6 @@ class SuperLink:
             # Ray listens on every network interface, and runs what it is sent
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "NO_PROXY": no_proxy,
-            "no_proxy": no_proxy,
-            "PATH": os.pathsep.join([*_bin_dirs(), env.get("PATH", os.defpath)]),
-            "PYTHONPATH": os.pathsep.join(filter(None, path)),
-            "PYTHONUNBUFFERED": "1",
-            "COLUMNS": "500",  # Flower's error messages in one line
         }
 
     def _spawn(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:

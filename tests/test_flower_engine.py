@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fed_diffusion.config import Config, build_config, load_preset
+from fed_diffusion.config import Config, build_config, load_config, load_preset
 from fed_diffusion.flower_engine import (
     EngineError,
     MetricsTail,
@@ -299,6 +299,34 @@ def test_our_own_app_trains_the_digits(tmp_path: Path) -> None:
 
 
 # --- without Flower -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_runs_already_is_used_and_left_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_enable_worker_prestart", "0")
+    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as home:
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus", "2"]
+        ray += ["--port", "0", "--temp-dir", home, "--include-dashboard", "false", "--block"]
+        with subprocess.Popen(ray, stdout=subprocess.PIPE, text=True) as head:
+            try:
+                assert head.stdout is not None
+                started = next(line for line in head.stdout if "address='" in line)
+                address = started.split("address='")[1].split("'")[0]
+                small = {"rounds": 1, "clients": 2, "local.steps": 1, "evaluation.samples": 0}
+                small |= {"evaluation.every": 0, "evaluation.grid": 1, "evaluation.steps": 10}
+                config = load_config("digits", small | {"flower.ray_address": address})
+                assert run_on_flower(config, tmp_path) == 0
+                assert head.poll() is None
+                # nothing but the run can have asked this cluster for workers
+                assert list(Path(home).glob("session_*/logs/worker-*.out"))
+            finally:
+                for process in psutil.Process(head.pid).children(recursive=True):
+                    process.kill()
+                head.kill()
 
 
 def test_the_staged_app_holds_the_code_and_the_presets_and_nothing_else(tmp_path: Path) -> None:
