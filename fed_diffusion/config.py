@@ -110,7 +110,7 @@ def _absolute(config: Config) -> Config:
 
     evaluation = config.evaluation
     reference = evaluation.reference
-    if reference not in ("data", "none"):
+    if reference not in ("data", "train", "test", "none"):
         reference = str(resolve(reference))
     return config.model_copy(
         update={

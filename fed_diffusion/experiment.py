@@ -17,9 +17,10 @@ import torch
 
 from fed_diffusion.checkpoint import Checkpoint
 from fed_diffusion.config import Config, ConfigError, method_name
-from fed_diffusion.data import ImageSet, image_shape, load_dataset, partition
+from fed_diffusion.data import ImageSet, load_dataset, partition
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.evaluation import check_evaluation, no_quality
+from fed_diffusion.evaluation.reference import reference_set
 from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.federation.records import RoundSummary, Task, Update
@@ -338,23 +339,13 @@ def measure(sampler: Sampler, images: torch.Tensor, dataset: ImageSet | None) ->
     from fed_diffusion.evaluation.quality import evaluate  # torch-fidelity takes seconds to import
 
     device = str(device_of(config))
-    return evaluate(images, reference, config.evaluation, seed=config.seed, nfe=nfe, device=device)
-
-
-def reference_set(config: Config, dataset: ImageSet | None) -> ImageSet | None:
-    """The images that evaluation.reference names: the run's own, a folder's, or none."""
-    reference = config.evaluation.reference
-    if reference == "none":
-        return None
-    if reference == "data":
-        return dataset if dataset is not None else load_dataset(config.data)
-    channels, size, _ = image_shape(config.data)
-    folder = {
-        "name": "image_folder",
-        "dir": reference,
-        "partition": "iid",
-        "classes": None,
-        "channels": channels,
-        "size": size,
-    }
-    return load_dataset(config.data.model_copy(update=folder))
+    return evaluate(
+        images,
+        reference.images,
+        config.evaluation,
+        seed=config.seed,
+        nfe=nfe,
+        device=device,
+        teacher=reference.teacher,
+        holdings=reference.holdings,
+    )

@@ -296,7 +296,8 @@ class EvaluationConfig(Section):
     denoise: bool = False
     """End with a Tweedie step (not covered by the bound)."""
     reference: str = "data"
-    """data: the run's own data set | a folder of images | none: no quality figures."""
+    """data: the run's own data set | train: what its clients trained on | test: the set's own test
+    split, or what the clients held out | a folder of images | none: no quality figures."""
     extractor: Literal["inception", "classifier"] = "inception"
     """classifier: a small network trained on the labelled reference set."""
     weights: str | None = None

@@ -10,6 +10,7 @@ from flwr.app import Context, UserConfig
 from flwr.serverapp import Grid, ServerApp
 
 from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
+from fed_diffusion.evaluation.checks import OWN_DATA
 from fed_diffusion.experiment import Experiment, RunStopped
 from fed_diffusion.runs import RunDir, new_run_path
 from server_app.strategy import FedDiffusion
@@ -42,13 +43,13 @@ def _experiment(run_config: UserConfig, path: Path | None) -> Experiment:
     resumed = str(run_config.get("resume", ""))
     if resumed:
         stored = RunDir.open(resumed).config()
-        return Experiment.resume(resumed, needs_data=stored.evaluation.reference == "data")
+        return Experiment.resume(resumed, needs_data=stored.evaluation.reference in OWN_DATA)
     config = config_of(run_config)
     path = path or new_run_path(config)
     if (path / "metrics.jsonl").exists():
         raise FileExistsError(f"run-dir {path} holds a run already; give another directory")
     # in a deployment the server has images only if it is to compare with them
-    return Experiment(config, path, needs_data=config.evaluation.reference == "data")
+    return Experiment(config, path, needs_data=config.evaluation.reference in OWN_DATA)
 
 
 @app.main()

@@ -39,6 +39,8 @@ KNOWN = {
     "svhn": _Known(3, (32,), 10),
     "fashion_mnist": _Known(1, (32, 28), 10),
 }
+DOWNLOADED = ("cifar10", "svhn", "fashion_mnist")
+"""Sets with a test split of their own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +212,7 @@ def load_dataset(config: DataConfig, split: Literal["train", "test"] = "train") 
             folder_of=None if folder_of is None else torch.from_numpy(folder_of),
             name=config.name,
         )
-    if config.name in KNOWN:
+    if config.name in DOWNLOADED:
         return _load_torchvision(config, split, shape)
     return _load_own(config, shape, classes)
 

@@ -11,6 +11,8 @@ from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data.datasets import class_count
 
 FEWEST_IMAGES = 2
+OWN_DATA = ("data", "train", "test")
+"""Words for evaluation.reference that mean the run's own data set, or a part of it."""
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -30,11 +32,12 @@ def check_evaluation(config: Config) -> None:
             f"evaluation.samples = {settings.samples} is too few: FID needs at least "
             f"{FEWEST_IMAGES} images. Use 0 to switch quality figures off."
         )
-    folder = None if settings.reference == "data" else Path(settings.reference).expanduser()
+    folder = None if settings.reference in OWN_DATA else Path(settings.reference).expanduser()
     if folder is not None and not folder.is_dir():
         raise ConfigError(
             f"evaluation.reference = {settings.reference!r} is not allowed: use data (the run's "
-            "own data set), none (no quality figures) or an existing folder of images."
+            "own data set), train or test (parts of it), none (no quality figures) or an existing "
+            "folder of images."
         )
     if settings.extractor == "inception":
         if settings.weights is not None:
@@ -93,7 +96,10 @@ def no_quality(
     *,
     seed: int | None = None,
     reference: str | None = None,
+    split: str | None = None,
     extractor: str | None = None,
+    extractor_sha256: str | None = None,
+    memorisation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The keys of `quality.evaluate` without figures: nulls, and the reason for them."""
     return {
@@ -101,9 +107,15 @@ def no_quality(
         "fid_floor": None,
         "inception_score": None,
         "kid": None,
+        "precision": None,
+        "recall": None,
+        "intervals": None,
+        "memorisation": memorisation,
         "samples": samples,
         "reference": reference,
+        "split": split,
         "extractor": extractor,
+        "extractor_sha256": extractor_sha256,
         "nfe": nfe,
         "seed": seed,
         "why": why,

@@ -179,6 +179,15 @@ def fingerprint(reference: ImageSet) -> Fingerprinted:
     return Fingerprinted(digest.hexdigest(), reference)
 
 
+def weights_hash(network: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of the weights, whatever file they come from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def trained_classifier(
     key: Fingerprinted, seed: int, device: torch.device | str = "cpu"
 ) -> Classifier:

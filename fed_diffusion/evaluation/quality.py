@@ -1,16 +1,16 @@
-"""FID, KID and the Inception Score of generated images, and all that they depend on.
+"""Quality of generated images: FID, KID, Inception Score, precision and recall, memorisation.
 
 The figures are torch-fidelity's: its functions are called as its `calculate_metrics` calls them,
 and the tests hold the results equal. They are called one by one so that the features of the
-reference set are computed once and serve `fid_floor` too.
+reference set are computed once, serve `fid_floor` too, and are kept on disk.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
 from fed_diffusion.data.datasets import ImageSet
+from fed_diffusion.evaluation.cache import cached
 from fed_diffusion.evaluation.checks import (
     FEWEST_IMAGES,
+    OWN_DATA,
     check_evaluation,
     check_weights,
     no_quality,
@@ -39,23 +38,53 @@ from fed_diffusion.evaluation.features import (
     reproducible,
     require_images,
     trained_classifier,
+    weights_hash,
 )
-from fed_diffusion.rng import Purpose, generator
+from fed_diffusion.evaluation.figures import fid_floor, figures, frechet_distance
+from fed_diffusion.evaluation.memorisation import Holdings, memorisation
 from fed_diffusion.schema import EvaluationConfig
 
-__all__ = ["Unavailable", "check_evaluation", "evaluate", "fid_floor", "no_quality"]
+__all__ = [
+    "Unavailable",
+    "check_evaluation",
+    "evaluate",
+    "fid_floor",
+    "frechet_distance",
+    "no_quality",
+]
 
 INCEPTION = "inception-v3-compat"
 LAYERS = {CLASSIFIER: (str(FEATURES), "logits"), INCEPTION: ("2048", "logits_unbiased")}
 """Per extractor: what FID and KID compare, what the Inception Score reads."""
 BATCH = {CLASSIFIER: 512, INCEPTION: 64}
-FLOOR_SPLITS = 10
 FEWEST_REFERENCE = 2 * FEWEST_IMAGES  # the floor halves it
 DOWNLOAD_TIMEOUT_S = 30.0  # per connection and read; torch.hub waits for ever
 
 
 class Unavailable(Exception):
     """There can be no quality figures; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Which extractor, as a cache key: two of one kind and identity see the same features.
+
+    Attributes
+    ----------
+    kind
+        Its name with torch-fidelity, a key of `LAYERS`.
+    identity
+        What its weights come from.
+    shown
+        Its name in the results.
+    make
+        Makes it on a device; `Unavailable` where that cannot be done.
+    """
+
+    kind: str
+    identity: str
+    shown: str
+    make: Callable[[torch.device], FeatureExtractorBase] = field(compare=False, repr=False)
 
 
 def evaluate(
@@ -66,6 +95,8 @@ def evaluate(
     seed: int,
     nfe: int,
     device: torch.device | str = "cpu",
+    teacher: ImageSet | None = None,
+    holdings: Holdings | None = None,
 ) -> dict[str, Any]:
     """Compare generated images with a reference set.
 
@@ -74,22 +105,29 @@ def evaluate(
     images
         Generated images, uint8 [n, C, H, W].
     reference
-        Real images; labelled where `config.extractor` is "classifier".
+        Real images.
     config
         Which extractor, and the file of its weights.
     seed
-        Of the classifier and of the floor's splits: figures compare at the same seed.
+        Of the classifier, of the floor's splits and of the intervals' groups: figures compare at
+        the same seed.
     nfe
         Network evaluations per image, for the record.
     device
         Where the features are computed.
+    teacher
+        Labelled images that a classifier without `config.weights` is trained on; default: the
+        reference.
+    holdings
+        Which images each client trained on, where the server has them.
 
     Returns
     -------
     dict
-        fid, fid_floor, inception_score [mean, std over 10 splits], kid, samples, reference,
-        extractor, nfe, seed, why. Where there can be no figures they are None and `why` is the
-        reason; else `why` is None.
+        fid, fid_floor, inception_score [mean, std over 10 splits], kid, precision, recall,
+        intervals (95 %, and how), memorisation (see there), samples, reference, split, extractor,
+        extractor_sha256, nfe, seed, why. Where there can be no figures they are None and `why` is
+        the reason; else `why` is None.
 
     Raises
     ------
@@ -100,29 +138,43 @@ def evaluate(
     """
     require_images(images)
     images, name = images.cpu(), reference.name or "images"
-    classifier = config.extractor == "classifier"
-    shown = f"classifier({name}, {FEATURES} features)" if classifier else INCEPTION
+    extractor = _extractor(config, reference if teacher is None else teacher, seed)
     stated: dict[str, Any] = {
         "seed": seed,
         "reference": f"{name} ({len(reference)} images)",
-        "extractor": shown,
+        "split": config.reference if config.reference in OWN_DATA else "folder",
+        "extractor": extractor.shown,
+        "memorisation": memorisation(images, holdings, device),
     }
-    weights = None
-    if config.weights is not None and not classifier:
-        weights = str(check_weights(config.weights))
     try:
-        _check_comparable(images, reference, classifier)
-        # Inception is the same network at every seed
-        own_seed = seed if classifier else None
-        judge = _judge(fingerprint(reference), own_seed, weights, str(device))
+        _check_comparable(images, reference, extractor)
+        judge = _judge(fingerprint(reference), extractor, str(device))
     except Unavailable as reason:
         return no_quality(str(reason), len(images), nfe, **stated)
     floor = judge.floor(min(len(images), len(reference) // 2), seed)
-    figures = {**judge.figures(images), "fid_floor": floor, "why": None}
-    return {**no_quality("", len(images), nfe, **stated), **figures}
+    found = {**judge.figures(images, seed), "fid_floor": floor, "why": None}
+    stated["extractor_sha256"] = judge.sha256
+    return {**no_quality("", len(images), nfe, **stated), **found}
 
 
-def _check_comparable(images: Tensor, reference: ImageSet, classifier: bool) -> None:
+def _extractor(config: EvaluationConfig, teacher: ImageSet, seed: int) -> Extractor:
+    if config.extractor == "inception":
+        weights = None if config.weights is None else str(check_weights(config.weights))
+        # Inception is the same network at every seed
+        return Extractor(INCEPTION, str(weights), INCEPTION, lambda to: _inception(weights, to))
+    shown = f"classifier({teacher.name or 'images'}, {FEATURES} features)"
+    key = fingerprint(teacher)
+
+    def make(device: torch.device) -> FeatureExtractorBase:
+        missing = labels_missing(teacher)
+        if missing is not None:
+            raise Unavailable(f"evaluation.{missing}; use evaluation.extractor=inception")
+        return _wrapped(CLASSIFIER, trained_classifier(key, seed, device), device)
+
+    return Extractor(CLASSIFIER, f"{key.fingerprint} {seed}", shown, make)
+
+
+def _check_comparable(images: Tensor, reference: ImageSet, extractor: Extractor) -> None:
     """Raise `Unavailable` where these two sets have no figures."""
     if len(images) < FEWEST_IMAGES:
         raise Unavailable(
@@ -132,12 +184,8 @@ def _check_comparable(images: Tensor, reference: ImageSet, classifier: bool) -> 
         raise Unavailable(
             f"the reference set has {len(reference)} images, at least {FEWEST_REFERENCE} are needed"
         )
-    if not classifier:
-        return  # Inception resizes what it gets
-    missing = labels_missing(reference)
-    if missing is not None:
-        raise Unavailable(f"evaluation.{missing}; use evaluation.extractor=inception")
-    if images.shape[1:] != reference.images.shape[1:]:
+    # Inception resizes what it gets
+    if extractor.kind != INCEPTION and images.shape[1:] != reference.images.shape[1:]:
         raise Unavailable(
             f"generated images are {list(images.shape[1:])} and the reference's "
             f"{list(reference.images.shape[1:])}; a classifier compares images of one shape, "
@@ -152,17 +200,25 @@ class Judge:
     ----------
     extractor
         One of torch-fidelity's, on `device`.
-    reference
-        uint8 [m, C, H, W].
+    key
+        The reference set. What a classifier trained on the spot sees of it is not kept on disk:
+        training it takes longer.
     """
 
     def __init__(
-        self, extractor: FeatureExtractorBase, reference: Tensor, device: torch.device
+        self, extractor: FeatureExtractorBase, key: Fingerprinted, device: torch.device
     ) -> None:
         self.extractor = extractor
         self.device = device
-        self.compared, self.classified = LAYERS[extractor.get_name()]
-        self.real: Tensor = self.features(reference)[self.compared]
+        self.sha256 = weights_hash(getattr(extractor, "classifier", extractor))
+        kind, images = extractor.get_name(), key.reference.images
+        self.compared, self.classified = LAYERS[kind]
+
+        def compute() -> Tensor:
+            return self.features(images)[self.compared]
+
+        name = f"{key.fingerprint}-{self.sha256}-{self.compared}-{device.type}"
+        self.real = compute() if kind == CLASSIFIER else cached(name, len(images), compute)
         self._floors: dict[tuple[int, int], float] = {}
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -180,23 +236,10 @@ class Judge:
             )
         return found
 
-    def figures(self, images: Tensor) -> dict[str, Any]:
-        """FID, KID and Inception Score of uint8 [n, C, H, W] against the reference."""
+    def figures(self, images: Tensor, seed: int) -> dict[str, Any]:
+        """`figures` of uint8 [n, C, H, W] against the reference."""
         seen = self.features(images)
-        generated, n, m = seen[self.compared], len(images), len(self.real)
-        fid = fid_statistics_to_metric(
-            fid_features_to_statistics(generated), fid_features_to_statistics(self.real), False
-        )
-        # the default of 1000 fails on smaller sets; KID is unbiased at any subset size
-        subset = max(2, min(1000, n // 2, m // 2))
-        kid = kid_features_to_metric(generated, self.real, kid_subset_size=subset, verbose=False)
-        # of fewer images than splits some splits would be empty
-        isc = isc_features_to_metric(seen[self.classified], splits=min(10, n))
-        return {
-            "fid": fid["frechet_inception_distance"],
-            "inception_score": [isc["inception_score_mean"], isc["inception_score_std"]],
-            "kid": kid["kernel_inception_distance_mean"],
-        }
+        return figures(seen[self.compared], seen[self.classified], self.real, seed, self.device)
 
     def floor(self, side: int, seed: int) -> float:
         """`fid_floor` of the reference, remembered."""
@@ -206,21 +249,16 @@ class Judge:
 
 
 @lru_cache(maxsize=1)
-def _judge(key: Fingerprinted, seed: int | None, weights: str | None, device: str) -> Judge:
-    """The judge for a reference set; with a seed the classifier, without one Inception."""
+def _judge(key: Fingerprinted, extractor: Extractor, device: str) -> Judge:
     place = torch.device(device)
     with _current(place):
-        extractor = _inception(weights, place) if seed is None else _own(key, seed, device)
-        return Judge(extractor, key.reference.images, place)
+        return Judge(extractor.make(place), key, place)
 
 
-def _own(key: Fingerprinted, seed: int, device: str) -> FeatureExtractorBase:
+def _wrapped(kind: str, network: torch.nn.Module, device: torch.device) -> FeatureExtractorBase:
+    """A classifier as torch-fidelity takes it."""
     return create_feature_extractor(
-        CLASSIFIER,
-        list(LAYERS[CLASSIFIER]),
-        cuda=torch.device(device).type == "cuda",
-        verbose=False,
-        classifier=trained_classifier(key, seed, device),
+        kind, list(LAYERS[kind]), cuda=device.type == "cuda", verbose=False, classifier=network
     )
 
 
@@ -242,42 +280,6 @@ def _inception(weights: str | None, device: torch.device) -> FeatureExtractorBas
             f"the Inception weights could not be {what} ({type(error).__name__}: {error}); set "
             "evaluation.weights=FILE to a copy, or evaluation.extractor=classifier"
         ) from error
-
-
-def fid_floor(features: Tensor, side: int, seed: int) -> float:
-    """What real images score against real images: the mean FID over 10 random splits.
-
-    Parameters
-    ----------
-    features
-        Of the reference set, [m, d].
-    side
-        Images on each side of a split, at most m // 2.
-    """
-    total = 0.0
-    for split in range(FLOOR_SPLITS):
-        order = generator(seed, Purpose.EVALUATION, client=2 + split).permutation(len(features))
-        total += frechet_distance(features[order[:side]], features[order[side : 2 * side]])
-    return total / FLOOR_SPLITS
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """FID of features [n, d] and [m, d], in float64.
-
-    torch-fidelity's `fid_statistics_to_metric` takes the eigenvalues of a non-symmetric d x d
-    matrix, 14 to 33 s for one of Inception's 2048 on two cores, and the floor needs ten. With
-    S_a = A^T A and S_b = B^T B, tr sqrt(S_a S_b) is the sum of the singular values of A B^T.
-    """
-    a, b = a.double(), b.double()
-    apart = a.mean(0) - b.mean(0)
-    a = (a - a.mean(0)) / math.sqrt(len(a) - 1)
-    b = (b - b.mean(0)) / math.sqrt(len(b) - 1)
-    # the triangular factor has a's covariance in at most d rows
-    rows = torch.linalg.qr(a, mode="r").R if a.shape[0] > a.shape[1] else a
-    cross = rows @ b.T
-    gram = cross @ cross.T if cross.shape[0] <= cross.shape[1] else cross.T @ cross
-    overlap = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
-    return float(apart.square().sum() + a.square().sum() + b.square().sum() - 2 * overlap)
 
 
 class _Images(Dataset[Tensor]):

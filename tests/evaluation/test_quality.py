@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import urllib.error
@@ -28,8 +29,9 @@ from fed_diffusion.schema import Config, ConfigError, EvaluationConfig
 OWN = EvaluationConfig(extractor="classifier")
 INCEPTION = EvaluationConfig(extractor="inception")
 KEYS = {
-    *("fid", "fid_floor", "inception_score", "kid", "samples", "reference"),
-    *("extractor", "nfe", "seed", "why"),
+    *("fid", "fid_floor", "inception_score", "kid", "precision", "recall", "intervals"),
+    *("memorisation", "samples", "reference", "split", "extractor", "extractor_sha256"),
+    *("nfe", "seed", "why"),
 }
 
 
@@ -131,7 +133,9 @@ def test_the_figures_are_those_of_torch_fidelitys_calculate_metrics(
     assert figures["inception_score"] == pytest.approx(
         [expected["inception_score_mean"], expected["inception_score_std"]], rel=1e-6
     )
-    assert 0 <= expected["precision"] <= 1
+    assert figures["precision"] == pytest.approx(expected["precision"])
+    assert figures["recall"] == pytest.approx(expected["recall"])
+    assert 0 < expected["recall"] < 1
 
 
 def test_real_images_against_themselves_score_near_the_floor(digits: ImageSet) -> None:
@@ -192,9 +196,11 @@ def test_the_fast_frechet_distance_is_torch_fidelitys(n: int, m: int) -> None:
 
 def test_all_that_a_figure_depends_on_stands_beside_it(figures: dict[str, Any]) -> None:
     assert set(figures) == KEYS
-    stated = {name: figures[name] for name in ("samples", "reference", "extractor", "nfe", "seed")}
+    names = ("samples", "reference", "split", "extractor", "nfe", "seed")
+    stated = {name: figures[name] for name in names}
     assert stated == {
         "samples": 600,
+        "split": "data",
         "reference": "digits (1797 images)",
         "extractor": "classifier(digits, 64 features)",
         "nfe": 300,
@@ -202,6 +208,17 @@ def test_all_that_a_figure_depends_on_stands_beside_it(figures: dict[str, Any]) 
     }
     assert figures["why"] is None
     assert json.loads(json.dumps(figures)) == figures
+
+
+def test_the_hash_is_of_the_weights_that_saw_the_images(
+    digits: ImageSet, figures: dict[str, Any]
+) -> None:
+    state = trained_classifier(fingerprint(digits), 0).state_dict()
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name} {state[name].dtype} {list(state[name].shape)}\n".encode())
+        digest.update(state[name].numpy().tobytes())
+    assert figures["extractor_sha256"] == digest.hexdigest()
 
 
 def test_no_quality_has_the_same_keys_and_the_reason() -> None:
@@ -269,9 +286,23 @@ def test_inception_gets_grey_images_as_three_equal_channels(
     found = evaluate(digits.images[4:6], few, config, seed=0, nfe=1)
     assert found["extractor"] == "inception-v3-compat"
     assert found["fid"] > 0
-    judge = quality._judge(fingerprint(few), None, inception_weights, "cpu")
+    judge = quality._judge(fingerprint(few), quality._extractor(config, few, 0), "cpu")
     colour = judge.features(few.images[:1].expand(1, 3, 8, 8))["64"]
     torch.testing.assert_close(colour[0], judge.real[0])
+
+
+def test_inceptions_features_of_a_reference_set_stay_on_disk(
+    digits: ImageSet, inception_weights: str, cache: Path
+) -> None:
+    config = EvaluationConfig(weights=inception_weights)
+    few = digits.subset(range(4))
+    first = evaluate(digits.images[4:6], few, config, seed=0, nfe=1)
+    (path,) = cache.iterdir()
+    before = path.stat().st_mtime_ns
+    assert first["extractor_sha256"] in path.name
+    quality._judge.cache_clear()
+    assert evaluate(digits.images[4:6], few, config, seed=0, nfe=1) == first
+    assert path.stat().st_mtime_ns == before
 
 
 def test_without_a_network_inception_has_a_reason_in_place_of_figures(

@@ -1,0 +1,66 @@
+"""Features of reference sets on disk, so that 50,000 images pass an extractor once.
+
+They are in $FED_DIFFUSION_CACHE, else $XDG_CACHE_HOME/fed-diffusion, else ~/.cache/fed-diffusion,
+in the folder `features`; all of it may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+CACHE_VARIABLE = "FED_DIFFUSION_CACHE"
+logger = logging.getLogger(__name__)
+
+
+def cache_dir() -> Path:
+    """Where the features are kept."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser() / "features"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "fed-diffusion" / "features"
+
+
+def cached(key: str, n: int, compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` gives, [n, d], from the disk where it is there under `key`.
+
+    A file that cannot be read is computed again, with a warning; a disk that cannot be written to
+    costs the cache and nothing else.
+    """
+    path = cache_dir() / f"{key}.safetensors"
+    if path.is_file():
+        try:
+            found = load_file(path)["features"]
+            if found.ndim == 2 and len(found) == n and bool(torch.isfinite(found).all()):
+                return found
+            problem = f"it holds {list(found.shape)}"
+        except (OSError, SafetensorError, KeyError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        logger.warning("the cached features %s are damaged (%s): computed again", path, problem)
+    features = compute()
+    try:
+        _write(path, save({"features": features.contiguous()}))
+    except OSError as error:
+        logger.warning("features cannot be cached in %s: %s", path.parent, error)
+    return features
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all, also where several processes write the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".features-", delete=False) as file:
+        try:
+            file.write(content)
+        except BaseException:
+            Path(file.name).unlink()
+            raise
+    os.replace(file.name, path)
