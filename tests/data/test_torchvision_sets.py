@@ -99,17 +99,22 @@ def test_a_cifar10_archive_put_there_by_hand_is_unpacked(
     assert len(load_dataset(DataConfig(name="cifar10", dir=str(archive.parent)))) == 10
 
 
+def write_svhn(path: Path, pixels: np.ndarray) -> None:
+    from scipy.io import savemat
+
+    stored = pixels.transpose(2, 3, 1, 0)  # [H, W, C, n]
+    savemat(path, {"X": stored, "y": np.array([[10], [1], [9], [10], [3]], dtype=np.uint8)})
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_svhn_images_are_turned_upright_and_ten_means_zero(
     split: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scipy.io import savemat
     from torchvision.datasets import SVHN
 
     pixels = noise(5, 3, 32, 32)
     path = tmp_path / f"{split}_32x32.mat"
-    stored = pixels.transpose(2, 3, 1, 0)  # [H, W, C, n]
-    savemat(path, {"X": stored, "y": np.array([[10], [1], [9], [10], [3]], dtype=np.uint8)})
+    write_svhn(path, pixels)
     monkeypatch.setattr(SVHN, "split_list", {split: ["http://x/", path.name, md5(path)]})
     loaded = load_dataset(DataConfig(name="svhn", dir=str(tmp_path)), split)
     assert np.array_equal(loaded.images.numpy(), pixels)
@@ -197,6 +202,34 @@ def test_a_damaged_file_is_refused_rather_than_read(
     whole = (raw / "train-images-idx3-ubyte").read_bytes()
     (raw / "train-images-idx3-ubyte").write_bytes(whole[:-100])
     assert f"Delete {raw} if it is there" in refused(config)
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_a_file_with_another_checksum_is_refused_though_it_could_be_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision import datasets as torchvision
+
+    if name == "cifar10":
+        write_cifar10(tmp_path, monkeypatch)
+        path = tmp_path / torchvision.CIFAR10.base_folder / "data_batch_3"
+        other = pickle.dumps({"data": noise(2, 3072, seed=9), "labels": [1, 2]})
+    elif name == "svhn":
+        path = tmp_path / "train_32x32.mat"
+        write_svhn(path, noise(5, 3, 32, 32))
+        split = {"train": ["http://x/", path.name, md5(path)]}
+        monkeypatch.setattr(torchvision.SVHN, "split_list", split)
+        write_svhn(tmp_path / "other.mat", noise(5, 3, 32, 32, seed=1))
+        other = (tmp_path / "other.mat").read_bytes()
+    else:
+        write_fashion(tmp_path, monkeypatch)
+        path = tmp_path / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte.gz"
+        other = gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 6, *range(6, 0, -1)]))
+    whole = path.read_bytes()
+    path.write_bytes(other)
+    assert "by hand" in refused(DataConfig(name=name, dir=str(tmp_path)))
+    path.write_bytes(whole)
+    assert len(load_dataset(DataConfig(name=name, dir=str(tmp_path)))) > 0
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
