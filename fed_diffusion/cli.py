@@ -1,9 +1,8 @@
-"""fed-diffusion run | resume | sample | evaluate: what a user types."""
+"""fed-diffusion run | resume | sample | evaluate | features: what a user types."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fed_diffusion import cli_evaluation
 from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
 
 INTERRUPTED = 130
@@ -62,9 +62,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, help="steps of the sampler")
     sample.set_defaults(command=sample_command)
 
-    evaluate = commands.add_parser("evaluate", help="sample and measure a trained run again")
-    evaluate.add_argument("run", type=Path, metavar="RUN")
-    evaluate.set_defaults(command=evaluate_command)
+    cli_evaluation.add_commands(commands)
     return top
 
 
@@ -140,22 +138,6 @@ def sample_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate_command(arguments: argparse.Namespace) -> int:
-    """Measure quality again, write it to results.json and the report, and print it."""
-    from fed_diffusion.experiment import measure
-    from fed_diffusion.report.html import write_report
-    from fed_diffusion.runs import RunDir, Sampler
-
-    run = RunDir.open(arguments.run)
-    results = run.results()
-    sampler = Sampler.from_run(arguments.run)
-    results["quality"] = measure(sampler, sampler.sample(sampler.config.evaluation.samples), None)
-    run.write_results(results)
-    write_report(run.path)
-    print(json.dumps(results["quality"], indent=2))
-    return 0
-
-
 class _live_progress:
     """A bar with round, loss, images/s and time left; plain lines without a terminal."""
 
@@ -207,6 +189,10 @@ def _print_results(path: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    copied = (quality["memorisation"] or {}).get("copied")
+    if copied:
+        named = ", ".join(map(str, copied))
+        console.print(f"[bold red]the samples copy images of clients {named}[/]; see report.html")
     console.print(
         f"train {seconds['train']:.0f} s, evaluate {seconds['evaluate']:.0f} s", highlight=False
     )

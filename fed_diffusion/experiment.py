@@ -55,11 +55,7 @@ def check(
     except ValueError as error:
         raise ConfigError(f"diffusion.partition = {diffusion.partition!r}: {error}") from error
     sampler_partition(config)
-    device = config.worker.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"worker.device = {device!r}, and torch sees no CUDA device; use auto or cpu."
-        )
+    check_device(config)
     skeleton(config)
     check_pruning(config, channel_layout(config))
     check_evaluation(config)
@@ -70,6 +66,15 @@ def check(
     if config.evaluation.samples and config.evaluation.reference not in ("data", "none"):
         reference_set(config, dataset)  # a broken file in it is found now, not after training
     return dataset
+
+
+def check_device(config: Config) -> None:
+    """Refuse a device that this machine has not."""
+    device = config.worker.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"worker.device = {device!r}, and torch sees no CUDA device; use auto or cpu."
+        )
 
 
 class RunStopped(RuntimeError):

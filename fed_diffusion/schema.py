@@ -299,9 +299,10 @@ class EvaluationConfig(Section):
     """data: the run's own data set | train: what its clients trained on | test: the set's own test
     split, or what the clients held out | a folder of images | none: no quality figures."""
     extractor: Literal["inception", "classifier"] = "inception"
-    """classifier: a small network trained on the labelled reference set."""
+    """classifier: a small network trained on the labelled reference set, or that in `weights`."""
     weights: str | None = None
-    """A file with the Inception weights, where they cannot be downloaded."""
+    """For inception: a file with its weights, where they cannot be downloaded. For classifier: what
+    fed-diffusion features train has written."""
 
 
 class FlowerConfig(Section):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,19 @@ def test_evaluate_measures_a_finished_run_again(run, capsys):
     assert again["fid"] == pytest.approx(before["fid"], rel=1e-3)
 
 
+def test_evaluate_takes_other_samples_and_another_reference(run, tmp_path, capsys):
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    assert main(["evaluate", str(again), "--samples", "30", "--reference", "test"]) == 0
+    quality = json.loads(capsys.readouterr().out)
+    assert quality["samples"] == 30
+    assert quality["reference"].startswith("digits held out (")
+    assert quality["extractor"] == "classifier(digits train, 64 features)"
+    assert quality["fid"] > 0
+    assert len(quality["memorisation"]["clients"]) == TINY["clients"]
+    assert quality == json.loads((again / "results.json").read_text())["quality"]
+
+
 REFUSED = {
     "an unknown preset": (["run", "digit"], "preset = 'digit'"),
     "an unknown key": (["run", "digits", "--set", "round=3"], "round"),
@@ -66,6 +80,10 @@ REFUSED = {
     ),
     "a device that is none": (["run", "digits", "--set", "worker.device=gpu"], "worker.device"),
     "CUDA that is not there": (["run", "digits", "--set", "worker.device=cuda:9"], "worker.device"),
+    "weights that are none": (
+        ["run", "digits", "--set", "evaluation.weights=no.safetensors"],
+        "evaluation.weights",
+    ),
     "a run that is none": (["sample", "nowhere", "--out", "x.png"], "nowhere"),
     "a network that does not fit": (
         ["run", "digits", "--set", "model.widths=[8, 8, 8, 8, 8]"],

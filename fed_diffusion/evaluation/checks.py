@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.data.datasets import class_count
+from fed_diffusion.data.datasets import class_count, image_shape
+from fed_diffusion.evaluation.weights import check_features
 
 FEWEST_IMAGES = 2
 OWN_DATA = ("data", "train", "test")
@@ -42,13 +43,15 @@ def check_evaluation(config: Config) -> None:
     if settings.extractor == "inception":
         if settings.weights is not None:
             check_weights(settings.weights)
+    elif settings.weights is not None:
+        check_features(settings.weights, image_shape(config.data))
     elif folder is not None:
         _check_class_folders(folder)
     elif class_count(config.data) is None:
         raise ConfigError(
             "evaluation.extractor = 'classifier' needs labelled images, and the number of classes "
             f"of data.name = {config.data.name!r} is unknown. Set data.classes, or "
-            "evaluation.extractor=inception."
+            "evaluation.weights to a trained classifier, or evaluation.extractor=inception."
         )
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,25 @@ SMALL = 16
 """Side in pixels up to which a training step is too little work to share between threads."""
 
 
-class Classifier(nn.Module):
+class FeatureNet(nn.Module):
+    """A classifier whose last layer sees the spatial means of `layers`, [n, features]."""
+
+    layers: nn.Sequential
+    logits: nn.Linear
+
+    def features(self, x: Tensor) -> Tensor:
+        """[n, C, H, W] floats in [-1, 1] to [n, features]."""
+        # a mean, not adaptive_avg_pool2d: that one's gradient is not deterministic on CUDA
+        out: Tensor = self.layers(x).mean(dim=(2, 3))
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, C, H, W] floats in [-1, 1] to logits [n, classes]."""
+        out: Tensor = self.logits(self.features(x))
+        return out
+
+
+class Classifier(FeatureNet):
     """A convolutional classifier whose last layer sees `FEATURES` spatial means.
 
     Every convolution but the first halves the side, until 2 pixels or fewer are left, so that the
@@ -50,27 +68,16 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int, size: int, classes: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [*_convolution(channels, FEATURES // 2, stride=1)]
+        layers: list[nn.Module] = [*convolution(channels, FEATURES // 2, stride=1)]
         width, side = FEATURES // 2, size
         while width < FEATURES or side > 2:
-            layers += _convolution(width, FEATURES, stride=2)
+            layers += convolution(width, FEATURES, stride=2)
             width, side = FEATURES, math.ceil(side / 2)
         self.layers = nn.Sequential(*layers)
         self.logits = nn.Linear(FEATURES, classes)
 
-    def features(self, x: Tensor) -> Tensor:
-        """[n, C, H, W] floats in [-1, 1] to [n, FEATURES]."""
-        # a mean, not adaptive_avg_pool2d: that one's gradient is not deterministic on CUDA
-        out: Tensor = self.layers(x).mean(dim=(2, 3))
-        return out
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, C, H, W] floats in [-1, 1] to logits [n, classes]."""
-        out: Tensor = self.logits(self.features(x))
-        return out
-
-
-def _convolution(channels: int, width: int, stride: int) -> list[nn.Module]:
+def convolution(channels: int, width: int, stride: int) -> list[nn.Module]:
     return [
         nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(width),
@@ -111,29 +118,60 @@ def train_classifier(
     if missing is not None or reference.labels is None:
         raise ConfigError(f"evaluation.{missing}. Use evaluation.extractor=inception.")
     n, channels, size, _ = reference.images.shape
-    steps_per_epoch = math.ceil(n / BATCH)
-    epochs = epochs or max(EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))
+    epochs = epochs or max(EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(n / BATCH)))
+    classes = int(reference.labels.max()) + 1
+    network = seeded(lambda: Classifier(channels, size, classes), seed).to(device)
+    order = torch_generator(seed, Purpose.EVALUATION, client=1)
+    fit(network, reference, order, epochs)
+    return network
+
+
+Net = TypeVar("Net", bound=FeatureNet)
+
+
+def seeded(make: Callable[[], Net], seed: int) -> Net:
+    """What `make` makes with start values from the seed."""
     with torch.random.fork_rng(devices=[]):
         # the CPU's generator alone: torch.manual_seed would reseed the GPUs' as well
         torch.default_generator.manual_seed(torch_seed(seed, Purpose.EVALUATION))
-        network = Classifier(channels, size, int(reference.labels.max()) + 1)
-    network.to(device)
-    order = torch_generator(seed, Purpose.EVALUATION, client=1)
+        return make()
+
+
+def fit(
+    network: FeatureNet,
+    reference: ImageSet,
+    order: torch.Generator,
+    epochs: int,
+    batch: int = BATCH,
+    augment: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Train a classifier with Adam on one cycle of step sizes, then freeze it.
+
+    Parameters
+    ----------
+    reference : with labels
+    order : the order of the images comes from it
+    augment : from uint8 [n, C, H, W] to the same
+    """
+    assert reference.labels is not None
+    n, size = len(reference), reference.images.shape[-1]
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=epochs * steps_per_epoch + 1
+        optimizer, LEARNING_RATE, total_steps=epochs * math.ceil(n / batch) + 1
     )
     network.train()
     with torch.enable_grad(), reproducible(), _threads_worth(size):
         for _ in range(epochs):
-            for batch in torch.randperm(n, generator=order).split(BATCH):
-                if len(batch) > 1:  # a single image has no batch statistics
-                    _step(network, optimizer, reference.images[batch], reference.labels[batch])
+            for chosen in torch.randperm(n, generator=order).split(batch):
+                if len(chosen) > 1:  # a single image has no batch statistics
+                    images = reference.images[chosen]
+                    images = images if augment is None else augment(images)
+                    _step(network, optimizer, images, reference.labels[chosen])
                 schedule.step()
-    return network.requires_grad_(False).eval()
+    network.requires_grad_(False).eval()
 
 
-def _step(network: Classifier, optimizer: Any, images: Tensor, labels: Tensor) -> None:
+def _step(network: FeatureNet, optimizer: Any, images: Tensor, labels: Tensor) -> None:
     device = network.logits.weight.device
     optimizer.zero_grad()
     F.cross_entropy(network(to_unit(images.to(device))), labels.to(device)).backward()
@@ -209,7 +247,7 @@ class ClassifierFeatures(FeatureExtractorBase):
     """
 
     def __init__(
-        self, name: str, features_list: list[str], classifier: Classifier, **_: Any
+        self, name: str, features_list: list[str], classifier: FeatureNet, **_: Any
     ) -> None:
         super().__init__(name, features_list)
         self.classifier = classifier
@@ -225,7 +263,7 @@ class ClassifierFeatures(FeatureExtractorBase):
         """
         require_images(images)
         features = self.classifier.features(to_unit(images))
-        provided = {"64": features, "logits": self.classifier.logits(features)}
+        provided = {str(features.shape[1]): features, "logits": self.classifier.logits(features)}
         return tuple(provided[name] for name in self.features_list)
 
     @staticmethod

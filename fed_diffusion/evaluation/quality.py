@@ -42,6 +42,7 @@ from fed_diffusion.evaluation.features import (
 )
 from fed_diffusion.evaluation.figures import fid_floor, figures, frechet_distance
 from fed_diffusion.evaluation.memorisation import Holdings, memorisation
+from fed_diffusion.evaluation.trained import RESNET, WIDTH, load_features
 from fed_diffusion.schema import EvaluationConfig
 
 __all__ = [
@@ -54,9 +55,13 @@ __all__ = [
 ]
 
 INCEPTION = "inception-v3-compat"
-LAYERS = {CLASSIFIER: (str(FEATURES), "logits"), INCEPTION: ("2048", "logits_unbiased")}
+LAYERS = {
+    CLASSIFIER: (str(FEATURES), "logits"),
+    RESNET: (str(WIDTH), "logits"),
+    INCEPTION: ("2048", "logits_unbiased"),
+}
 """Per extractor: what FID and KID compare, what the Inception Score reads."""
-BATCH = {CLASSIFIER: 512, INCEPTION: 64}
+BATCH = {CLASSIFIER: 512, RESNET: 512, INCEPTION: 64}
 FEWEST_REFERENCE = 2 * FEWEST_IMAGES  # the floor halves it
 DOWNLOAD_TIMEOUT_S = 30.0  # per connection and read; torch.hub waits for ever
 
@@ -162,6 +167,12 @@ def _extractor(config: EvaluationConfig, teacher: ImageSet, seed: int) -> Extrac
         weights = None if config.weights is None else str(check_weights(config.weights))
         # Inception is the same network at every seed
         return Extractor(INCEPTION, str(weights), INCEPTION, lambda to: _inception(weights, to))
+    if config.weights is not None:
+        network, header = load_features(config.weights, tuple(teacher.images.shape[1:]))
+        shown = f"classifier({header.dataset}, {WIDTH} features, sha256 {header.sha256[:12]})"
+        return Extractor(
+            RESNET, header.sha256, shown, lambda to: _wrapped(RESNET, network.to(to), to)
+        )
     shown = f"classifier({teacher.name or 'images'}, {FEATURES} features)"
     key = fingerprint(teacher)
 

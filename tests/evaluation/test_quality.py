@@ -352,6 +352,8 @@ def settings(data: dict[str, Any] | None = None, **evaluation: Any) -> Config:
         (settings(reference="Data"), "evaluation.reference"),
         (settings(weights="no/such/file"), "evaluation.weights"),
         (settings(weights=__file__), "evaluation.weights"),
+        (settings(extractor="classifier", weights="no/such/file"), "evaluation.weights"),
+        (settings(extractor="classifier", weights=__file__), "evaluation.weights"),
         (settings(samples=1), "evaluation.samples"),
         (
             settings({"name": "image_folder", "size": 8, "channels": 1}, extractor="classifier"),
@@ -380,7 +382,8 @@ def test_a_reference_folder_needs_a_folder_per_class_for_a_classifier(tmp_path: 
         settings(extractor="classifier"),
         settings(reference="none", weights="no/such/file"),
         settings(samples=0, reference="no/such/folder"),
-        settings(extractor="classifier", weights="no/such/file"),
+        settings(reference="train"),
+        settings(reference="test"),
         settings(reference=str(Path(__file__).parent)),
     ],
 )

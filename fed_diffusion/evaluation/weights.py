@@ -1,0 +1,82 @@
+"""The header of a file of a trained classifier: all that can be known without loading it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from fed_diffusion.config import ConfigError
+
+KEY = "fed-diffusion-features"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a classifier was trained on and how well it does; in the file as JSON.
+
+    Attributes
+    ----------
+    dataset, images
+        The training images and their number.
+    channels, size, classes
+        What the network takes and tells apart.
+    accuracy, held_out
+        On images it was not trained on, and which those are.
+    epochs, seed
+        Of the training.
+    sha256
+        `features.weights_hash` of the weights.
+    """
+
+    dataset: str
+    images: int
+    channels: int
+    size: int
+    classes: int
+    accuracy: float
+    held_out: str
+    epochs: int
+    seed: int
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_header(weights: str | Path) -> Header:
+    """The header of a file that `fed-diffusion features train` wrote.
+
+    Raises
+    ------
+    ConfigError
+        `evaluation.weights` does not exist, or is something else.
+    """
+    path = Path(weights).expanduser()
+    how = "Make one with: fed-diffusion features train DATASET --out FILE."
+    if not path.is_file():
+        raise ConfigError(f"evaluation.weights = {str(weights)!r} does not exist. {how}")
+    try:
+        with safe_open(path, "pt") as file:
+            return Header(**json.loads((file.metadata() or {})[KEY]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"evaluation.weights = {str(weights)!r} is no file of a trained classifier "
+            f"({type(error).__name__}: {error}). {how}"
+        ) from error
+
+
+def check_features(weights: str | Path, shape: tuple[int, ...]) -> Header:
+    """`read_header`, refused where the classifier is for other images than [C, H, W] = shape."""
+    header = read_header(weights)
+    takes = (header.channels, header.size, header.size)
+    if tuple(shape) != takes:
+        raise ConfigError(
+            f"evaluation.weights = {str(weights)!r} is a classifier of {header.dataset} for "
+            f"[C, H, W] = {list(takes)}, and the run's images are {list(shape)}. Train one on "
+            "images of that shape with fed-diffusion features train."
+        )
+    return header
