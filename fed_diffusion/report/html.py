@@ -24,6 +24,21 @@ from fed_diffusion.report.style import CSS
 MOST_ROWS = 200
 MOST_GRIDS = 12
 NONE = "–"
+FIGURES = {
+    "fid": "FID",
+    "fid_floor": "FID of real images against real images (the floor)",
+    "kid": "KID",
+    "inception_score": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
+}
+STATED = {
+    "extractor": "extractor",
+    "extractor_sha256": "SHA-256 of its weights",
+    "reference": "reference",
+    "samples": "generated images",
+    "nfe": "network evaluations per image (NFE)",
+}
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -180,24 +195,41 @@ def _quality(record: Record) -> str:
     quality = _mapping(record.results.get("quality"))
     if not quality:
         return _section("Quality", '<p class="soft">No quality figures.</p>')
-    score = quality.get("inception_score")
-    pair = [_number(value) for value in score] if isinstance(score, list) else []
+    intervals = _mapping(quality.get("intervals"))
     rows = [
-        ("FID", _number(quality.get("fid"))),
-        ("FID of real images against real images (the floor)", _number(quality.get("fid_floor"))),
-        ("KID", _number(quality.get("kid"))),
-        ("Inception Score", " ± ".join(pair) if pair else NONE),
-        ("extractor", _text(quality.get("extractor"))),
-        ("reference", _text(quality.get("reference"))),
-        ("generated images", _number(quality.get("samples"))),
-        ("seed", _text(quality.get("seed", record.fact("seed")))),
-        ("network evaluations per image (NFE)", _number(quality.get("nfe"))),
+        (label, _pair(quality.get(key), " ± "), _pair(intervals.get(key), " to "))
+        for key, label in FIGURES.items()
     ]
+    rows += [(label, _number(quality.get(key)), "") for key, label in STATED.items()]
+    rows.append(("seed", _text(quality.get("seed", record.fact("seed"))), ""))
     why = quality.get("why")
     note = _warning(f"No figures: {escape(str(why))}.") if why else ""
     note += "<p>Figures compare only with others of the same extractor, reference and number of "
     note += "images. All images are uint8, 0 to 255.</p>"
-    return _section("Quality", note + _table(("figure", "value"), rows, text=(1,)))
+    table = _table(("figure", "value", "95 % interval"), rows, text=(1,))
+    how = f'<p class="soft">Intervals: {_text(intervals["how"])}</p>' if "how" in intervals else ""
+    return _section("Quality", note + table + how) + _memorisation(quality.get("memorisation"))
+
+
+def _memorisation(found: Any) -> str:
+    """Whether generated images are nearer to training images than held-out ones, and to whose."""
+    if not isinstance(found, Mapping):
+        return ""
+    if found.get("why"):
+        return _section("Copies", f'<p class="soft">Not looked for: {_text(found["why"])}.</p>')
+    copied = found.get("copied") or []
+    text = (
+        f"{_number(found.get('closer'))} of the generated images are nearer to a training image "
+        f"than {_number(found.get('tau'))} grey levels (root mean square); of held-out images it "
+        f"would be {_number(found.get('expected'))} (p = {_number(found.get('p_value'))}). Median "
+        f"distance: {_number(found.get('median_ratio'))} times that of held-out images."
+    )
+    note = _warning(f"Images of clients {_pair(copied, ', ')} are copied.") if copied else ""
+    clients = _mappings(found.get("clients"))
+    keys = ("client", "images", "share", "held_out_share", "closer")
+    rows = [[_number(client.get(key)) for key in keys] for client in clients[:MOST_ROWS]]
+    head = ("client", "images", "nearest to generated", "to held out", "copied")
+    return _section("Copies", f"{note}<p>{text}</p>{_table(head, rows)}{_more(len(clients))}")
 
 
 def _clients(record: Record) -> str:
@@ -339,6 +371,12 @@ def _number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if math.isfinite(value) else NONE
+
+
+def _pair(value: Any, between: str) -> str:
+    """A number, or several of them."""
+    numbers = value if isinstance(value, list) else [value]
+    return between.join(map(_number, numbers)) or NONE
 
 
 def _percent(share: float) -> str:

@@ -166,6 +166,36 @@ def test_figures_that_could_not_be_had_are_dashes_with_the_reason(tmp_path: Path
     assert "FID –" in text
 
 
+def test_intervals_and_the_weights_hash_stand_beside_the_figures(tmp_path: Path) -> None:
+    intervals = {"fid": [3.75, 4.5], "kid": None, "how": "jackknife <b>"}
+    new = {"precision": 0.625, "recall": 0.375, "extractor_sha256": "c0ffee"}
+    text = page_of(write_finished(tmp_path, quality=quality(intervals=intervals, **new))).text
+    for words in ("3.75 to 4.5", "0.625", "0.375", "c0ffee", "jackknife <b>"):
+        assert words in text
+
+
+COPIES = {
+    "why": None,
+    **{"tau": 12.5, "closer": 0.25, "expected": 0.0125, "p_value": 0.0, "median_ratio": 0.5},
+    "copied": [3],
+    "clients": [{"client": 3, "images": 61, "share": 0.875, "held_out_share": 0.1, "closer": 0.25}],
+}
+
+
+def test_copies_are_shown_with_the_client_they_are_of(tmp_path: Path) -> None:
+    text = page_of(write_finished(tmp_path, quality=quality(memorisation=COPIES))).text
+    assert "Images of clients 3 are copied." in text
+    for value in ("12.5 grey levels", "0.0125", "0.875", "61"):
+        assert value in text
+
+
+def test_no_copies_no_warning_and_none_looked_for_has_the_reason(tmp_path: Path) -> None:
+    harmless = quality(memorisation={**COPIES, "copied": []})
+    assert "are copied" not in page_of(write_finished(tmp_path, quality=harmless)).text
+    unknown = quality(memorisation={"why": "no <b>images</b>"})
+    assert "no <b>images</b>" in page_of(write_finished(tmp_path, quality=unknown)).text
+
+
 def test_hostile_strings_are_shown_not_obeyed(tmp_path: Path) -> None:
     run = write_finished(tmp_path, preset=HOSTILE, quality=quality(extractor=HOSTILE, why=HOSTILE))
     attacker = client(HOSTILE, kind=HOSTILE, loss=HOSTILE, keep=HOSTILE)
