@@ -6,13 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fed_diffusion import cli_evaluation
 from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INTERRUPTED = 130
 console = Console(stderr=True)
@@ -60,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, help="a PNG file")
     sample.add_argument("--seed", type=int)
     sample.add_argument("--steps", type=int, help="steps of the sampler")
+    sample.add_argument("--sampler", metavar="NAME", help="as evaluation.sampler")
+    sample.add_argument("--guidance", type=float, metavar="W", help="as evaluation.guidance")
+    sample.add_argument("--labels", metavar="0,1,2", help="classes, in turn (default: all)")
     sample.set_defaults(command=sample_command)
 
     cli_evaluation.add_commands(commands)
@@ -132,10 +138,32 @@ def sample_command(arguments: argparse.Namespace) -> int:
     if arguments.steps is not None and arguments.steps < 1:
         raise ConfigError(f"--steps = {arguments.steps} is not allowed; at least 1.")
     sampler = Sampler.from_run(arguments.run)
-    images = sampler.sample(arguments.num, seed=arguments.seed, steps=arguments.steps)
+    images = sampler.sample(
+        arguments.num,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        labels=_labels(arguments.labels, arguments.num),
+        sampler=arguments.sampler,
+        guidance=arguments.guidance,
+    )
     save_grid(images, arguments.out)
     print(arguments.out.resolve())
     return 0
+
+
+def _labels(text: str | None, num: int) -> Tensor | None:
+    """The labels of `num` images: those of a list such as 0,1,2 in turn."""
+    if text is None:
+        return None
+    import torch  # takes seconds
+
+    try:
+        chosen = torch.tensor([int(part) for part in text.split(",")])
+    except ValueError:
+        raise ConfigError(
+            f"--labels = {text!r} is not allowed; give class numbers, as in 0,1,2."
+        ) from None
+    return chosen[torch.arange(num) % len(chosen)]
 
 
 class _live_progress:

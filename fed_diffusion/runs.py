@@ -38,7 +38,7 @@ from fed_diffusion.config import Config, ConfigError, build_config
 from fed_diffusion.data import class_count, image_shape, to_uint8
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.diffusion.process import Score, per_image, sigma
-from fed_diffusion.diffusion.samplers import exponential_integrator
+from fed_diffusion.diffusion.samplers import SAMPLERS
 from fed_diffusion.federation.records import RoundSummary
 from fed_diffusion.federation.worker import device_of, network_with
 from fed_diffusion.rng import Purpose, torch_generator
@@ -194,7 +194,10 @@ def sampler_partition(config: Config, steps: int | None = None) -> Tensor:
     try:
         return PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, steps)
     except ValueError as error:
-        raise ConfigError(f"evaluation.steps = {steps} cannot be used: {error}") from error
+        raise ConfigError(
+            f"evaluation.steps = {steps} cannot be used with diffusion.partition = "
+            f"{diffusion.partition!r}: {error}"
+        ) from error
 
 
 class Sampler:
@@ -220,11 +223,23 @@ class Sampler:
         run = RunDir.open(path)
         return cls(run.config(), run.load_theta(ema=ema))
 
-    def score(self, labels: Tensor | None = None) -> Score:
-        """s_theta(y, u) = -eps_theta(y, u) / sigma_u as a function of (y, u)."""
+    def score(self, labels: Tensor | None = None, guidance: float = 0.0) -> Score:
+        """s_theta(y, u) = -eps / sigma_u as a function of (y, u).
+
+        eps is eps_theta(y, u, labels); with labels and a guidance w > 0 it is
+        (1 + w) eps_theta(y, u, labels) - w eps_theta(y, u, no label), from one call of the network
+        on both (classifier-free guidance, Ho & Salimans 2022).
+        """
 
         def evaluate(y: Tensor, u: Tensor) -> Tensor:
-            eps: Tensor = self.network(y, u, labels)
+            eps: Tensor
+            if guidance and labels is not None:
+                both = torch.cat([labels, torch.full_like(labels, self.classes or 0)])
+                doubled = self.network(torch.cat([y, y]), torch.cat([u, u]), both)
+                with_label, without = doubled.chunk(2)
+                eps = (1 + guidance) * with_label - guidance * without
+            else:
+                eps = self.network(y, u, labels)
             return -eps / per_image(sigma(u), y)
 
         return evaluate
@@ -239,6 +254,30 @@ class Sampler:
         """
         return sampler_partition(self.config, steps)
 
+    def _with(self, overrides: dict[str, Any]) -> Config:
+        """The configuration with dotted keys replaced where a value is given, checked anew."""
+        settings = self.config.to_dict()
+        for key, value in overrides.items():
+            if value is not None:
+                section, name = key.split(".")
+                settings[section][name] = value
+        return build_config(settings)
+
+    def _check_labels(self, labels: Tensor, num: int) -> None:
+        if self.classes is None:
+            raise ConfigError(
+                "labels are given, and model.conditional = False: the network knows none. Leave "
+                "them out."
+            )
+        if len(labels) != num:
+            raise ConfigError(f"labels: {len(labels)} for {num} images; give one for each.")
+        unknown = labels[(labels < 0) | (labels >= self.classes)]
+        if len(unknown):
+            raise ConfigError(
+                f"labels = {unknown.unique().tolist()} are not allowed: the classes are 0 to "
+                f"{self.classes - 1}."
+            )
+
     @torch.no_grad()
     def sample(
         self,
@@ -248,9 +287,12 @@ class Sampler:
         steps: int | None = None,
         batch: int | None = None,
         labels: Tensor | None = None,
+        sampler: str | None = None,
+        guidance: float | None = None,
+        partition: str | None = None,
         purpose: Purpose = Purpose.SAMPLES,
     ) -> Tensor:
-        """Generate images with the exponential integrator (10).
+        """Generate images, by the exponential integrator (10) unless another sampler is named.
 
         Parameters
         ----------
@@ -262,16 +304,36 @@ class Sampler:
             Steps of the partition; default: evaluation.steps, then diffusion.K.
         labels
             int64 [num], for a conditional network; default: every class in turn.
+        sampler, guidance
+            Default: evaluation.sampler, evaluation.guidance.
+        partition
+            A name in PARTITIONS; default: diffusion.partition.
 
         Returns
         -------
         Tensor
             uint8 [num, C, H, W] on the CPU.
+
+        Raises
+        ------
+        ConfigError
+            A setting that does not exist or that this network was not trained for.
         """
-        u = self.partition(steps)
-        batch = batch or self.config.evaluation.batch
+        config = self._with(
+            {
+                "evaluation.steps": steps,
+                "evaluation.sampler": sampler,
+                "evaluation.guidance": guidance,
+                "diffusion.partition": partition,
+            }
+        )
+        u = sampler_partition(config)
+        solve = SAMPLERS[config.evaluation.sampler]
+        batch = batch or config.evaluation.batch
         seed = self.config.seed if seed is None else seed
-        if labels is None and self.classes is not None:
+        if labels is not None:
+            self._check_labels(labels, num)
+        elif self.classes is not None:
             labels = torch.arange(num) % self.classes
 
         def generate(start: int) -> Tensor:
@@ -280,9 +342,8 @@ class Sampler:
             noise = torch_generator(seed, purpose, round=start // batch, device=self.device)
             y = torch.randn((n, *self.shape), generator=noise, device=self.device)
             chosen = None if labels is None else labels[start : start + n].to(self.device)
-            y = exponential_integrator(
-                self.score(chosen), y, u, generator=noise, denoise=self.config.evaluation.denoise
-            )
+            score = self.score(chosen, config.evaluation.guidance)
+            y = solve(score, y, u, generator=noise, denoise=config.evaluation.denoise)
             return to_uint8(y).cpu()
 
         images = [torch.empty((0, *self.shape), dtype=torch.uint8)]
@@ -290,6 +351,12 @@ class Sampler:
             images += pool.map(torch.no_grad()(generate), range(0, num, batch))
         return torch.cat(images)
 
-    def evaluations(self, steps: int | None = None) -> int:
-        """Network evaluations per image (NFE)."""
-        return len(self.partition(steps)) - 1 + int(self.config.evaluation.denoise)
+    def evaluations(self, steps: int | None = None, guidance: float | None = None) -> int:
+        """Network evaluations per image (NFE): images that go through the network for one image.
+
+        One for every step of any sampler and one for evaluation.denoise; guidance doubles them,
+        though its two halves go through in one call.
+        """
+        guided = self.config.evaluation.guidance if guidance is None else guidance
+        once = len(self.partition(steps)) - 1 + int(self.config.evaluation.denoise)
+        return once * (2 if guided and self.classes is not None else 1)

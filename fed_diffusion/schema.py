@@ -64,6 +64,8 @@ class ModelConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     conditional: bool = False
     """Condition on the class label."""
+    label_dropout: float = Field(0.0, ge=0, lt=1)
+    """Part of the labels that training replaces by "no label", which evaluation.guidance needs."""
     prediction: Literal["eps", "v", "x0"] = "eps"
     """What the network's output means; all three give the same score."""
 
@@ -75,6 +77,15 @@ class ModelConfig(Section):
                     f"widths: {width} is not a multiple of model.group = {self.group}; "
                     "every width must be, so that whole groups can be dropped"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_to_drop(self) -> ModelConfig:
+        if self.label_dropout and not self.conditional:
+            raise ValueError(
+                f"label_dropout: {self.label_dropout:g} has no labels to drop; set "
+                "model.conditional to true, or label_dropout to 0"
+            )
         return self
 
 
@@ -288,6 +299,13 @@ class EvaluationConfig(Section):
     """Images behind FID, IS and KID; 0 switches them off."""
     steps: int | None = Field(None, ge=1)
     """Steps of the sampler; default diffusion.K."""
+    sampler: Literal["exponential_integrator", "probability_flow", "second_order"] = (
+        "exponential_integrator"
+    )
+    """exponential_integrator: the paper's; probability_flow: its ODE, deterministic (DDIM);
+    second_order: the same ODE by DPM-Solver++(2M), for few steps."""
+    guidance: float = Field(0.0, ge=0)
+    """w of (1 + w) eps(y, label) - w eps(y, no label), at two evaluations a step; 0: off."""
     batch: int = Field(256, ge=1)
     every: int = Field(0, ge=0)
     """A small fixed-noise grid every so many rounds; 0: none."""
@@ -343,6 +361,16 @@ class Config(Section):
             raise ValueError(
                 f"pruning.keep: {len(keep)} ratios for clients = {self.clients}; "
                 "give one ratio for all, or one per client"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _guidance_knows_no_label(self) -> Config:
+        if self.evaluation.guidance and not self.model.label_dropout:
+            raise ValueError(
+                f"evaluation.guidance: {self.evaluation.guidance:g} needs a network that has seen "
+                'images with "no label"; train with model.conditional = true and '
+                "model.label_dropout above 0 (0.1 is usual), or set guidance to 0"
             )
         return self
 

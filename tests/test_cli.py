@@ -46,6 +46,31 @@ def test_sample_writes_a_grid_that_the_seed_decides(run, tmp_path):
         assert min(image.size) > 32
 
 
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["--sampler", "euler"], "evaluation.sampler = 'euler'"),
+        (["--guidance", "-1"], "evaluation.guidance = -1.0"),
+        (["--guidance", "1"], "model.label_dropout"),
+        (["--labels", "0,1"], "model.conditional"),
+        (["--labels", "0;1"], "--labels = '0;1'"),
+    ],
+)
+def test_sample_refuses_what_the_network_cannot_do(run, tmp_path, capsys, arguments, key):
+    out = tmp_path / "x.png"
+    assert main(["sample", str(run), "--out", str(out), *arguments]) == 2
+    assert key in capsys.readouterr().err.replace("\n", " ")
+    assert not out.exists()
+
+
+def test_sample_takes_another_sampler(run, tmp_path):
+    for name in ("exponential_integrator", "second_order"):
+        out = tmp_path / f"{name}.png"
+        assert main(["sample", str(run), "--num", "4", "--out", str(out), "--sampler", name]) == 0
+    first, second = (path.read_bytes() for path in sorted(tmp_path.iterdir()))
+    assert first != second
+
+
 def test_evaluate_measures_a_finished_run_again(run, capsys):
     before = json.loads((run / "results.json").read_text())["quality"]
     assert main(["evaluate", str(run)]) == 0
@@ -77,6 +102,10 @@ REFUSED = {
     "too few steps to sample": (
         ["run", "digits", "--set", "evaluation.steps=2"],
         "evaluation.steps",
+    ),
+    "guidance without a trained no-label": (
+        ["run", "digits", "--set", "evaluation.guidance=1"],
+        "evaluation.guidance",
     ),
     "a device that is none": (["run", "digits", "--set", "worker.device=gpu"], "worker.device"),
     "CUDA that is not there": (["run", "digits", "--set", "worker.device=cuda:9"], "worker.device"),

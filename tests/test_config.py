@@ -51,6 +51,26 @@ REFUSED = {
         {"pruning.kind": "full", "pruning.level": "S"},
         r"pruning\.kind: full.*level F",
     ),
+    "guidance of labels that were never dropped": (
+        "digits",
+        {"evaluation.guidance": 2},
+        r"evaluation\.guidance: 2 .*model\.label_dropout above 0",
+    ),
+    "guidance without labels": (
+        "digits",
+        {"evaluation.guidance": 2, "model.conditional": False},
+        r"evaluation\.guidance: 2 .*model\.conditional",
+    ),
+    "negative guidance": (
+        "digits",
+        {"evaluation.guidance": -1, "model.label_dropout": 0.1},
+        r"evaluation\.guidance = -1.*greater than or equal to 0",
+    ),
+    "labels to drop where there are none": (
+        "digits",
+        {"model.label_dropout": 0.1, "model.conditional": False},
+        r"model\.label_dropout: 0\.1.*model\.conditional",
+    ),
     "words for a number": ("digits", {"rounds": "many"}, r"rounds = 'many'"),
 }
 

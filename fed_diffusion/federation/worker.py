@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fed_diffusion.config import Config
-from fed_diffusion.data import ImageSet, load_dataset, partition, split_holdout, to_unit
+from fed_diffusion.data import (
+    ImageSet,
+    class_count,
+    load_dataset,
+    partition,
+    split_holdout,
+    to_unit,
+)
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation.coordinator import eta_of
@@ -62,6 +69,7 @@ class Worker:
         self._layout = channel_layout(config)
         self._networks: dict[tuple[torch.Size, ...], nn.Module] = {}
         self._budget: Budget | None = None
+        self._no_label = class_count(config.data) or 0  # the label behind the last class
         diffusion = config.diffusion
         self.loss = DSMLoss(
             PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
@@ -187,7 +195,11 @@ class Worker:
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
         if not self.config.model.conditional or self.dataset.labels is None:
             return images, None
-        return images, self.dataset.labels[index].to(self.device)
+        labels = self.dataset.labels[index].to(self.device)
+        if part := self.config.model.label_dropout:
+            dropped = torch.rand(len(labels), generator=noise, device=self.device) < part
+            labels = torch.where(dropped, self._no_label, labels)
+        return images, labels
 
     @torch.no_grad()
     def _holdout_loss(self, network: nn.Module, holdout: np.ndarray, client: int) -> float:

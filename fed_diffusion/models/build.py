@@ -22,7 +22,8 @@ def build_network(config: Config) -> nn.Module:
 
     Under the baseline `small` it is the smallest worker's sub-network, which everyone trains. A
     network of one's own, `model.name: module:Net`, is called as
-    Net(config.model, channels, size, classes) and must map (x, u, labels) to a noise estimate.
+    Net(config.model, channels, size, classes) and must map (x, u, labels) to a noise estimate;
+    with model.label_dropout the label `classes` means "no label", as it does for the U-Net.
 
     Raises
     ------

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,6 +134,32 @@ def test_training_lowers_the_loss(tiny, digits, conditional):
         last = coordinator.close_round()
     assert last.loss < 0.9 * first.loss
     assert last.holdout_loss < 0.9 * first.holdout_loss
+
+
+def test_label_dropout_replaces_its_part_of_the_labels_by_no_label(tiny, digits):
+    worker = Worker(tiny(model__conditional=True, model__label_dropout=0.25), digits)
+    indices = np.resize(np.arange(len(digits)), 20_000)
+    _, labels = worker._batch(indices, torch.Generator().manual_seed(0))
+    dropped = labels == 10
+    assert abs(float(dropped.float().mean()) - 0.25) < 5 * (0.25 * 0.75 / 20_000) ** 0.5
+    assert torch.equal(labels[~dropped], digits.labels[torch.from_numpy(indices)][~dropped])
+
+
+def test_without_label_dropout_nothing_is_drawn_for_it(tiny, digits):
+    noise = torch.Generator().manual_seed(0)
+    before = noise.get_state()
+    _, labels = Worker(tiny(model__conditional=True), digits)._batch(np.arange(64), noise)
+    assert torch.equal(noise.get_state(), before)
+    assert torch.equal(labels, digits.labels[:64])
+
+
+def test_label_dropout_trains_the_embedding_of_no_label(tiny, digits):
+    for part, trained in ((0.0, False), (0.5, True)):
+        config = tiny(model__conditional=True, model__label_dropout=part)
+        coordinator, worker = start(config, digits)
+        before = coordinator.theta["label.weight"][10].clone()
+        play(coordinator, worker, 1)
+        assert torch.equal(coordinator.theta["label.weight"][10], before) != trained
 
 
 def test_the_summary_reports_F_on_its_own_scale(tiny, digits):

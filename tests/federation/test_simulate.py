@@ -77,16 +77,85 @@ def test_a_loaded_run_samples_the_same_images_for_the_same_seed(run):
     assert not torch.equal(first, model.sample(3, seed=6))
 
 
-def test_a_conditional_network_samples_every_class_in_turn_unless_told(tiny):
-    config = tiny(model__conditional=True)
+@pytest.fixture
+def conditional(tiny):
+    """A sampler whose untrained network tells labels apart."""
+    config = tiny(model__conditional=True, model__label_dropout=0.1)
     model = Sampler(config, parameters_of(build_network(config)))
     random = torch.Generator().manual_seed(0)
     for parameter in model.network.parameters():
         if not parameter.any():  # layers that start at zero would hide the label
-            parameter.data.normal_(generator=random)
+            parameter.data.normal_(std=0.1, generator=random)
+    return model
+
+
+def test_a_conditional_network_samples_every_class_in_turn_unless_told(conditional):
     in_turn = torch.arange(12) % 10
-    assert torch.equal(model.sample(12), model.sample(12, labels=in_turn))
-    assert not torch.equal(model.sample(12), model.sample(12, labels=in_turn.flip(0)))
+    images = conditional.sample(12)
+    assert torch.equal(images, conditional.sample(12, labels=in_turn))
+    assert not torch.equal(images, conditional.sample(12, labels=in_turn.flip(0)))
+
+
+@torch.no_grad()
+def test_guidance_moves_the_noise_estimate_away_from_that_without_a_label(conditional):
+    y, u = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
+    labels = torch.tensor([3, 0, 9])
+    sigma = (1 - torch.exp(-2 * u)).sqrt().float()[:, None, None, None]
+    told, untold = conditional.network(y, u, labels), conditional.network(y, u)
+    assert (told - untold).abs().max() > 1e-3
+    for w in (0.0, 0.5, 3.0):
+        want = -((1 + w) * told - w * untold) / sigma
+        torch.testing.assert_close(conditional.score(labels, w)(y, u), want, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_one_call_of_the_network_and_two_evaluations_an_image(conditional):
+    sizes = []
+    conditional.network.register_forward_hook(lambda m, inputs, out: sizes.append(len(inputs[0])))
+    conditional.sample(2, steps=8)
+    plain = list(sizes)
+    sizes.clear()
+    conditional.sample(2, steps=8, guidance=1.5)
+    assert (plain, sizes) == ([2] * 8, [4] * 8)
+    assert conditional.evaluations(8) == sum(plain) / 2
+    assert conditional.evaluations(8, guidance=1.5) == sum(sizes) / 2
+
+
+def test_guidance_of_zero_is_the_plain_sampler_to_the_bit(conditional):
+    assert torch.equal(conditional.sample(3, guidance=0.0), conditional.sample(3))
+    assert not torch.equal(conditional.sample(3, guidance=2.0), conditional.sample(3))
+
+
+def test_a_sampler_or_partition_that_is_named_is_the_one_of_the_settings(conditional, tiny):
+    overrides = {"evaluation__sampler": "second_order", "diffusion__partition": "geometric"}
+    config = tiny(model__conditional=True, model__label_dropout=0.1, **overrides)
+    other = Sampler(config, parameters_of(conditional.network))
+    named = conditional.sample(3, sampler="second_order", partition="geometric")
+    assert torch.equal(named, other.sample(3))
+    assert not torch.equal(named, conditional.sample(3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"sampler": "euler"}, r"evaluation\.sampler = 'euler'"),
+        ({"partition": "evenly"}, r"diffusion\.partition = 'evenly'"),
+        ({"partition": "ddpm_linear", "steps": 0}, r"evaluation\.steps = 0"),
+        ({"labels": torch.tensor([0, 10])}, r"labels = \[10\].*0 to 9"),
+        ({"labels": torch.tensor([0, -1])}, r"labels = \[-1\].*0 to 9"),
+        ({"labels": torch.tensor([0])}, r"labels: 1 for 2 images"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(conditional, settings, key):
+    with pytest.raises(ConfigError, match=key):
+        conditional.sample(2, **settings)
+
+
+def test_guidance_and_labels_are_refused_where_none_were_trained(run):
+    model = fed_diffusion.load(run[0])
+    with pytest.raises(ConfigError, match=r"model\.label_dropout"):
+        model.sample(2, guidance=1.0)
+    with pytest.raises(ConfigError, match=r"model\.conditional"):
+        model.sample(2, labels=torch.tensor([0, 1]))
 
 
 def test_images_do_not_depend_on_how_many_are_made_beside_them(run):
