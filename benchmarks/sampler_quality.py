@@ -173,11 +173,14 @@ def main() -> None:
     counts, seeds = sorted(arguments.evaluations), arguments.seeds
     # every variant with the first seed, then with the next: rough figures soon
     plan = itertools.product(range(seeds), counts, arguments.only)
-    path = out / f"figures-{arguments.samples}.json"
+    path = out / f"{run.name}-{arguments.samples}.json"
     figures = measure_all(model, judge, path, plan, arguments.samples)
     counts = sorted({int(nfe) for of_variant in figures.values() for nfe in of_variant})
     text = table(figures, counts)
-    text += f"\n{arguments.samples} samples, {seeds} seeds; real against real: {floor:.3f}.\n"
+    text += (
+        f"\n{arguments.samples} samples; mean ± standard deviation over the seeds (one seed where "
+        f"there is none); real against real: {floor:.3f}.\n"
+    )
     (out / "table.md").write_text(text)
     draw(figures, counts, floor, out / "fid.png")
     print(f"{text}\n{time.perf_counter() - began:.0f} s, torch {torch.__version__}")
