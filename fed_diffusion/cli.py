@@ -1,8 +1,9 @@
-"""fed-diffusion run | resume | sample | evaluate | features: what a user types."""
+"""fed-diffusion run | resume | sample | evaluate | features | sweep: what a user types."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,22 @@ def parser() -> argparse.ArgumentParser:
     sample.set_defaults(command=sample_command)
 
     cli_evaluation.add_commands(commands)
+
+    sweep = commands.add_parser("sweep", help="a grid of presets x methods x seeds, and its table")
+    sweep.add_argument("file", metavar="FILE", help="a name in conf/sweeps/ or a YAML file")
+    sweep.add_argument("--out", type=Path, help="its directory (default: runs/sweeps/<name>)")
+    sweep.add_argument(
+        "--resume", action="store_true", help="go on with it, or join others who work on it"
+    )
+    sweep.add_argument(
+        "--only", nargs="+", default=[], metavar="PATTERN", help="as in T-FedDM or '*-seed0'"
+    )
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    sweep.add_argument("--processes", type=int, help="clients at once (default: cores; 1 on a GPU)")
+    sweep.add_argument(
+        "--report", type=Path, metavar="FILE.md", help="the tables and figures once more, there"
+    )
+    sweep.set_defaults(command=sweep_command)
     return top
 
 
@@ -164,6 +181,47 @@ def _labels(text: str | None, num: int) -> Tensor | None:
             f"--labels = {text!r} is not allowed; give class numbers, as in 0,1,2."
         ) from None
     return chosen[torch.arange(num) % len(chosen)]
+
+
+def sweep_command(arguments: argparse.Namespace) -> int:
+    """Do what is left of a sweep; its directory is the last line of the output."""
+    from fed_diffusion import sweep as sweeping
+    from fed_diffusion.report.sweep import write_outputs
+    from fed_diffusion.superlink import stop_signals_interrupt
+
+    if arguments.processes is not None and arguments.processes < 1:
+        raise ConfigError(f"--processes = {arguments.processes} is not allowed; at least 1.")
+    sweep = sweeping.load_sweep(arguments.file)
+    out = (arguments.out or sweeping.default_out(sweep)).resolve()
+    runs = sweeping.grid(sweep, out, parse_pairs(arguments.set))
+    todo = sweeping.chosen(runs, arguments.only)
+    if not arguments.resume:
+        sweeping.refuse_existing(out)
+    datasets = sweeping.check_runs(todo)
+    sweeping.start(out, resume=arguments.resume)
+    command = sweeping.command_line(arguments)
+    try:
+        with stop_signals_interrupt():
+            outcome = sweeping.run_sweep(
+                todo,
+                out,
+                datasets,
+                processes=arguments.processes,
+                progress=_live_progress,
+                say=lambda line: console.print(_escape(line), highlight=False, soft_wrap=True),
+            )
+    except KeyboardInterrupt:
+        again = shlex.join(["--resume", *(["--only", *arguments.only] if arguments.only else [])])
+        console.print(f"interrupted; go on with: {_escape(f'{command} {again}')}", soft_wrap=True)
+        return INTERRUPTED
+    table = write_outputs(runs, out, command, arguments.report)
+    print(table or "No run is finished yet.")
+    for name, why in outcome.failed.items():
+        console.print(f"[bold red]failed:[/] {_escape(f'{name}: {why}')}", soft_wrap=True)
+    for name, who in outcome.elsewhere.items():
+        console.print(f"left to others: {_escape(f'{name}: {who}')}", soft_wrap=True)
+    print(out, flush=True)
+    return 1 if outcome.failed else 0
 
 
 class _live_progress:

@@ -44,8 +44,9 @@ def presets() -> list[str]:
 
 def load_preset(name: str) -> dict[str, Any]:
     """The settings of a preset (a name in conf/) or of a YAML file (a path)."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / f"{name}.yaml"
-    if not path.is_file():
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else conf_dir() / f"{name}.yaml"
+    if not path.is_file() or not (is_path or name in presets()):
         close = difflib.get_close_matches(name, presets(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(

@@ -58,13 +58,19 @@ def run_in_process(
     assert experiment.dataset is not None
     if processes is None:
         on_gpu = device_of(config).type == "cuda"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        processes = 1 if on_gpu else max(1, (cores or 1) // config.worker.threads)
+        processes = 1 if on_gpu else max(1, usable_cores() // config.worker.threads)
     announce_budgets(experiment)
     with task_runner(config, experiment.dataset, min(processes, config.clients)) as run:
         if config.round.mode == "buffered":
             return experiment.train(BufferedExchange(experiment, run), progress)
         return experiment.train(lambda round: exchange(experiment, run, round), progress)
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def exchange(experiment: Experiment, run: Runner, round: int) -> None:

@@ -93,14 +93,19 @@ def to_svg(figure: Figure, label: str) -> str:
 def _figure(what: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlabel("round", color=INK)
+    styled(axes)
     axes.set_ylabel(what, color=INK)
+    return figure, axes
+
+
+def styled(axes: Axes) -> None:
+    """Axes over rounds, with no more ink than it takes to read a value."""
+    axes.set_xlabel("round", color=INK)
     axes.tick_params(colors=INK, which="both", length=3)
     axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return figure, axes
 
 
 def _line(
