@@ -40,7 +40,7 @@ from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.diffusion.process import Score, per_image, sigma
 from fed_diffusion.diffusion.samplers import SAMPLERS
 from fed_diffusion.federation.records import RoundSummary
-from fed_diffusion.federation.worker import device_of, network_with
+from fed_diffusion.federation.worker import device_of, evaluator, network_with
 from fed_diffusion.rng import Purpose, torch_generator
 
 DEFAULT_ROOT = "runs"
@@ -214,6 +214,7 @@ class Sampler:
         self.device = device_of(config)
         network = network_with(config, theta).to(self.device)
         self.network = network.to(memory_format=torch.channels_last)
+        self._evaluate = evaluator(self.network, config, self.device)
         self.shape = image_shape(config.data)
         self.classes = class_count(config.data) if config.model.conditional else None
 
@@ -232,14 +233,13 @@ class Sampler:
         """
 
         def evaluate(y: Tensor, u: Tensor) -> Tensor:
-            eps: Tensor
             if guidance and labels is not None:
                 both = torch.cat([labels, torch.full_like(labels, self.classes or 0)])
-                doubled = self.network(torch.cat([y, y]), torch.cat([u, u]), both)
+                doubled = self._evaluate(torch.cat([y, y]), torch.cat([u, u]), both)
                 with_label, without = doubled.chunk(2)
                 eps = (1 + guidance) * with_label - guidance * without
             else:
-                eps = self.network(y, u, labels)
+                eps = self._evaluate(y, u, labels)
             return -eps / per_image(sigma(u), y)
 
         return evaluate

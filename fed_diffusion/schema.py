@@ -288,6 +288,12 @@ class WorkerConfig(Section):
     threads: int = Field(1, ge=1)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto | cpu | cuda | cuda:1"""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Of the network's arithmetic in training and sampling; theta and the loss stay fp32. auto:
+    bf16 where the hardware computes in it."""
+    compile: bool = False
+    """Compile each network size once, for all clients and rounds; minutes at first, on a GPU a
+    faster step."""
     memory_mb: float | None = Field(None, gt=0)
     """For pruning.budget auto: what a worker may use; default: what its machine has to give."""
 

@@ -8,8 +8,11 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import ImageSet
@@ -39,7 +42,7 @@ def simulate(
     out
         The run directory.
     processes
-        Clients at once; default: cores / worker.threads on the CPU, one on a GPU. The parameters
+        Clients at once; default: cores / worker.threads on the CPU, one on each GPU. The parameters
         that come out do not depend on it.
     progress
         Called with each round's line of metrics.
@@ -57,8 +60,9 @@ def run_in_process(
     config = experiment.config
     assert experiment.dataset is not None
     if processes is None:
-        on_gpu = device_of(config).type == "cuda"
-        processes = 1 if on_gpu else max(1, usable_cores() // config.worker.threads)
+        processes = max(1, usable_cores() // config.worker.threads)
+        if (device := device_of(config)).type == "cuda":
+            processes = 1 if device.index is not None else torch.cuda.device_count()
     announce_budgets(experiment)
     with task_runner(config, experiment.dataset, min(processes, config.clients)) as run:
         if config.round.mode == "buffered":
@@ -160,7 +164,11 @@ def task_runner(config: Config, dataset: ImageSet, processes: int) -> Iterator[R
         return
     # spawn, not fork: torch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_process, (config.to_dict(),)) as pool:
+    devices = context.SimpleQueue()
+    for process in range(processes):
+        devices.put(_device_of_process(config, process))
+    start = (_start_process, (config.to_dict(), devices))
+    with ProcessPoolExecutor(processes, context, *start) as pool:
         yield _InProcesses(pool, processes)
 
 
@@ -204,8 +212,16 @@ class _InProcesses:
 _worker: Worker | None = None
 
 
-def _start_process(settings: dict[str, Any]) -> None:
+def _device_of_process(config: Config, process: int) -> str:
+    """Several GPUs share the clients; a device that is named by its number is meant alone."""
+    if device_of(config) != torch.device("cuda"):
+        return config.worker.device
+    return f"cuda:{process % torch.cuda.device_count()}"
+
+
+def _start_process(settings: dict[str, Any], devices: SimpleQueue[str]) -> None:
     global _worker
+    settings["worker"]["device"] = devices.get()
     _worker = Worker(Config.model_validate(settings))
 
 

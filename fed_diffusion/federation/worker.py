@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from fed_diffusion.data import (
     split_holdout,
     to_unit,
 )
-from fed_diffusion.diffusion.loss import DSMLoss
+from fed_diffusion.diffusion.loss import DSMLoss, Network
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation.coordinator import eta_of
 from fed_diffusion.federation.probe import measure_budget
@@ -52,6 +53,35 @@ def device_of(config: Config) -> torch.device:
     return torch.device(name)
 
 
+def arithmetic(config: Config, device: torch.device) -> torch.autocast:
+    """The precision that a network computes in (worker.precision), as a context.
+
+    By what the hardware has: where bf16 is emulated it is many times slower than fp32.
+    """
+    precision = config.worker.precision
+    if precision == "auto":
+        precision = "bf16" if computes_bf16(device) else "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device has bf16 units of its own."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in units)
+
+
+def evaluator(network: Callable[..., Tensor], config: Config, device: torch.device) -> Network:
+    """A network as the function that losses and samplers call, in the configured precision."""
+
+    def evaluate(x: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
+        with arithmetic(config, device):
+            return network(x, u, labels).float()
+
+    return evaluate
+
+
 class Worker:
     """Runs tasks for any client of a run; keeps the model and the data resident between them.
 
@@ -67,7 +97,9 @@ class Worker:
         self._skeleton = skeleton(config)
         self._shapes = parameters_of(self._skeleton)
         self._layout = channel_layout(config)
-        self._networks: dict[tuple[torch.Size, ...], nn.Module] = {}
+        self._networks: dict[tuple[torch.Size, ...], tuple[nn.Module, Network]] = {}
+        self._images = self.dataset.images.to(self.device)  # once: bytes, a GPU has room for them
+        self._labels = None if self.dataset.labels is None else self.dataset.labels.to(self.device)
         self._budget: Budget | None = None
         self._no_label = class_count(config.data) or 0  # the label behind the last class
         diffusion = config.diffusion
@@ -85,13 +117,13 @@ class Worker:
         config, seed = self.config, self.config.seed
         torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, task.round, task.client))
         recipe, masks, start = decode_task(task.payload, self._shapes, self._layout, config)
-        network = self._network(start)
+        network, forward = self._network(start)
         train, holdout = split_holdout(self._parts[task.client], config, task.client)
         numbers: Numbers = recipe.to_metrics()
         if len(holdout):
-            numbers["holdout_loss"] = self._holdout_loss(network, holdout, task.client)
+            numbers["holdout_loss"] = self._holdout_loss(network, forward, holdout, task.client)
         steps = self.steps(len(train))
-        numbers["loss"] = self._train(network, task, train, steps, masks)
+        numbers["loss"] = self._train(network, forward, task, train, steps, masks)
         numbers["images"] = steps * config.local.batch
         numbers["examples"] = len(train)
         numbers["seconds"] = time.perf_counter() - began
@@ -99,17 +131,18 @@ class Worker:
         arrays = encode_update(end, start, masks, config, task.round, task.client)
         return Update(task.round, task.client, Payload(arrays, numbers))
 
-    def _network(self, theta: dict[str, Tensor]) -> nn.Module:
-        """A network of theta's shapes that holds theta; one of each size stays resident."""
+    def _network(self, theta: dict[str, Tensor]) -> tuple[nn.Module, Network]:
+        """A network that holds theta, and how it is called; one of each size stays resident."""
         shapes = tuple(value.shape for value in theta.values())
         if shapes not in self._networks:
             network = self._skeleton
             if isinstance(network, UNet):
                 network = resized(network, {name: tuple(v.shape) for name, v in theta.items()})
             # channels_last: 1.2x the training speed of the digits U-Net on a CPU
-            network = network.to(self.device)
-            self._networks[shapes] = network.to(memory_format=torch.channels_last)
-        parameters = parameters_of(self._networks[shapes])
+            network = network.to(self.device).to(memory_format=torch.channels_last)
+            called: Any = torch.compile(network) if self.config.worker.compile else network
+            self._networks[shapes] = network, evaluator(called, self.config, self.device)
+        parameters = parameters_of(self._networks[shapes][0])
         for name, value in theta.items():
             parameters[name].copy_(value)
         return self._networks[shapes]
@@ -148,7 +181,13 @@ class Worker:
         return (local.epochs or 0) * -(-examples // local.batch)
 
     def _train(
-        self, network: nn.Module, task: Task, train: np.ndarray, steps: int, masks: Masks
+        self,
+        network: nn.Module,
+        forward: Network,
+        task: Task,
+        train: np.ndarray,
+        steps: int,
+        masks: Masks,
     ) -> float:
         """S steps of (7) on the simple loss; the gradient is masked, so what is dropped stays 0.
 
@@ -158,7 +197,7 @@ class Worker:
         noise = torch_generator(
             config.seed, Purpose.NOISE, task.round, task.client, device=self.device
         )
-        batches = self._batches(task, train, steps)
+        batches = torch.from_numpy(self._batches(task, train, steps)).to(self.device)
         optimizer = self._optimizer(network, task.round)
         adjust = _Adjustment(network, masks, config.local.prox)
         network.train()
@@ -166,7 +205,7 @@ class Worker:
         for batch in batches:
             images, labels = self._batch(batch, noise)
             optimizer.zero_grad(set_to_none=True)
-            loss = self.loss(network, images, noise, labels)
+            loss = self.loss(forward, images, noise, labels)
             loss.backward()
             adjust()
             optimizer.step()
@@ -187,22 +226,23 @@ class Worker:
         orders = [draw.permutation(train) for _ in range(-(-needed // len(train)))]
         return np.concatenate(orders)[:needed].reshape(steps, -1)
 
-    def _batch(self, indices: np.ndarray, noise: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        index = torch.from_numpy(indices)
-        images = to_unit(self.dataset.images[index].to(self.device))
+    def _batch(self, index: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        images = to_unit(self._images[index])
         if self.config.data.flip:
             flipped = torch.rand(len(images), generator=noise, device=self.device) < 0.5
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-        if not self.config.model.conditional or self.dataset.labels is None:
+        if not self.config.model.conditional or self._labels is None:
             return images, None
-        labels = self.dataset.labels[index].to(self.device)
+        labels = self._labels[index]
         if part := self.config.model.label_dropout:
             dropped = torch.rand(len(labels), generator=noise, device=self.device) < part
             labels = torch.where(dropped, self._no_label, labels)
         return images, labels
 
     @torch.no_grad()
-    def _holdout_loss(self, network: nn.Module, holdout: np.ndarray, client: int) -> float:
+    def _holdout_loss(
+        self, network: nn.Module, forward: Network, holdout: np.ndarray, client: int
+    ) -> float:
         """The simple loss of theta_{r,n,0} on held-out images, with the same noise every round."""
         noise = torch_generator(
             self.config.seed, Purpose.HOLDOUT, client=client, device=self.device
@@ -213,12 +253,11 @@ class Worker:
         indices = np.resize(holdout, max(len(holdout), size))
         total = 0.0
         for start in range(0, len(indices), size):
-            index = torch.from_numpy(indices[start : start + size])
-            images = to_unit(self.dataset.images[index].to(self.device))
-            labels = None
-            if self.config.model.conditional and self.dataset.labels is not None:
-                labels = self.dataset.labels[index].to(self.device)
-            total += float(self.loss(network, images, noise, labels)) * len(index)
+            index = torch.from_numpy(indices[start : start + size]).to(self.device)
+            images, labels = to_unit(self._images[index]), None
+            if self.config.model.conditional and self._labels is not None:
+                labels = self._labels[index]
+            total += float(self.loss(forward, images, noise, labels)) * len(index)
         return total / len(indices)
 
 
