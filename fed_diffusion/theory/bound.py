@@ -134,6 +134,11 @@ def to_F_scale(training: Training, Z: float, d: int) -> Training:
     )
 
 
+def eta_from_F_scale(eta: float, Z: float, d: int) -> float:
+    """The config's eta, on the simple loss, of a step size on the scale of F: eta_F Z d."""
+    return eta * Z * d
+
+
 class Discretisation(NamedTuple):
     """The right side of Lemma 4.5: kappa^2 d K, kappa M_2, kappa d T."""
 
