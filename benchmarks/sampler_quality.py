@@ -42,6 +42,7 @@ VARIANTS = {
         ),
         "probability_flow": ("kappa_minimal", "geometric"),
         "second_order": ("kappa_minimal", "geometric"),
+        "second_order_sde": ("kappa_minimal", "geometric"),
     }.items()
     for partition in partitions
 }
@@ -129,7 +130,12 @@ def draw(figures: Figures, counts: list[int], floor: float, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = {"exponential_integrator": "-", "probability_flow": ":", "second_order": "--"}
+    styles = {
+        "exponential_integrator": "-",
+        "probability_flow": ":",
+        "second_order": "--",
+        "second_order_sde": "-.",
+    }
     partitions = list(dict.fromkeys(partition for _, partition in VARIANTS.values()))
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for variant, (sampler, partition) in VARIANTS.items():

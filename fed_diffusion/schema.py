@@ -305,11 +305,12 @@ class EvaluationConfig(Section):
     """Images behind FID, IS and KID; 0 switches them off."""
     steps: int | None = Field(None, ge=1)
     """Steps of the sampler; default diffusion.K."""
-    sampler: Literal["exponential_integrator", "probability_flow", "second_order"] = (
-        "exponential_integrator"
-    )
-    """exponential_integrator: the paper's; probability_flow: its ODE, deterministic (DDIM);
-    second_order: the same ODE by DPM-Solver++(2M), for few steps."""
+    sampler: Literal[
+        "exponential_integrator", "probability_flow", "second_order", "second_order_sde"
+    ] = "exponential_integrator"
+    """exponential_integrator: the paper's; second_order_sde: the same noisy process by
+    SDE-DPM-Solver++(2M), for few steps; probability_flow, second_order: its deterministic ODE by
+    DDIM and by DPM-Solver++(2M)."""
     guidance: float = Field(0.0, ge=0)
     """w of (1 + w) eps(y, label) - w eps(y, no label), at two evaluations a step; 0: off."""
     batch: int = Field(256, ge=1)
