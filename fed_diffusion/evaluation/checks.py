@@ -102,6 +102,8 @@ def no_quality(
     split: str | None = None,
     extractor: str | None = None,
     extractor_sha256: str | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
     memorisation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The keys of `quality.evaluate` without figures: nulls, and the reason for them."""
@@ -119,6 +121,8 @@ def no_quality(
         "split": split,
         "extractor": extractor,
         "extractor_sha256": extractor_sha256,
+        "sampler": sampler,
+        "guidance": guidance,
         "nfe": nfe,
         "seed": seed,
         "why": why,

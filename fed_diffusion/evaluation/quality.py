@@ -149,6 +149,8 @@ def evaluate(
         "reference": f"{name} ({len(reference)} images)",
         "split": config.reference if config.reference in OWN_DATA else "folder",
         "extractor": extractor.shown,
+        "sampler": config.sampler,
+        "guidance": config.guidance,
         "memorisation": memorisation(images, holdings, device),
     }
     try:

@@ -31,7 +31,7 @@ INCEPTION = EvaluationConfig(extractor="inception")
 KEYS = {
     *("fid", "fid_floor", "inception_score", "kid", "precision", "recall", "intervals"),
     *("memorisation", "samples", "reference", "split", "extractor", "extractor_sha256"),
-    *("nfe", "seed", "why"),
+    *("sampler", "guidance", "nfe", "seed", "why"),
 }
 
 
@@ -196,13 +196,15 @@ def test_the_fast_frechet_distance_is_torch_fidelitys(n: int, m: int) -> None:
 
 def test_all_that_a_figure_depends_on_stands_beside_it(figures: dict[str, Any]) -> None:
     assert set(figures) == KEYS
-    names = ("samples", "reference", "split", "extractor", "nfe", "seed")
+    names = ("samples", "reference", "split", "extractor", "sampler", "guidance", "nfe", "seed")
     stated = {name: figures[name] for name in names}
     assert stated == {
         "samples": 600,
         "split": "data",
         "reference": "digits (1797 images)",
         "extractor": "classifier(digits, 64 features)",
+        "sampler": "exponential_integrator",
+        "guidance": 0.0,
         "nfe": 300,
         "seed": 0,
     }
