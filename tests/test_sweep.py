@@ -2,11 +2,13 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from threading import Thread
 
 import pytest
 import yaml
@@ -34,6 +36,14 @@ def command(*arguments):
     return subprocess.Popen([*program, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
 
 
+def wait_until(condition, process=None):
+    for _ in range(12000):
+        if condition() or (process and process.poll() is not None):
+            return
+        time.sleep(0.01)
+    raise AssertionError("it has not come about in two minutes")
+
+
 def table(path):
     """A CSV without its columns of seconds."""
     rows = list(csv.DictReader(path.open()))
@@ -55,10 +65,7 @@ def test_a_sweep_killed_in_the_middle_and_resumed_ends_with_the_same_figures(unt
     file, out = write(tmp_path), tmp_path / "out"
     process = command(file, "--out", out)
     third = out / "runs" / NAMES[2]
-    for _ in range(6000):
-        if (third / "metrics.jsonl").exists() or process.poll() is not None:
-            break
-        time.sleep(0.01)
+    wait_until((third / "metrics.jsonl").exists, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -72,14 +79,17 @@ def test_a_sweep_killed_in_the_middle_and_resumed_ends_with_the_same_figures(unt
     assert list((out / "locks").iterdir()) == []
 
 
-def test_processes_that_share_a_sweep_do_every_run_exactly_once(tmp_path):
+def test_processes_that_share_a_sweep_do_every_run_exactly_once(tmp_path, capfd):
     settings = SETTINGS | {"evaluation.samples": 0, "clients": 2, "local.steps": 1}
     file, out = write(tmp_path, set=settings), tmp_path / "out"
-    shared = [command(file, "--out", out, "--resume") for _ in range(2)]
-    printed = [process.communicate(timeout=120)[1] for process in shared]
-    assert [process.returncode for process in shared] == [0, 0]
-    begun = [name for text in printed for name in re.findall(r"\] (\S+): begins", text)]
-    assert sorted(begun) == sorted(NAMES)
+    process = command(file, "--out", out)
+    wait_until(lambda: list(out.glob("runs/*/config.yaml")), process)  # it is at the first run
+    assert main(["sweep", file, "--out", str(out), "--resume", "--processes", "1"]) == 0
+    printed = [process.communicate(timeout=120)[1], capfd.readouterr().err]
+    assert process.returncode == 0
+    begun = [re.findall(r"\] (\S+): begins", text) for text in printed]
+    assert sorted(begun[0] + begun[1]) == sorted(NAMES)
+    assert all(begun)
     assert "goes on" not in "".join(printed)
     assert len(table(out / "runs.csv")) == 4
 
@@ -107,17 +117,18 @@ def test_settings_that_changed_since_a_run_began_are_refused(untouched, capsys):
     assert "local differ" in capsys.readouterr().err
 
 
-def test_an_interrupted_sweep_says_how_to_go_on(tmp_path):
+def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, capfd):
     file, out = write(tmp_path, set=SETTINGS | {"rounds": 500}), tmp_path / "out"
-    process = command(file, "--out", out, "--only", "T-FedDM")
     metrics = out / "runs" / "digits-T-FedDM-S-seed0" / "metrics.jsonl"
-    for _ in range(6000):
-        if metrics.exists() or process.poll() is not None:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    printed = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+
+    def interrupt():
+        wait_until(metrics.exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Thread(target=interrupt).start()
+    arguments = ["--out", str(out), "--processes", "1", "--only", "T-FedDM"]
+    assert main(["sweep", file, *arguments]) == 130
+    printed = capfd.readouterr().err
     expected = f"fed-diffusion sweep {file} --processes 1 --out {out} --resume --only T-FedDM"
     assert f"go on with: {expected}\n" in printed
     assert list((out / "locks").iterdir()) == []
