@@ -11,8 +11,10 @@ FAMILIES = {"F": "full", "R": "random", "T": "topk", "C": "channels", "B": "bala
 OPTIONS: dict[str, dict[str, Any]] = {
     "prox": {"local.prox": 0.01},
     "quant": {"wire.down": "int8", "wire.up": "int8", "wire.differences": True},
+    "literal": {"pruning.scope": "all", "local.optimizer": "sgd", "ema.decay": 0.0},
 }
-"""What a method's last words set: FedProx's proximal term, quantised exchange."""
+"""What a method's last words set: FedProx's proximal term, quantised exchange, the paper's letter
+(masks over every coordinate, equation (7)'s plain SGD, no moving average)."""
 
 
 def method_name(config: Config) -> str:
@@ -36,14 +38,16 @@ def method_name(config: Config) -> str:
         words.append("prox")
     if "int8" in (config.wire.down, config.wire.up):
         words.append("quant")
+    if (config.pruning.scope, config.local.optimizer, config.ema.decay) == ("all", "sgd", 0):
+        words.append("literal")
     return "-".join(words)
 
 
 _METHOD = re.compile(
     r"(?:(?P<family>[RTCB])-)?FedDM(?:-(?P<level>[FLMS]))?"
-    r"(?:-(?P<baseline>exclusive|small))?(?P<options>(?:-(?:prox|quant))*)"
+    r"(?:-(?P<baseline>exclusive|small))?(?P<options>(?:-(?:prox|quant|literal))*)"
 )
-METHODS = "[R-|T-|C-|B-]FedDM[-F|-L|-M|-S][-exclusive|-small][-prox][-quant]"
+METHODS = "[R-|T-|C-|B-]FedDM[-F|-L|-M|-S][-exclusive|-small][-prox][-quant][-literal]"
 
 
 def method_settings(method: str) -> dict[str, Any]:

@@ -11,12 +11,28 @@ from fed_diffusion.config import (
     parse_pairs,
     presets,
 )
+from fed_diffusion.models.build import skeleton
 
 
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_is_valid_and_survives_being_written_and_read(name):
     config = load_config(name)
     assert build_config(yaml.safe_load(config.to_yaml())) == config
+
+
+EPOCHS = {"cifar10": 5, "svhn": 2, "fashion_mnist": 2}
+
+
+@pytest.mark.parametrize("name", EPOCHS)
+@pytest.mark.parametrize("variant", ["", "-best"])
+def test_the_papers_presets_say_what_its_appendix_d_says(name, variant):
+    config = load_config(name + variant)
+    assert (config.data.name, config.clients, config.rounds) == (name, 10, 300)
+    assert (config.local.epochs, config.pruning.level) == (EPOCHS[name], "F")
+    if not variant:
+        assert config.local.eta == 1e-4
+        network = skeleton(config)  # without memory
+        assert 23.2e6 < sum(p.numel() for p in network.parameters()) < 1.05 * 23.2e6
 
 
 REFUSED = {

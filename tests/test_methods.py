@@ -16,6 +16,8 @@ NAMED = [
     "FedDM-F-quant",
     "C-FedDM-S-prox-quant",
     "FedDM-S-small-quant",
+    "FedDM-F-literal",
+    "R-FedDM-S-prox-literal",
 ]
 
 
@@ -32,6 +34,20 @@ def test_the_last_words_are_options_of_any_method():
     assert (config.wire.down, config.wire.up, config.wire.differences) == ("int8", "int8", True)
     plain = load_config("digits", {"method": "FedDM-prox"})
     assert (plain.pruning.kind, plain.wire.up) == ("full", "fp32")
+
+
+@pytest.mark.parametrize("preset", ["cifar10", "svhn", "fashion_mnist", "digits"])
+def test_one_word_takes_the_paper_at_its_letter(preset):
+    config = load_config(preset, {"method": "T-FedDM-M-literal"})
+    assert (config.pruning.kind, config.pruning.level) == ("topk", "M")
+    assert config.pruning.scope == "all"  # masks cover every coordinate
+    assert config.local.optimizer == "sgd"  # (7), without momentum
+    assert config.ema.decay == 0  # samples come from theta_R
+    assert config.round.weighting == "uniform"  # (8)
+    assert (config.round.aggregation, config.wire.up) == ("mean", "fp32")
+    changed = {"pruning", "local", "ema", "method"}
+    plain = load_config(preset).to_dict()
+    assert {key for key, value in config.to_dict().items() if value != plain[key]} == changed
 
 
 def test_a_baseline_without_a_level_keeps_the_presets_ratios():
