@@ -29,6 +29,8 @@ class Purpose(IntEnum):
     EVALUATION = 11
     ROUNDING = 12
     ROUNDING_DOWN = 13
+    SKETCH = 14
+    DIAGNOSTIC = 15
 
 
 def philox(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Philox:
