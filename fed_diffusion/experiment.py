@@ -62,6 +62,11 @@ def check(
     if dataset is None and needs_data:
         dataset = load_dataset(config.data)
     if dataset is not None:
+        if config.model.conditional and dataset.labels is None:
+            raise ConfigError(
+                f"model.conditional = True needs labels, and data.name = {config.data.name!r} has "
+                "none (a folder needs a sub-folder per class); set model.conditional to false."
+            )
         partition(dataset, config)
     if config.evaluation.samples and config.evaluation.reference not in ("data", "none"):
         reference_set(config, dataset)  # a broken file in it is found now, not after training

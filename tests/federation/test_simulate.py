@@ -8,6 +8,8 @@ from PIL import Image
 
 import fed_diffusion
 from fed_diffusion.config import ConfigError
+from fed_diffusion.data import ImageSet
+from fed_diffusion.experiment import Experiment
 from fed_diffusion.federation.simulate import simulate
 from fed_diffusion.models.build import build_network, parameters_of
 from fed_diffusion.runs import RunDir, Sampler
@@ -236,4 +238,11 @@ def test_a_worker_that_fails_is_rejected_and_the_run_goes_on(tiny, tmp_path, mon
 def test_more_clients_than_images_are_refused_before_training(tiny, tmp_path):
     with pytest.raises(ConfigError, match="clients"):
         simulate(tiny(clients=2000), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_to_condition_on_are_missed_before_training(tiny, digits, tmp_path):
+    bare = ImageSet(digits.images, name="bare")
+    with pytest.raises(ConfigError, match=r"model\.conditional.*sub-folder per class"):
+        Experiment(tiny(model__conditional=True), tmp_path / "run", bare)
     assert not (tmp_path / "run").exists()
