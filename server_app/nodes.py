@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from logging import INFO, WARNING
 
@@ -17,10 +17,21 @@ JOIN_S = 120.0
 """How long to wait for the first node, and for a node to answer the opening query."""
 UNANSWERED = (3, 4, 5, 8)
 """Flower's errors for a message, a reply or a node that is not there, and a ClientApp that died."""
+MOST_TEXT = 2000
+"""Characters of what a node says that go into logs and records."""
 LOOK_S = 1.0
 """Between looks for nodes, while there are too few."""
 
 Numbers = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A node that cannot be used, and why; the clients it would have hosted, if it said which."""
+
+    reason: str
+    partition: int = 0
+    of: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Nodes:
         self._hosts: dict[int, Host] = {}
         self._asked: dict[str, int] = {}
         self._online: set[int] = set()
-        self._refused: dict[int, str] = {}
+        self._refused: dict[int, Refused] = {}
 
     def meet(self) -> None:
         """Wait for the first nodes, and until all that are there have answered.
@@ -81,12 +92,14 @@ class Nodes:
             self.refresh()
         if not self._hosts:
             silent = [f"node {n}: no answer within {JOIN_S:g} s" for n in self._asked.values()]
-            failures = [f"node {node}: {reason}" for node, reason in self._refused.items()]
+            failures = [f"node {node}: {it.reason}" for node, it in self._refused.items()]
             raise RuntimeError("no node can run the ClientApp. " + "; ".join(failures + silent))
 
     def refresh(self) -> bool:
         """See who is online, ask those who are new, take the answers that are in; any online?"""
         self._online = set(self._grid.get_node_ids())
+        # one that was mended has been away, and is asked again
+        self._refused = {n: it for n, it in self._refused.items() if n in self._online}
         known = self._hosts.keys() | set(self._asked.values()) | self._refused.keys()
         for node in sorted(self._online - known):
             self._ask(node)
@@ -118,6 +131,13 @@ class Nodes:
         free = [host for host in here if not host.of]
         return free[client % len(free)] if free else None
 
+    def refusals(self, clients: Iterable[int]) -> Iterator[tuple[int, int, str]]:
+        """(client, node, reason) of those clients whose node is there and cannot be used."""
+        for client in clients:
+            for node, it in self._refused.items():
+                if it.of and client % it.of == it.partition and not self.host_of(client):
+                    yield client, node, it.reason
+
     def __len__(self) -> int:
         return len(self._online & self._hosts.keys())
 
@@ -135,14 +155,21 @@ class Nodes:
         if isinstance(reply, Message) and reply.has_error() and reply.error.code in UNANSWERED:
             log(WARNING, "node %d did not answer: %s", node, reason_of(reply.error))
             return  # it is asked again when it is next seen
+        partition = of = 0
         try:
             numbers = _answer(reply)
+            partition, of = int(numbers["partition-id"]), int(numbers["num-partitions"])
+            _check_answer(reply)
             self._accept(numbers)
-            host = Host(node, int(numbers["partition-id"]), int(numbers["num-partitions"]), numbers)
-        except (ValueError, KeyError, TypeError) as error:
+            host = Host(node, partition, of, numbers)
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             log(WARNING, "node %d cannot be used: %s", node, error)
-            self._refused[node] = str(error)
+            self._refused[node] = Refused(str(error), partition, of)
             return
+        here = self._online & self._hosts.keys()
+        twins = [n for n in here if of and self._hosts[n].of == of]
+        if any(self._hosts[n].partition == partition for n in twins):
+            log(WARNING, "node %d says it is partition %d, as another node does", node, partition)
         self._hosts[node] = host
         log(INFO, "node %d joined", node)
         self._joined(host)
@@ -184,3 +211,11 @@ def _answer(reply: Message | Exception) -> dict[str, float]:
     if not isinstance(numbers, MetricRecord):
         raise TypeError("its answer has no metrics")
     return {key: value for key, value in numbers.items() if not isinstance(value, list)}
+
+
+def _check_answer(reply: Message | Exception) -> None:
+    """Raise what a node says is wrong with itself, such as data that do not fit the run."""
+    assert isinstance(reply, Message)
+    about = reply.content.get("about")
+    if isinstance(about, ConfigRecord) and "refused" in about:
+        raise ValueError(str(about["refused"])[:MOST_TEXT])

@@ -66,7 +66,7 @@ class FedDiffusion(Strategy):
                     expires = time.monotonic() + seconds
                     self._out[message_id] = (task.client, host.node, expires)
             if not self._out:
-                return  # nobody is there: below the quorum
+                break  # nobody is there: below the quorum
             for message_id, (client, node, expires) in list(self._out.items()):
                 for reply in pull(grid, message_id):
                     del self._out[message_id]
@@ -77,6 +77,7 @@ class FedDiffusion(Strategy):
                 if self.experiment.enough():
                     break
             time.sleep(POLL_S)
+        self._name_refused()
 
     def _send(self, grid: Grid, task: Task) -> list[tuple[str, Host]]:
         """The task's message on its way to the client's node; else the client is rejected."""
@@ -110,6 +111,13 @@ class FedDiffusion(Strategy):
         nodes = dict(waiting.values())
         for client in coordinator.waiting():
             self._reject(client, why, nodes.get(client))
+        self._name_refused()
+
+    def _name_refused(self) -> None:
+        """A client whose node cannot be used is in the round's record, with the reason."""
+        assert self._nodes is not None
+        for client, node, reason in self._nodes.refusals(range(self.config.clients)):
+            self._reject(client, reason, node)
 
     def _drop_late(self, grid: Grid) -> None:
         """Replies to rounds that are closed are recognised and thrown away."""
@@ -162,6 +170,13 @@ class FedDiffusion(Strategy):
         return self._nodes
 
     def _accept(self, numbers: Numbers) -> None:
+        if numbers["own-data"] and numbers["num-partitions"] != self.config.clients:
+            raise ValueError(
+                "a node with data of its own is one client; its node config must say which: "
+                f"partition-id=0 (or 1, 2, ...) num-partitions={self.config.clients}, as many as "
+                f"clients = {self.config.clients}; it says num-partitions="
+                f"{numbers['num-partitions']:g}"
+            )
         if self.config.pruning.budget == "level":
             return
         if not numbers["num-partitions"]:
@@ -173,6 +188,8 @@ class FedDiffusion(Strategy):
 
     def _joined(self, host: Host) -> None:
         """What a node says it can carry holds for every client that it hosts."""
+        whose = "of its own" if host.numbers["own-data"] else "of a shared set"
+        log(INFO, "node %d has %d images %s", host.node, host.numbers.get("images", 0), whose)
         if self.config.pruning.budget == "level":
             return
         clients = range(self.config.clients)

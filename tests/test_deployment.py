@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from fed_diffusion.config import load_config
+from fed_diffusion.data import load_dataset
 from fed_diffusion.federation.simulate import simulate
 from fed_diffusion.flower_engine import stage_app
 from fed_diffusion.runs import RunDir
+from tests.data.test_own import save
 from tests.deployment import Deployment
 from tests.federation.conftest import TINY
 from tests.federation.test_faults import spoiled
@@ -70,6 +72,26 @@ def test_nodes_say_in_their_own_config_what_they_keep(tmp_path):
         "1": 0.5,
         "3": 1.0,
     }
+
+
+def test_nodes_train_on_the_folders_that_their_own_configs_name(tmp_path):
+    """Nobody else has their images; one whose images do not fit is left out, and it says why."""
+    path, digits = tmp_path / "run", load_dataset(load_config("digits").data)
+    save(tmp_path / "a", digits.images[:40])
+    save(tmp_path / "b", digits.images[40:70])
+    save(tmp_path / "wrong", digits.images[:5].repeat(1, 1, 2, 2))
+    with Deployment(tmp_path / "flwr") as flower:
+        for partition, folder in enumerate(("a", "b", "wrong")):
+            flower.start_node(partition, 3, **{"data-dir": f'"{tmp_path / folder}"'})
+        flower.wait_for_nodes(3)
+        printed = flower.run(run_config(path, clients=3, rounds=2, **{"data.holdout": 0.1}))
+    assert "has 40 images of its own" in printed
+    assert "16x16 pixels" in printed
+    line = lines_of(path)[-1]
+    assert [client["client"] for client in line["clients"]] == [0, 1]
+    (refusal,) = line["rejected"]
+    assert refusal["client"] == 2
+    assert "16x16 pixels" in refusal["reason"]
 
 
 def test_a_node_killed_and_a_node_stopped_in_a_round_cost_their_updates_only(tmp_path):

@@ -10,6 +10,7 @@ from fed_diffusion.data.datasets import (
     to_uint8,
     to_unit,
 )
+from fed_diffusion.data.own import load_own
 from fed_diffusion.data.partition import partition, split_holdout
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "class_count",
     "image_shape",
     "load_dataset",
+    "load_own",
     "partition",
     "split_holdout",
     "to_uint8",

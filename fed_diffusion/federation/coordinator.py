@@ -357,7 +357,8 @@ class Coordinator:
         late, self._late = self._late, 0
         clients = sorted(state.clients, key=lambda c: c.client)
         rejected = failed.rejected + sorted(state.rejected, key=lambda r: r["client"])
-        sent = len(clients) + len(failed.clients) + len(rejected)
+        sent = len(clients) + len(failed.clients)
+        sent += sum(entry["client"] not in state.absent for entry in rejected)
         loss = sum(c.loss for c in clients) / len(clients)
         # Only workers with the whole network measure theta_r itself on their held-out images.
         heldout = [

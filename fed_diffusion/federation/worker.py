@@ -87,13 +87,21 @@ class Worker:
 
     A task that drops whole channels builds, trains and holds only the smaller network. Nothing of a
     task's result depends on what ran before it: workers are stateless between rounds.
+
+    Parameters
+    ----------
+    dataset
+        Default: what the configuration names.
+    own
+        The data set is one client's own: all of it is that client's, whichever number it has (the
+        number still says which randomness is its). Default: it is shared, and partitioned.
     """
 
-    def __init__(self, config: Config, dataset: ImageSet | None = None):
+    def __init__(self, config: Config, dataset: ImageSet | None = None, *, own: bool = False):
         self.config = config
         self.device = device_of(config)
         self.dataset = dataset if dataset is not None else load_dataset(config.data)
-        self._parts = partition(self.dataset, config)
+        self._parts = None if own else partition(self.dataset, config)
         self._skeleton = skeleton(config)
         self._shapes = parameters_of(self._skeleton)
         self._layout = channel_layout(config)
@@ -118,7 +126,7 @@ class Worker:
         torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, task.round, task.client))
         recipe, masks, start = decode_task(task.payload, self._shapes, self._layout, config)
         network, forward = self._network(start)
-        train, holdout = split_holdout(self._parts[task.client], config, task.client)
+        train, holdout = split_holdout(self._images_of(task.client), config, task.client)
         numbers: Numbers = recipe.to_metrics()
         if len(holdout):
             numbers["holdout_loss"] = self._holdout_loss(network, forward, holdout, task.client)
@@ -147,6 +155,10 @@ class Worker:
             parameters[name].copy_(value)
         return self._networks[shapes]
 
+    def _images_of(self, client: int) -> np.ndarray:
+        """Indices of a client's images."""
+        return np.arange(len(self.dataset)) if self._parts is None else self._parts[client]
+
     def budget(self) -> Budget:
         """The keep ratio that this machine can carry (pruning.budget: auto); measured once.
 
@@ -158,9 +170,10 @@ class Worker:
         if self._budget is None:
             assert isinstance(self._skeleton, UNet)
             assert self._layout is not None
+            clients = range(self.config.clients if self._parts is not None else 1)
             most = max(
-                len(split_holdout(part, self.config, client)[0])
-                for client, part in enumerate(self._parts)
+                len(split_holdout(self._images_of(client), self.config, client)[0])
+                for client in clients
             )
             with pinned_threads(self.config.worker.threads), torch.random.fork_rng():
                 self._budget = measure_budget(

@@ -1,0 +1,49 @@
+"""A node's own images: what its operator named, checked against what the run needs."""
+
+from __future__ import annotations
+
+from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.data.datasets import ImageSet, class_count, image_shape, load_dataset
+
+FOLDER = "image_folder"
+
+
+def load_own(config: Config, folder: str | None, name: str | None) -> ImageSet:
+    """All images of this node: one client's, never a part of a shared set.
+
+    Parameters
+    ----------
+    config
+        The run: its image shape and, for a conditional network, its number of classes are what the
+        node's images must have. Classes are numbered in the order of their folders' names, so a
+        node that lacks a class has an empty folder of that name.
+    folder
+        `data-dir` of the node: a folder of images, or where the named set's files are.
+    name
+        `dataset` of the node, as `data.name`; default: image_folder.
+
+    Raises
+    ------
+    ConfigError
+        What does not fit, and how to fix it.
+    """
+    channels, side, _ = image_shape(config.data)
+    wanted = {
+        "name": name or FOLDER,
+        "dir": folder,
+        "size": side,
+        "channels": channels,
+        "classes": class_count(config.data) if config.model.conditional else None,
+        "partition": "iid",
+    }
+    try:
+        dataset = load_dataset(config.data.model_copy(update=wanted))
+    except ConfigError as error:
+        raise ConfigError(
+            f"This node's own data do not fit: {error} (This run trains on "
+            f"{channels} x {side} x {side} images; data.dir and data.name are data-dir and dataset "
+            "of the node config.)"
+        ) from error
+    if not len(dataset):
+        raise ConfigError(f"This node's own data do not fit: {name} holds no image.")
+    return dataset
