@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-slow test-faults lint install clean
+.PHONY: run test test-slow test-faults lint install clean docker docker-demo
 
 run: .venv/.run
 	$(BIN)/fed-diffusion run digits --engine flower
@@ -31,6 +31,24 @@ install: .venv/.test
 .venv/.test: pyproject.toml .venv/.run
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
+
+# DOCKER_BUILD takes more options, as in DOCKER_BUILD='--build-arg TORCH_INDEX='
+docker:
+	docker build $(DOCKER_BUILD) --file docker/Dockerfile --tag fed-diffusion .
+	docker build $(DOCKER_BUILD) --file docker/Dockerfile --target proxy --tag fed-diffusion-proxy .
+
+# Containers run as this user, or as 10001 where that is root. DEMO must not exist yet.
+DEMO ?= $(CURDIR)/demo
+DEMO_UID := $(if $(filter 0,$(shell id -u)),10001,$(shell id -u))
+COMPOSE = DEMO=$(DEMO) FED_UID=$(DEMO_UID) FED_GID=$(DEMO_UID) docker compose --file docker/compose.yaml
+
+docker-demo: docker
+	mkdir -p $(DEMO)/runs $(DEMO)/state/superlink
+	chown -R $(DEMO_UID) $(DEMO)
+	$(COMPOSE) run --rm init
+	$(COMPOSE) up --detach superexec node-1 node-2 node-3
+	$(COMPOSE) run --rm train; code=$$?; $(COMPOSE) down; exit $$code
+	@echo $(DEMO)/runs/$${RUN:-digits}
 
 clean:
 	rm -rf .venv build dist

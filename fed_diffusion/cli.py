@@ -1,4 +1,4 @@
-"""fed-diffusion run | resume | sample | evaluate | features | sweep: what a user types."""
+"""fed-diffusion run | resume | sample | evaluate | features | sweep | deploy | doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fed_diffusion import cli_evaluation
+from fed_diffusion.cli_deploy import add_deploy_commands
 from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
         "--report", type=Path, metavar="FILE.md", help="the tables and figures once more, there"
     )
     sweep.set_defaults(command=sweep_command)
+
+    add_deploy_commands(commands)
     return top
 
 

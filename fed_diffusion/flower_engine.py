@@ -65,7 +65,7 @@ def run_on_flower(
     """
     run_dir = Path(run_dir).resolve()
     own_modules = ":" in config.data.name or ":" in config.model.name
-    with stop_signals_interrupt(), _short_temp_dir() as stage:
+    with stop_signals_interrupt(), short_temp_dir() as stage:
         stage_app(stage, config)
         return _run_app(
             stage,
@@ -94,7 +94,7 @@ def _run_app(
     lines = MetricsTail(run_dir / "metrics.jsonl")
     with (
         stop_signals_interrupt(),
-        _short_temp_dir() as home,
+        short_temp_dir() as home,
         SuperLink(home, modules, ray_address) as superlink,
     ):
         try:
@@ -236,7 +236,7 @@ def _federation(config: Config) -> dict[str, int | float]:
 
 
 @contextmanager
-def _short_temp_dir() -> Iterator[Path]:
+def short_temp_dir() -> Iterator[Path]:
     """A private directory whose path leaves room for Ray's sockets (AF_UNIX: 103 bytes)."""
     parent = tempfile.gettempdir()
     if len(parent) > 20 and os.path.isdir("/tmp"):

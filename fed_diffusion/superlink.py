@@ -174,7 +174,7 @@ class SuperLink:
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "2",
             "NO_PROXY": no_proxy,
             "no_proxy": no_proxy,
-            "PATH": os.pathsep.join([*_bin_dirs(), env.get("PATH", os.defpath)]),
+            "PATH": os.pathsep.join([*bin_dirs(), env.get("PATH", os.defpath)]),
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
             "PYTHONUNBUFFERED": "1",
             "COLUMNS": "500",  # Flower's error messages in one line
@@ -196,7 +196,7 @@ class SuperLink:
         }
 
     def _spawn(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        program = shutil.which(name, path=os.pathsep.join(_bin_dirs()))
+        program = shutil.which(name, path=os.pathsep.join(bin_dirs()))
         if program is None:
             raise EngineError(f"{name} is not beside {sys.executable}; install flwr[simulation].")
         with (self.home / f"{name}.log").open("ab") as log:
@@ -271,7 +271,7 @@ class SuperLink:
 
     def _ask(self, run_id: str) -> tuple[str, str]:
         """Status and details by `flwr ls`, which costs a second and a half of CPU."""
-        program = shutil.which("flwr", path=os.pathsep.join(_bin_dirs()))
+        program = shutil.which("flwr", path=os.pathsep.join(bin_dirs()))
         command = [str(program), "ls", "private", "--run-id", run_id, "--format", "json"]
         try:
             answer = subprocess.run(
@@ -381,7 +381,7 @@ def _free_port() -> int:
     return port
 
 
-def _bin_dirs() -> list[str]:
+def bin_dirs() -> list[str]:
     """Where this Python's executables are (its own link in a virtual environment: not resolved)."""
     return list(dict.fromkeys([str(Path(sys.executable).parent), sysconfig.get_path("scripts")]))
 

@@ -1,0 +1,88 @@
+"""fed-diffusion deploy init | deploy run: what an operator of several machines types."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from fed_diffusion.config import ConfigError
+from fed_diffusion.superlink import EngineError
+
+
+def add_deploy_commands(commands: Any) -> None:
+    """Add `deploy` to the command line's parser."""
+    deploy = commands.add_parser("deploy", help="several machines: keys, certificates, commands")
+    parts = deploy.add_subparsers(required=True, metavar="COMMAND")
+    init = parts.add_parser("init", help="write a folder with a bundle for each machine")
+    init.add_argument("directory", type=Path, metavar="DIR", help="must not exist")
+    init.add_argument(
+        "--server",
+        action="append",
+        required=True,
+        metavar="HOST",
+        help="name or address that nodes connect to; again for further names of the same host",
+    )
+    init.add_argument("--nodes", type=int, default=3, metavar="N")
+    init.add_argument("--port", type=int, default=8443, help="of the proxy (default: 8443)")
+    init.add_argument(
+        "--operator",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="address or network that may submit runs from elsewhere than the server; repeatable",
+    )
+    init.add_argument("--control", metavar="HOST:PORT", help="where the operator's flwr connects")
+    init.add_argument("--data-dir", default=None, help="the nodes' folder of images, at first")
+    init.add_argument("--days", type=int, default=365, help="until the certificates expire")
+    init.set_defaults(command=init_command)
+
+    run = parts.add_parser("run", help="submit a run and wait for its end; exit code 0: done")
+    run.add_argument("operator", type=Path, metavar="OPERATOR", help="the operator's bundle")
+    run.add_argument("preset", help="a name in conf/ or the path of a YAML file")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    run.add_argument(
+        "--out", type=Path, required=True, help="the run directory, an absolute path on the server"
+    )
+    run.add_argument("--nodes", type=int, default=1, help="wait until so many are online")
+    run.set_defaults(command=run_command)
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Submit a run; its directory on the server is the last line of the output."""
+    from fed_diffusion.config import load_config, parse_pairs
+    from fed_diffusion.submit import Operator, submit
+
+    if not arguments.out.is_absolute():
+        raise ConfigError(f"--out {arguments.out}: give an absolute path, on the server.")
+    config = load_config(arguments.preset, parse_pairs(arguments.set))
+    try:
+        submit(Operator(arguments.operator), config, arguments.out, arguments.nodes)
+    except EngineError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    print(arguments.out, flush=True)
+    return 0
+
+
+def init_command(arguments: argparse.Namespace) -> int:
+    """Write the folder and print its commands; its path is the last line of the output."""
+    from rich.console import Console
+
+    from fed_diffusion.deploy import Deployment, init
+
+    wanted = Deployment(
+        server=tuple(arguments.server),
+        nodes=arguments.nodes,
+        port=arguments.port,
+        operators=tuple(arguments.operator),
+        control=arguments.control,
+        days=arguments.days,
+        **({"data": arguments.data_dir} if arguments.data_dir else {}),
+    )
+    made = init(arguments.directory, wanted)
+    text = (made / "COMMANDS.md").read_text("utf-8")
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    print(made, flush=True)
+    return 0
