@@ -1,9 +1,10 @@
-"""fed-diffusion deploy init | deploy run: what an operator of several machines types."""
+"""fed-diffusion deploy init | deploy run | doctor: what an operator of several machines types."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fed_diffusion.superlink import EngineError
 
 
 def add_deploy_commands(commands: Any) -> None:
-    """Add `deploy` to the command line's parser."""
+    """Add `deploy` and `doctor` to the command line's parser."""
     deploy = commands.add_parser("deploy", help="several machines: keys, certificates, commands")
     parts = deploy.add_subparsers(required=True, metavar="COMMAND")
     init = parts.add_parser("init", help="write a folder with a bundle for each machine")
@@ -47,6 +48,38 @@ def add_deploy_commands(commands: Any) -> None:
     )
     run.add_argument("--nodes", type=int, default=1, help="wait until so many are online")
     run.set_defaults(command=run_command)
+
+    doctor = commands.add_parser("doctor", help="is this machine ready? 0: yes")
+    doctor.add_argument("bundle", type=Path, nargs="?", help="its folder of deploy init")
+    doctor.add_argument("--server", metavar="HOST:PORT")
+    doctor.add_argument("--root-certificates", type=Path, metavar="CA.CRT")
+    doctor.add_argument("--data-dir", help="a folder of images")
+    doctor.add_argument("--preset", help="a run that the images must fit")
+    doctor.set_defaults(command=doctor_command)
+
+
+def doctor_command(arguments: argparse.Namespace) -> int:
+    """A line for each finding; exit code 1 where something is to be done."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from fed_diffusion.config import load_config
+    from fed_diffusion.doctor import Machine, examine
+
+    given = {
+        "server": arguments.server,
+        "root_certificates": arguments.root_certificates,
+        "data": arguments.data_dir,
+        "config": load_config(arguments.preset) if arguments.preset else None,
+    }
+    machine = Machine.of_bundle(arguments.bundle) if arguments.bundle else Machine()
+    machine = replace(machine, **{key: value for key, value in given.items() if value is not None})
+    console, wrong = Console(), 0
+    for finding in examine(machine):
+        mark = Text("ok  ", "green") if finding.ok else Text("do  ", "bold red")
+        console.print(mark + Text(f"{finding.name}: {finding.text}"), soft_wrap=True)
+        wrong += not finding.ok
+    return 1 if wrong else 0
 
 
 def run_command(arguments: argparse.Namespace) -> int:
