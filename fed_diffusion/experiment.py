@@ -23,6 +23,7 @@ from fed_diffusion.evaluation import check_evaluation, no_quality
 from fed_diffusion.evaluation.reference import reference_set
 from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.coordinator import BelowQuorum, Coordinator
+from fed_diffusion.federation.privacy import spent
 from fed_diffusion.federation.records import RoundSummary, Task, Update
 from fed_diffusion.federation.worker import device_of, pinned_threads
 from fed_diffusion.masks.plan import check_pruning
@@ -56,6 +57,7 @@ def check(
         raise ConfigError(f"diffusion.partition = {diffusion.partition!r}: {error}") from error
     sampler_partition(config)
     check_device(config)
+    spent(config, 1)  # needs the accountant, if anything
     skeleton(config)
     check_pruning(config, channel_layout(config))
     check_evaluation(config)
@@ -151,6 +153,7 @@ class Experiment:
         self.seconds = dict(state["seconds"])
         self.history = rounds
         self._written = self._saved = self.coordinator.round
+        self.coordinator.loss = rounds[-1].loss if rounds else 0.0
 
     def train(
         self, exchange: Callable[[int], None], progress: Progress | None = None
@@ -300,7 +303,7 @@ class Experiment:
     def _results(self, quality: dict[str, Any]) -> dict[str, Any]:
         last, config = self.history[-1], self.config
         total = self.seconds["total"] + time.perf_counter() - self._began
-        return {
+        results = {
             "preset": config.preset,
             "method": config.method or method_name(config),
             "clients": config.clients,
@@ -318,6 +321,8 @@ class Experiment:
             "rejected": sum(len(s.rejected) for s in self.history),
             "quality": quality,
         }
+        privacy = spent(config, last.round)
+        return results if privacy is None else results | {"privacy": privacy}
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -282,6 +282,17 @@ class WireConfig(Section):
     """For int8: one scale per output channel (for scattered masks per tensor), or per tensor."""
 
 
+class PrivacyConfig(Section):
+    """Differential privacy of clients, towards all who see the model; off while clip is null."""
+
+    clip: float | None = Field(None, gt=0, le=1e3)
+    """C: no client moves the model's sum by more than this (Euclidean norm of its difference)."""
+    noise_multiplier: float = Field(1.0, gt=0, le=50)
+    """z: the noise on the sum is z C on every coordinate."""
+    delta: float = Field(1e-5, gt=0, lt=1)
+    """Of (epsilon, delta); below one over the number of clients."""
+
+
 class WorkerConfig(Section):
     """The machine share of one worker. `threads` is part of bit-identity."""
 
@@ -357,6 +368,7 @@ class Config(Section):
     ema: EmaConfig = EmaConfig()
     round: RoundConfig = RoundConfig()
     wire: WireConfig = WireConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     worker: WorkerConfig = WorkerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     flower: FlowerConfig = FlowerConfig()
@@ -391,6 +403,36 @@ class Config(Section):
         if self.round.pace is not None and len(self.round.pace) != self.clients:
             raise ValueError(
                 f"round.pace: {len(self.round.pace)} times for clients = {self.clients}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_has_a_guarantee(self) -> Config:
+        if self.privacy.clip is None:
+            return self
+        wanted = {
+            "wire.differences": (self.wire.differences, True, "differences are what is clipped"),
+            "round.mode": (self.round.mode, "synchronous", "weights of stale updates vary"),
+            "round.aggregation": (self.round.aggregation, "mean", "its sensitivity is no clip"),
+            "round.weighting": (self.round.weighting, "uniform", "weights tell of the data"),
+            "round.over_select": (self.round.over_select, 0, "who is first is not drawn"),
+            "round.norm_factor": (self.round.norm_factor, None, "one update decides on others"),
+        }
+        for key, (value, needed, why) in wanted.items():
+            if value != needed:
+                raise ValueError(
+                    f"privacy.clip: it needs {key} = {needed} (not {value}): {why}, so there would "
+                    "be no guarantee"
+                )
+        if self.pruning.budget == "auto":
+            raise ValueError(
+                "privacy.clip: pruning.budget auto measures with a node's own data, so masks would "
+                "tell of them; use level or node"
+            )
+        if self.pruning.kind == "balanced" and self.round.fraction < 1:
+            raise ValueError(
+                "privacy.clip: balanced masks depend on who else takes part, so one client would "
+                "change the others' updates; use round.fraction = 1 or another kind"
             )
         return self
 

@@ -17,6 +17,7 @@ from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation.aggregate import MaskedMean, UpdateError
 from fed_diffusion.federation.codecs import Packed
 from fed_diffusion.federation.norms import NormLimit
+from fed_diffusion.federation.privacy import PrivateMean, drawn
 from fed_diffusion.federation.records import (
     ClientRound,
     RoundSummary,
@@ -109,6 +110,8 @@ class Coordinator:
         self._failed: _Open | None = None
         """Earlier attempts at the same round: what they cost and why updates did not count."""
         self._late = 0
+        self.loss = 0.0
+        """Of the last round."""
         self.clock = 0.0
         """Simulated seconds since the start; only the in-process engine moves it."""
 
@@ -151,13 +154,12 @@ class Coordinator:
 
     def eligible(self) -> list[int]:
         """Clients that may take part: not banned; under `exclusive` only with the whole network."""
-        alone = self.config.pruning.baseline == "exclusive"
         banned = self.banned()
-        return [
-            client
-            for client, keep in sorted(self.keeps.items())
-            if client not in banned and (keep == 1 or not alone)
-        ]
+        return [client for client in self._able() if client not in banned]
+
+    def _able(self) -> list[int]:
+        alone = self.config.pruning.baseline == "exclusive"
+        return [client for client, keep in sorted(self.keeps.items()) if keep == 1 or not alone]
 
     def banned(self) -> list[int]:
         """Clients that have sent round.ban_after bad updates."""
@@ -177,6 +179,8 @@ class Coordinator:
     def participants(self, round: int, available: Collection[int] | None = None) -> list[int]:
         """The clients of a round, drawn by the run's seed: the target and round.over_select more.
 
+        Under privacy each by chance of its own, from the operating system's entropy.
+
         Parameters
         ----------
         available
@@ -185,6 +189,8 @@ class Coordinator:
         everyone = self.eligible()
         if available is not None:
             everyone = [client for client in everyone if client in available]
+        if self.config.privacy.clip is not None:
+            return drawn(everyone, self.config.round.fraction)
         count = math.ceil(self.target() * (1 + self.config.round.over_select))
         if count >= len(everyone):
             return everyone
@@ -196,8 +202,19 @@ class Coordinator:
         keeps = {client: self.keeps[client] for client in self.participants(round, available)}
         absent = [c for c in self.eligible() if available is not None and c not in available]
         recipes = plan_round(self.config, round, keeps, self.theta, self.layout)
-        self._open = _Open(self._mean(len(keeps)), recipes, self.target(), absent)
+        if self.config.privacy.clip is None:
+            self._open = _Open(self._mean(len(keeps)), recipes, self.target(), absent)
+        else:
+            self._open = _Open(self._mean(1), recipes, len(keeps), absent)
+            self._open.mean = self._private_mean(round)
         yield from self._encode(round, list(recipes))
+
+    def _private_mean(self, round: int) -> PrivateMean:
+        """Its denominators count all clients of the run, be they away or banned."""
+        keeps = {client: self.keeps[client] for client in self._able()}
+        recipes = plan_round(self.config, round, keeps, self.theta, self.layout)
+        masks = [self._mask(r) if r.kind != "full" else {} for r in recipes.values()]
+        return PrivateMean(self.theta, masks, self.config.round.fraction, self.config.privacy)
 
     def _encode(self, round: int, clients: list[int]) -> Iterator[Task]:
         """The tasks of these clients of the open round, with theta cast once for all of them."""
@@ -317,12 +334,15 @@ class Coordinator:
         """
         state, round = self._state(), self.round + 1
         self._open = None
-        if len(state.clients) < self.quorum():
+        needed = self.quorum()
+        if self.config.privacy.clip is not None and self.config.round.fraction < 1:
+            needed = min(needed, len(state.recipes))  # a draw of nobody is a round like any other
+        if len(state.clients) < needed:
             self._give_up(state)
             reasons = "; ".join(f"client {r['client']}: {r['reason']}" for r in state.rejected[:5])
             raise BelowQuorum(
                 f"round {round}: {len(state.clients) or 'no'} update counted, and "
-                f"{self.quorum()} are needed (round.quorum). {reasons or 'No reply came.'}"
+                f"{needed} are needed (round.quorum). {reasons or 'No reply came.'}"
             )
         self.theta = state.mean.result()
         self._update_ema(round)
@@ -359,12 +379,14 @@ class Coordinator:
         rejected = failed.rejected + sorted(state.rejected, key=lambda r: r["client"])
         sent = len(clients) + len(failed.clients)
         sent += sum(entry["client"] not in state.absent for entry in rejected)
-        loss = sum(c.loss for c in clients) / len(clients)
+        # under privacy a round may be of nobody: then the last loss stands for it
+        loss = sum(c.loss for c in clients) / len(clients) if clients else self.loss
+        self.loss = loss
         # Only workers with the whole network measure theta_r itself on their held-out images.
         heldout = [
             c.holdout_loss for c in clients if c.kind == "full" and c.holdout_loss is not None
         ]
-        gamma, w2_max = state.mean.gamma(), max(c.w2 for c in clients)
+        gamma, w2_max = state.mean.gamma(), max((c.w2 for c in clients), default=0.0)
         return RoundSummary(
             round=round,
             loss=loss,

@@ -23,6 +23,7 @@ from fed_diffusion.data import (
 from fed_diffusion.diffusion.loss import DSMLoss, Network
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation.coordinator import eta_of
+from fed_diffusion.federation.privacy import clipped
 from fed_diffusion.federation.probe import measure_budget
 from fed_diffusion.federation.records import Task, Update
 from fed_diffusion.federation.wire import Payload, decode_task, encode_update
@@ -136,6 +137,8 @@ class Worker:
         numbers["examples"] = len(train)
         numbers["seconds"] = time.perf_counter() - began
         end = parameters_of(network)
+        if config.privacy.clip is not None:
+            end = clipped(end, start, config.privacy.clip)
         arrays = encode_update(end, start, masks, config, task.round, task.client)
         return Update(task.round, task.client, Payload(arrays, numbers))
 

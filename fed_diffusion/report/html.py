@@ -76,6 +76,7 @@ def render(record: Record) -> str:
             _clients(record),
             _budgets(record),
             _rejected(record),
+            _privacy(record),
             _settings(record),
         )
     )
@@ -293,6 +294,21 @@ def _rejected(record: Record) -> str:
     plot = _plot(curves.rejected_figure(record.rounds), "rejected updates per round")
     table = _table(("round", "client", "reason"), found[:MOST_ROWS], text=(2,))
     return _section("Rejected updates", f"{plot}{table}{_more(len(found))}")
+
+
+def _privacy(record: Record) -> str:
+    found = _mapping(record.results.get("privacy"))
+    if not found:
+        return ""
+    text = (
+        f"({_number(found.get('epsilon'))}, {_number(found.get('delta'))})-differential privacy of "
+        f"clients after {_number(found.get('rounds'))} rounds: differences clipped to "
+        f"{_number(found.get('clip'))}, noise of {_number(found.get('sigma'))} on their sum, each "
+        f"client drawn with probability {_number(found.get('sampling_rate'))}. It covers "
+        f"{_text(found.get('covers'))}. The noise is the operating system's: this run cannot be "
+        "repeated to the bit."
+    )
+    return _section("Privacy", f"<p>{text}</p>")
 
 
 def _settings(record: Record) -> str:

@@ -1,0 +1,216 @@
+"""Client-level differential privacy under masks, with a trusted server (central model).
+
+What is released is theta_{r+1}, every round. With m_n the mask that client n has in round r whether
+or not it takes part, and P the clients that do,
+
+    theta_{r+1}^i = theta_r^i + (sum_{n in P} m_n^i Delta_n^i + noise^i) / (q W^i),
+    W^i = sum over all clients of m_n^i,   noise ~ N(0, (z C)^2 I),   ||m_n Delta_n|| <= C.
+
+Equation (8) divides by the number of workers that did train coordinate i: a ratio of two sums,
+both of which change with one client. Here the denominator q W is known before anybody answers
+(masks are functions of seed, round, ratio and theta_r, never of images), so one client, put in or
+taken out, moves the numerator by at most C in Euclidean norm, whatever its mask; dividing is
+post-processing. So sigma = z C on the sum, the same on every coordinate, for all masks.
+
+Neighbours: one client's differences are all replaced by zero (REPLACE_SPECIAL). Each round is a
+Gaussian mechanism, Poisson-sampled with rate q = round.fraction where that is below 1; then the
+draw is the operating system's and secret, and `metrics.jsonl`, which names the participants, must
+not be published. Noise comes from the operating system: a private run is not reproducible.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fed_diffusion.federation.aggregate import BLOCK, SCALE, MaskedMean, UpdateError
+from fed_diffusion.federation.norms import difference
+from fed_diffusion.masks.recipes import Masks
+from fed_diffusion.models.layout import Block
+from fed_diffusion.schema import Config, ConfigError, PrivacyConfig
+
+ROOM = 1 - 1e-6
+"""Of the clip: what rounding to fixed point and to float32 may add stays below it."""
+_system = random.SystemRandom()
+
+
+def clipped(
+    end: Mapping[str, Tensor], start: Mapping[str, Tensor], clip: float
+) -> dict[str, Tensor]:
+    """A client's parameters, no further than `clip` from where they started (Euclidean, fp32).
+
+    A difference of zero stays; one that is not finite becomes zero: it would not count anyway, and
+    what a server may see of it is nothing.
+    """
+    changes = {n: v.detach().to("cpu", torch.float32) - start[n] for n, v in end.items()}
+    norms = [float(torch.linalg.vector_norm(c, dtype=torch.float64)) for c in changes.values()]
+    norm = math.hypot(*norms)
+    if not math.isfinite(norm):
+        return {name: value.clone() for name, value in start.items()}
+    factor = _factor(norm, clip)
+    return {name: start[name] + change * factor for name, change in changes.items()}
+
+
+def _factor(norm: float, clip: float) -> float:
+    return 1.0 if norm <= clip * ROOM else clip * ROOM / norm
+
+
+class PrivateMean(MaskedMean):
+    """The numerator's exact sum, clipped once more here, with noise, over a fixed denominator.
+
+    Parameters
+    ----------
+    theta
+        theta_r.
+    everyone
+        The masks of all clients of the run in this round: their sum is W.
+    rate
+        q, the probability with which each of them takes part.
+    """
+
+    def __init__(
+        self,
+        theta: Mapping[str, Tensor],
+        everyone: list[Masks],
+        rate: float,
+        privacy: PrivacyConfig,
+    ):
+        assert privacy.clip is not None
+        nothing = {name: torch.zeros_like(value) for name, value in theta.items()}
+        super().__init__(nothing, max(1, len(everyone)))
+        self._before = dict(theta)
+        self._clip = privacy.clip
+        self._sigma = privacy.noise_multiplier * privacy.clip
+        self._denominators = {
+            name: rate * _counts(value, [masks.get(name) for masks in everyone])
+            for name, value in theta.items()
+        }
+
+    def add(
+        self,
+        values: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor | Block] | None = None,
+        weight: float = 1.0,
+        *,
+        dropped_are_zero: bool = False,
+    ) -> None:
+        """Add one worker's difference to theta_r, clipped: a client need not be believed."""
+        if weight != 1:
+            raise UpdateError(f"weight = {weight}; under privacy every client weighs the same")
+        masks = masks or {}
+        self._check(values, masks, 1, dropped_are_zero)
+        square, _ = difference(values, self._before, dict(masks))
+        factor = _factor(math.sqrt(square), self._clip)
+        changes = {
+            name: (value - _kept(self._before[name], masks.get(name))) * factor
+            for name, value in values.items()
+        }
+        super().add(changes, masks)
+
+    def result(self) -> dict[str, Tensor]:
+        """theta_{r+1}; a coordinate that no client's mask keeps stays as it is."""
+        self._settle_all()
+        return {name: self._moved(name) for name in self._before}
+
+    def _moved(self, name: str) -> Tensor:
+        new = self._before[name].flatten().clone()
+        sums, below = self._sums[name].flatten(), self._denominators[name].flatten()
+        for start in range(0, new.numel(), BLOCK):
+            part = slice(start, start + BLOCK)
+            total = sums[part].clone()
+            # on the same grid as the sum: rounding after the noise, so no bit escapes it
+            noise = np.rint(self._sigma * SCALE * gaussian(len(total)))
+            total += torch.from_numpy(noise).to(torch.int64)
+            step = total.to(torch.float64) / SCALE / below[part].clamp(min=1e-9)
+            new[part] += torch.where(below[part] > 0, step, 0.0).to(torch.float32)
+        return new.view(self._before[name].shape)
+
+
+def _kept(whole: Tensor, mask: Tensor | Block | None) -> Tensor:
+    return mask.take(whole) if isinstance(mask, Block) else whole
+
+
+def _counts(like: Tensor, masks: list[Tensor | Block | None]) -> Tensor:
+    """How many of the masks keep each coordinate, float64."""
+    counts = torch.full(like.shape, float(sum(mask is None for mask in masks)), dtype=torch.float64)
+    for mask in masks:
+        if isinstance(mask, Block):
+            for there, _ in mask.pieces():
+                counts[there] += 1
+        elif mask is not None:
+            counts += mask
+    return counts
+
+
+def gaussian(count: int) -> np.ndarray:
+    """Independent standard normal values from the operating system's entropy, by Box and Muller."""
+    pairs = (count + 1) // 2
+    words = np.frombuffer(os.urandom(16 * pairs), dtype=np.uint64) >> np.uint64(11)
+    one, two = (words.astype(np.float64) + 0.5).reshape(2, pairs) * 2.0**-53
+    radius, angle = np.sqrt(-2 * np.log(one)), 2 * np.pi * two
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+def drawn(clients: list[int], rate: float) -> list[int]:
+    """Each client with probability `rate`, independently: nobody can tell beforehand who."""
+    return [client for client in clients if rate >= 1 or _system.random() < rate]
+
+
+# --- accounting ---------------------------------------------------------------------------------
+
+
+def event(noise_multiplier: float, rate: float, rounds: int) -> Any:
+    """`rounds` Gaussian mechanisms, Poisson-sampled, as the accountant names them."""
+    accounting = _accounting()
+    once = accounting.GaussianDpEvent(noise_multiplier)
+    if rate < 1:
+        once = accounting.PoissonSampledDpEvent(rate, once)
+    return accounting.SelfComposedDpEvent(once, rounds)
+
+
+def epsilon(noise_multiplier: float, rate: float, rounds: int, delta: float) -> float:
+    """The epsilon of (epsilon, delta)-differential privacy after so many rounds, by Renyi's."""
+    accounting = _accounting()
+    from dp_accounting import rdp
+
+    accountant = rdp.RdpAccountant(
+        neighboring_relation=accounting.NeighboringRelation.REPLACE_SPECIAL
+    )
+    accountant.compose(event(noise_multiplier, rate, rounds))
+    return float(accountant.get_epsilon(delta))
+
+
+def spent(config: Config, rounds: int) -> dict[str, Any] | None:
+    """What results.json says of a run's privacy; None where it has none."""
+    privacy = config.privacy
+    if privacy.clip is None:
+        return None
+    found = epsilon(privacy.noise_multiplier, config.round.fraction, rounds, privacy.delta)
+    return {
+        "epsilon": found,
+        "delta": privacy.delta,
+        "sigma": privacy.noise_multiplier * privacy.clip,
+        "clip": privacy.clip,
+        "noise_multiplier": privacy.noise_multiplier,
+        "sampling_rate": config.round.fraction,
+        "rounds": rounds,
+        "covers": "the model after every round; not metrics.jsonl, not the report",
+        "reproducible": False,
+    }
+
+
+def _accounting() -> Any:
+    try:
+        import dp_accounting
+    except ImportError as error:
+        raise ConfigError(
+            "privacy.clip needs the accountant: pip install 'fed-diffusion[privacy]'."
+        ) from error
+    return dp_accounting
