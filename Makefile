@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-slow test-faults lint install clean docker docker-demo
+.PHONY: run test test-slow test-faults test-lab lint install clean docker docker-demo
 
 run: .venv/.run
 	$(BIN)/fed-diffusion run digits --engine flower
@@ -15,6 +15,10 @@ test-slow: .venv/.test
 
 test-faults: .venv/.test
 	$(BIN)/python -m pytest -m slow tests/test_deployment.py
+
+# as root, with iproute2, nginx and curl: hosts in network namespaces of their own
+test-lab: .venv/.test
+	$(BIN)/python -m pytest -m lab
 
 lint: .venv/.test
 	$(BIN)/ruff check .

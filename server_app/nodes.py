@@ -198,7 +198,7 @@ def replies(
 
 
 def reason_of(error: Error) -> str:
-    return f"{error.reason or 'no reason given'} (Flower error {error.code})"
+    return f"{(error.reason or 'no reason given')[:MOST_TEXT]} (Flower error {error.code})"
 
 
 def _answer(reply: Message | Exception) -> dict[str, float]:
