@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fed_diffusion.federation.aggregate import BLOCK, SCALE, MaskedMean, UpdateError
+from fed_diffusion.federation.codecs import kept_of
 from fed_diffusion.federation.norms import difference
 from fed_diffusion.masks.recipes import Masks
 from fed_diffusion.models.layout import Block
@@ -98,18 +99,16 @@ class PrivateMean(MaskedMean):
         values: Mapping[str, Tensor],
         masks: Mapping[str, Tensor | Block] | None = None,
         weight: float = 1.0,
-        *,
-        dropped_are_zero: bool = False,
     ) -> None:
         """Add one worker's difference to theta_r, clipped: a client need not be believed."""
         if weight != 1:
             raise UpdateError(f"weight = {weight}; under privacy every client weighs the same")
         masks = masks or {}
-        self._check(values, masks, 1, dropped_are_zero)
+        self._check(values, masks, 1)
         square, _ = difference(values, self._before, dict(masks))
         factor = _factor(math.sqrt(square), self._clip)
         changes = {
-            name: (value - _kept(self._before[name], masks.get(name))) * factor
+            name: (value - kept_of(self._before[name], masks.get(name))) * factor
             for name, value in values.items()
         }
         super().add(changes, masks)
@@ -131,10 +130,6 @@ class PrivateMean(MaskedMean):
             step = total.to(torch.float64) / SCALE / below[part].clamp(min=1e-9)
             new[part] += torch.where(below[part] > 0, step, 0.0).to(torch.float32)
         return new.view(self._before[name].shape)
-
-
-def _kept(whole: Tensor, mask: Tensor | Block | None) -> Tensor:
-    return mask.take(whole) if isinstance(mask, Block) else whole
 
 
 def _counts(like: Tensor, masks: list[Tensor | Block | None]) -> Tensor:

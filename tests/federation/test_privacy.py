@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fed_diffusion.config import ConfigError
 from fed_diffusion.federation.aggregate import UpdateError
+from fed_diffusion.federation.codecs import kept_of
 from fed_diffusion.federation.coordinator import Coordinator
 from fed_diffusion.federation.privacy import (
     PrivateMean,
@@ -82,6 +83,11 @@ def test_a_difference_that_is_not_finite_becomes_zero_on_the_client(bad):
 
 
 @settings(deadline=None, max_examples=40)
+def kept(update, masks):
+    """What a client sends of its update: the values that its mask keeps."""
+    return {name: kept_of(value, masks[name]) for name, value in update.items()}
+
+
 @given(seed=st.integers(0, 2**32 - 1), clients=st.integers(1, 6), rate=st.sampled_from([1.0, 0.3]))
 def test_one_client_moves_the_numerator_by_the_clip_at_most_whatever_the_masks(seed, clients, rate):
     """The sums of two runs, one with a client's difference and one without; denominators alike."""
@@ -96,7 +102,7 @@ def test_one_client_moves_the_numerator_by_the_clip_at_most_whatever_the_masks(s
     def numerator(of):
         mean = private(theta, masks, clip, rate=rate)
         for n in of:
-            mean.add(updates[n], masks[n], dropped_are_zero=True)
+            mean.add(kept(updates[n], masks[n]), masks[n])
         new = mean.result()
         counts = {n: rate * sum(m[n].double() for m in masks) for n in SHAPES}
         for n in SHAPES:  # what nobody's mask keeps, stays
@@ -119,7 +125,7 @@ def test_without_noise_and_clip_this_is_the_masked_mean_of_equation_8():
     updates = [masked(tensors(draw), m) for m in masks]
     mean = private(theta, masks, clip=1000)
     for update, mask in zip(updates, masks, strict=True):
-        mean.add(update, mask, dropped_are_zero=True)
+        mean.add(kept(update, mask), mask)
     new = mean.result()
     for n in SHAPES:
         count = sum(m[n].int() for m in masks)
