@@ -198,7 +198,8 @@ def replies(
 
 
 def reason_of(error: Error) -> str:
-    return f"{(error.reason or 'no reason given')[:MOST_TEXT]} (Flower error {error.code})"
+    reason = error.reason or "no reason given"  # of a traceback the end tells most
+    return f"{reason[-MOST_TEXT:]} (Flower error {error.code})"
 
 
 def _answer(reply: Message | Exception) -> dict[str, float]:

@@ -202,7 +202,6 @@ def test_an_ode_sampler_draws_no_noise(name):
 times = st.floats(0.01, 5.0)
 
 
-@settings(deadline=None)  # a busy machine
 @given(now=times, ratio=st.floats(0.05, 0.95), y=st.floats(-3, 3), s=st.floats(-3, 3))
 def test_a_first_step_holds_the_noise_estimate_and_the_image_estimate_alike(now, ratio, y, s):
     """DDIM as its authors write it: the image estimate and the noise estimate, mixed anew."""
@@ -218,7 +217,7 @@ def test_a_first_step_holds_the_noise_estimate_and_the_image_estimate_alike(now,
         assert float(got) == pytest.approx(want, rel=1e-9, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(x0=st.floats(-2, 2), y=st.floats(-3, 3), K=st.integers(1, 40))
 def test_one_image_as_the_data_is_reached_exactly_in_any_number_of_steps(x0, y, K):
     """The score is -(y - alpha x0) / sigma^2, and the flow keeps (y - alpha x0) / sigma."""

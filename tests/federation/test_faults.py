@@ -110,7 +110,6 @@ def in_good_order(examples):
     """The same property for a few schedules, and for many."""
     return settings(
         max_examples=examples,
-        deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )

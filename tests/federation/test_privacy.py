@@ -48,7 +48,7 @@ def private(theta, masks, clip, noise=SILENT, rate=1.0):
     return PrivateMean(theta, masks, rate, settings)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     scale=st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e6]),
@@ -62,7 +62,7 @@ def test_a_clients_difference_is_never_longer_than_the_clip_and_keeps_its_direct
     end = tensors(draw, scale)
     out = clipped(end, start, clip)
     assert norm(out) <= clip
-    if norm(end) <= 0.99 * clip:
+    if norm(end) <= (1 - 1e-5) * clip:
         assert all(torch.equal(out[n], end[n]) for n in SHAPES)
     else:
         ratio = norm(out) / norm(end)
@@ -82,12 +82,12 @@ def test_a_difference_that_is_not_finite_becomes_zero_on_the_client(bad):
         assert all(torch.equal(out[n], start[n]) for n in SHAPES)
 
 
-@settings(deadline=None, max_examples=40)
 def kept(update, masks):
     """What a client sends of its update: the values that its mask keeps."""
     return {name: kept_of(value, masks[name]) for name, value in update.items()}
 
 
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), clients=st.integers(1, 6), rate=st.sampled_from([1.0, 0.3]))
 def test_one_client_moves_the_numerator_by_the_clip_at_most_whatever_the_masks(seed, clients, rate):
     """The sums of two runs, one with a client's difference and one without; denominators alike."""

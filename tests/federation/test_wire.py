@@ -77,7 +77,7 @@ def test_a_task_decodes_to_theta_under_the_mask(kind, keep, scope, client, dtype
     dtype=st.sampled_from(sorted(DTYPES)),
     scale=st.sampled_from(("tensor", "channel")),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_task_with_channels_decodes_to_the_small_network(choice, keep, client, dtype, scale):
     recipe = Recipe(kind="channels", keep=keep, choice=choice, client=client, round=1)
     config = wired(CHANNELS, down=dtype, scale=scale)
@@ -100,7 +100,7 @@ def test_a_task_with_channels_decodes_to_the_small_network(choice, keep, client,
     dtype=st.sampled_from(sorted(DTYPES)),
     differences=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_an_update_decodes_to_what_training_made_of_theta(kind, dtype, differences):
     recipe = Recipe(kind=kind, keep=0.6, round=1, client=2)
     config = CHANNELS if kind == "channels" else PLAIN
@@ -119,7 +119,7 @@ def test_an_update_decodes_to_what_training_made_of_theta(kind, dtype, differenc
 
 
 @given(seed=st.integers(0, 1000), per_row=st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_int8_rounding_is_right_on_average(seed, per_row):
     values = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed))
     stream = np.random.Philox(seed)
