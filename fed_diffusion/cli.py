@@ -1,4 +1,4 @@
-"""fed-diffusion run | resume | sample | evaluate | features | sweep | deploy | doctor."""
+"""fed-diffusion run | resume | sample | evaluate | features | plan | sweep | deploy | doctor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fed_diffusion import cli_evaluation
+from fed_diffusion import cli_evaluation, cli_theory
 from fed_diffusion.cli_deploy import add_deploy_commands
 from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
 
@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     sample.set_defaults(command=sample_command)
 
     cli_evaluation.add_commands(commands)
+    cli_theory.add_commands(commands)
 
     sweep = commands.add_parser("sweep", help="a grid of presets x methods x seeds, and its table")
     sweep.add_argument("file", metavar="FILE", help="a name in conf/sweeps/ or a YAML file")

@@ -50,16 +50,7 @@ def check(
     ConfigError
         Names the key, the value, what is allowed and how to fix it.
     """
-    diffusion = config.diffusion
-    try:
-        PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
-    except ValueError as error:
-        raise ConfigError(f"diffusion.partition = {diffusion.partition!r}: {error}") from error
-    sampler_partition(config)
-    check_device(config)
-    spent(config, 1)  # needs the accountant, if anything
-    skeleton(config)
-    check_pruning(config, channel_layout(config))
+    check_training(config)
     check_evaluation(config)
     if dataset is None and needs_data:
         dataset = load_dataset(config.data)
@@ -73,6 +64,20 @@ def check(
     if config.evaluation.samples and config.evaluation.reference not in ("data", "none"):
         reference_set(config, dataset)  # a broken file in it is found now, not after training
     return dataset
+
+
+def check_training(config: Config) -> None:
+    """The part of `check` that looks at no files; raises `ConfigError`."""
+    diffusion = config.diffusion
+    try:
+        PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
+    except ValueError as error:
+        raise ConfigError(f"diffusion.partition = {diffusion.partition!r}: {error}") from error
+    sampler_partition(config)
+    check_device(config)
+    spent(config, 1)  # needs the accountant, if anything
+    skeleton(config)
+    check_pruning(config, channel_layout(config))
 
 
 def check_device(config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,35 @@ class Worker:
             end = clipped(end, start, config.privacy.clip)
         arrays = encode_update(end, start, masks, config, task.round, task.client)
         return Update(task.round, task.client, Payload(arrays, numbers))
+
+    def minibatches(
+        self, theta: dict[str, Tensor], client: int, round: int, count: int, size: int
+    ) -> tuple[list[nn.Parameter], Iterator[Callable[[], Tensor]]]:
+        """The simple loss at theta on independent minibatches of a client, as training sees them.
+
+        Dropout is off; images and noise come from a stream of their own.
+
+        Returns
+        -------
+        parameters, losses
+            What to differentiate by; `count` functions, each of which always gives the same loss.
+        """
+        network, forward = self._network(theta)
+        network.eval()
+        train, _ = split_holdout(self._parts[client], self.config, client)
+
+        def loss(index: Tensor, seed: int) -> Tensor:
+            noise = torch.Generator(self.device).manual_seed(seed)
+            images, labels = self._batch(index, noise)
+            return self.loss(forward, images, noise, labels)
+
+        def losses() -> Iterator[Callable[[], Tensor]]:
+            draw = generator(self.config.seed, Purpose.DIAGNOSTIC, round, client)
+            for _ in range(count):
+                index = draw.choice(train, size, replace=size > len(train))
+                yield partial(loss, torch.from_numpy(index).to(self.device), _seed(draw))
+
+        return list(network.parameters()), losses()
 
     def _network(self, theta: dict[str, Tensor]) -> tuple[nn.Module, Network]:
         """A network that holds theta, and how it is called; one of each size stays resident."""
@@ -308,6 +338,10 @@ class _Adjustment:
         used = [(p.grad, mask) for p, mask in self._masks if p.grad is not None]
         if used:
             torch._foreach_mul_([gradient for gradient, _ in used], [mask for _, mask in used])
+
+
+def _seed(draw: np.random.Generator) -> int:
+    return int(draw.integers(2**63))
 
 
 def network_with(config: Config, theta: dict[str, Tensor]) -> nn.Module:

@@ -184,25 +184,26 @@ def hessian_vector(
 
     The loss and its gradient are computed once; each product is one more backward pass.
     """
-    gradients = torch.autograd.grad(
+    found = torch.autograd.grad(
         loss(), parameters, create_graph=True, materialize_grads=True, allow_unused=True
     )
+    # where the loss is flat or linear in a tensor, its gradient is a constant
+    curved = [i for i, gradient in enumerate(found) if gradient.requires_grad]
     sizes = [parameter.numel() for parameter in parameters]
 
     def product(v: Tensor) -> Tensor:
-        parts = [
-            part.view(parameter.shape)
-            for part, parameter in zip(v.split(sizes), parameters, strict=True)
-        ]
-        found = torch.autograd.grad(
-            gradients,
+        if not curved:
+            return torch.zeros_like(v)
+        parts = v.split(sizes)
+        image = torch.autograd.grad(
+            [found[i] for i in curved],
             parameters,
-            parts,
+            [parts[i].view(found[i].shape) for i in curved],
             retain_graph=True,
             materialize_grads=True,
             allow_unused=True,
         )
-        return torch.cat([part.reshape(-1) for part in found])
+        return torch.cat([part.reshape(-1) for part in image])
 
     return product
 

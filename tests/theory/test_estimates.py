@@ -122,7 +122,8 @@ def test_power_iteration_finds_the_largest_curvature_from_below():
 def test_a_hessian_vector_product_is_the_gradients_difference():
     network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU(), torch.nn.Linear(4, 2))
     network = network.double()
-    parameters = list(network.parameters())
+    unused = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    parameters = [*network.parameters(), unused]
     x = torch.randn(5, 3, generator=seeded(2), dtype=torch.float64)
 
     def loss():
@@ -134,7 +135,14 @@ def test_a_hessian_vector_product_is_the_gradients_difference():
 
     def gradient(at):
         torch.nn.utils.vector_to_parameters(at, parameters)
-        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss(), parameters)])
+        return torch.cat(
+            [
+                g.reshape(-1)
+                for g in torch.autograd.grad(
+                    loss(), parameters, allow_unused=True, materialize_grads=True
+                )
+            ]
+        )
 
     here = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
     difference = (gradient(here + 1e-5 * v) - gradient(here - 1e-5 * v)) / 2e-5

@@ -1,0 +1,227 @@
+"""A short probe of the freshly initialised network: what a plan reads of a run before it starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.data import ImageSet, class_count, image_shape, partition
+from fed_diffusion.federation.aggregate import MaskedMean
+from fed_diffusion.federation.codecs import kept_of
+from fed_diffusion.federation.coordinator import Coordinator
+from fed_diffusion.federation.worker import Worker
+from fed_diffusion.masks.plan import plan_round
+from fed_diffusion.masks.recipes import Recipe, pruning_error
+from fed_diffusion.models.build import build_network, parameters_of
+from fed_diffusion.theory.bound import Data, Training, to_F_scale
+from fed_diffusion.theory.estimates import (
+    Estimate,
+    Sketch,
+    gradient_distance,
+    gradient_norm,
+    gradient_variance,
+    hessian_vector,
+    largest_curvature,
+    mean,
+    sampled_gradients,
+    second_moment,
+)
+
+HEAVY = 2**30
+"""Parameters times pixels above which the probe takes few images: seconds for each, on a CPU."""
+MOST_WORKERS = 10
+SKETCH = 4096
+"""Squared norms to a standard error of 2.2 %."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is computed: workers, minibatches of each, images in each, Hessian products."""
+
+    workers: int
+    minibatches: int
+    images: int
+    products: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured of theta_0.
+
+    Attributes
+    ----------
+    data
+        d, and M_2 of the worker where it is largest.
+    training
+        On the scale of F, with the configuration's own eta.
+    Z
+        Of the configuration's partition: F = Z d times the simple loss.
+    theta_norm2
+        The squared norm of all that a scattered mask may drop.
+    estimates
+        On the scale of the simple loss, with their errors.
+    notes
+        What was assumed, and how much was looked at.
+    """
+
+    data: Data
+    training: Training
+    Z: float
+    theta_norm2: float
+    estimates: dict[str, Estimate]
+    notes: tuple[str, ...]
+
+    def at(self, eta: float) -> Training:
+        """With another step size on F's scale, the drift being what this many steps come to."""
+        t = self.training
+        return replace(t, eta=eta, drift=t.drift * eta / t.eta)
+
+
+def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Probe:
+    """Measure theta_0 on a few minibatches of a run's workers.
+
+    sigma_1^2 is brought to the real batch size as the variance of independent images; stratified
+    times make larger minibatches better than that. F_n(theta_0) is that of the worker where it is
+    largest. ||theta_R - theta_0|| is eta S R ||grad F(theta_0)||, as if every step were the first.
+    """
+    theta = parameters_of(build_network(config))
+    worker = Worker(config, dataset)
+    d = math.prod(image_shape(config.data))
+    effort = _effort(config, sum(value.numel() for value in theta.values()))
+    sketch = Sketch(config.seed, SKETCH)
+    losses, sketches = [], []
+    with torch.random.fork_rng():
+        for client in range(effort.workers):
+            few = worker.minibatches(theta, client, 0, effort.minibatches, effort.images)
+            values, gradients = sampled_gradients(*few, sketch)
+            losses.append(values)
+            sketches.append(gradients)
+        L = _curvature(worker, theta, effort)
+    gradients = torch.stack(sketches)
+    gamma, w2, full = _masks(config, theta)
+    parts = partition(dataset, config)
+    M2 = max(second_moment(dataset.images[part]) for part in parts)
+    S = max(worker.steps(len(part) - math.floor(config.data.holdout * len(part))) for part in parts)
+    share = effort.images / config.local.batch
+    found = {
+        "F": mean([value for values in losses for value in values]),
+        "sigma1": gradient_variance(gradients).scaled(share).root(),
+        "sigma2": gradient_distance(gradients).root(),
+        "gradient": gradient_norm(gradients).root(),
+        "L": L,
+    }
+    eta = config.local.eta
+    simple = Training(
+        N=config.clients,
+        S=S,
+        R=config.rounds,
+        eta=eta,
+        L=L.value,
+        sigma1=found["sigma1"].value,
+        sigma2=found["sigma2"].value,
+        w2=w2,
+        gamma_star=gamma,
+        F0=found["F"].value,
+        Fn0=max(sum(values) / len(values) for values in losses),
+        drift=eta * S * config.rounds * found["gradient"].value,
+        optimizer=config.local.optimizer,
+        full_participation=full,
+    )
+    return Probe(
+        data=Data(d, M2),
+        training=to_F_scale(simple, worker.loss.Z, d),
+        Z=worker.loss.Z,
+        theta_norm2=pruning_error(_nothing_kept(config, theta), theta),
+        estimates=found,
+        notes=(*notes, _looked_at(config, effort)),
+    )
+
+
+def stand_in(config: Config, M2: float | None = None) -> tuple[ImageSet, tuple[str, ...]]:
+    """Images where the real ones are out of reach: every pixel +-sqrt(M_2 / d), at random.
+
+    M_2 = d unless it is known, the most that images in [-1, 1] can have.
+
+    Raises
+    ------
+    ConfigError
+        An M_2 that no images in [-1, 1] have.
+    """
+    shape = image_shape(config.data)
+    d = math.prod(shape)
+    if M2 is not None and not 0 < M2 <= d:
+        raise ConfigError(
+            f"--data-moment = {M2:g} is not allowed; E ||X_0||^2 of images in [-1, 1] with "
+            f"{d} values is above 0 and at most {d}."
+        )
+    level = math.sqrt((d if M2 is None else M2) / d)
+    n = max(config.clients * config.local.batch, 256)
+    random = torch.Generator().manual_seed(config.seed)
+    signs = torch.randint(0, 2, (n, *shape), generator=random) * 2 - 1
+    images = ((signs * level + 1) * 127.5).round().to(torch.uint8)
+    classes = class_count(config.data)
+    labels = None if classes is None else torch.arange(n) % classes
+    known = "given" if M2 is not None else "assumed, the most that images in [-1, 1] can have"
+    note = (
+        f"No images were read: M2 = {level**2 * d:.4g} is {known}, d = {d} is the data set's, and "
+        "the network was probed with random pixels of that size in place of images, alike for all "
+        "workers (so sigma_2 says nothing about the real ones)."
+    )
+    return ImageSet(images, labels, name=config.data.name), (note,)
+
+
+def _effort(config: Config, parameters: int) -> Effort:
+    _, height, width = image_shape(config.data)
+    if parameters * height * width > HEAVY:
+        return Effort(min(config.clients, 2), 2, min(config.local.batch, 2), 1)
+    return Effort(min(config.clients, MOST_WORKERS), 4, min(config.local.batch, 32), 10)
+
+
+def _curvature(worker: Worker, theta: dict[str, Tensor], effort: Effort) -> Estimate:
+    """Power iteration from the gradient, which leans towards the largest eigenvalues."""
+    parameters, losses = worker.minibatches(theta, 0, 0, 1, effort.images)
+    loss = next(losses)
+    gradients = torch.autograd.grad(loss(), parameters, materialize_grads=True, allow_unused=True)
+    start = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    return largest_curvature(hessian_vector(parameters, loss), start, effort.products)
+
+
+def _masks(config: Config, theta: dict[str, Tensor]) -> tuple[int, float, bool]:
+    """Gamma, w^2 of the first round's masks, and whether every worker takes part."""
+    coordinator = Coordinator(config, theta)
+    keeps = {client: coordinator.keeps[client] for client in coordinator.eligible()}
+    if config.pruning.budget != "level":  # nodes have not said yet: as if all could carry it
+        keeps = dict.fromkeys(range(config.clients), 1.0)
+    full = len(keeps) == config.clients and config.round.fraction == 1
+    recipes = plan_round(config, 1, keeps, theta, coordinator.layout)
+    if all(recipe.kind == "full" for recipe in recipes.values()):
+        return len(keeps), 0.0, full
+    mean, w2 = MaskedMean(theta, config.clients), 0.0
+    for recipe in recipes.values():
+        masks = recipe.mask(theta, coordinator.layout)
+        mean.add({n: kept_of(value, masks.get(n)) for n, value in theta.items()}, masks)
+        w2 = max(w2, pruning_error(masks, theta))
+    return mean.gamma(), w2, full
+
+
+def _nothing_kept(config: Config, theta: dict[str, Tensor]) -> dict[str, Tensor]:
+    recipe = Recipe(kind="random", keep=1e-12, scope=config.pruning.scope)
+    return {n: mask for n, mask in recipe.mask(theta).items() if isinstance(mask, Tensor)}
+
+
+def _looked_at(config: Config, effort: Effort) -> str:
+    text = (
+        f"Probed at theta_0: {effort.workers} of {config.clients} workers, {effort.minibatches} "
+        f"minibatches of {effort.images} images each; L from {effort.products} Hessian "
+        f"product{'s' if effort.products > 1 else ''} on one. L and sigma_2 are lower estimates of "
+        "the theorem's, which are the largest anywhere."
+    )
+    if effort.images < config.local.batch:
+        text += f" sigma_1 is scaled to the real batch of {config.local.batch}."
+    if config.pruning.budget != "level":
+        text += f" pruning.budget = {config.pruning.budget}: taken as if nothing were dropped."
+    return text
