@@ -7,8 +7,9 @@ BIN := .venv/bin
 run: .venv/.run
 	$(BIN)/fed-diffusion run digits --engine flower
 
+# a file on each core: one thread each, or they wait for one another
 test: .venv/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: .venv/.test
 	$(BIN)/python -m pytest -m slow

@@ -157,7 +157,7 @@ class Worker:
         """
         network, forward = self._network(theta)
         network.eval()
-        train, _ = split_holdout(self._parts[client], self.config, client)
+        train, _ = split_holdout(self._images_of(client), self.config, client)
 
         def loss(index: Tensor, seed: int) -> Tensor:
             noise = torch.Generator(self.device).manual_seed(seed)

@@ -15,7 +15,7 @@ from fed_diffusion.federation.codecs import kept_of
 from fed_diffusion.federation.coordinator import Coordinator
 from fed_diffusion.federation.worker import Worker
 from fed_diffusion.masks.plan import plan_round
-from fed_diffusion.masks.recipes import Recipe, pruning_error
+from fed_diffusion.masks.recipes import Masks, Recipe, pruning_error
 from fed_diffusion.models.build import build_network, parameters_of
 from fed_diffusion.theory.bound import Data, Training, to_F_scale
 from fed_diffusion.theory.estimates import (
@@ -208,9 +208,8 @@ def _masks(config: Config, theta: dict[str, Tensor]) -> tuple[int, float, bool]:
     return mean.gamma(), w2, full
 
 
-def _nothing_kept(config: Config, theta: dict[str, Tensor]) -> dict[str, Tensor]:
-    recipe = Recipe(kind="random", keep=1e-12, scope=config.pruning.scope)
-    return {n: mask for n, mask in recipe.mask(theta).items() if isinstance(mask, Tensor)}
+def _nothing_kept(config: Config, theta: dict[str, Tensor]) -> Masks:
+    return Recipe(kind="random", keep=1e-12, scope=config.pruning.scope).mask(theta)
 
 
 def _looked_at(config: Config, effort: Effort) -> str:
