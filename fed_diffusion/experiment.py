@@ -31,6 +31,7 @@ from fed_diffusion.models.build import build_network, channel_layout, parameters
 from fed_diffusion.report.grids import save_grid
 from fed_diffusion.rng import Purpose
 from fed_diffusion.runs import RunDir, Sampler, sampler_partition
+from fed_diffusion.theory.measured import measured
 
 logger = logging.getLogger(__name__)
 
@@ -324,6 +325,7 @@ class Experiment:
             "bytes_down": sum(s.bytes_down for s in self.history),
             "seconds": {k: round(v, 3) for k, v in (self.seconds | {"total": total}).items()},
             "rejected": sum(len(s.rejected) for s in self.history),
+            "theory": measured(config, self.history, self.coordinator.theta),
             "quality": quality,
         }
         privacy = spent(config, last.round)

@@ -293,6 +293,14 @@ class PrivacyConfig(Section):
     """Of (epsilon, delta); below one over the number of clients."""
 
 
+class TheoryConfig(Section):
+    """What is measured for Theorem 4.11 while a run trains."""
+
+    every: int | None = Field(None, ge=0)
+    """Rounds between measurements, beside the first and the last. Default: these two only; 0:
+    none at all, as under privacy and in buffered rounds."""
+
+
 class WorkerConfig(Section):
     """The machine share of one worker. `threads` is part of bit-identity."""
 
@@ -369,6 +377,7 @@ class Config(Section):
     round: RoundConfig = RoundConfig()
     wire: WireConfig = WireConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    theory: TheoryConfig = TheoryConfig()
     worker: WorkerConfig = WorkerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     flower: FlowerConfig = FlowerConfig()
@@ -417,6 +426,7 @@ class Config(Section):
             "round.weighting": (self.round.weighting, "uniform", "weights tell of the data"),
             "round.over_select": (self.round.over_select, 0, "who is first is not drawn"),
             "round.norm_factor": (self.round.norm_factor, None, "one update decides on others"),
+            "theory.every": (self.theory.every or None, None, "gradients would leave unclipped"),
         }
         for key, (value, needed, why) in wanted.items():
             if value != needed:

@@ -41,17 +41,18 @@ def same_bits(a, b):
 def by_hand(tmp_path_factory):
     """The run without Flower."""
     path = tmp_path_factory.mktemp("local") / "run"
-    simulate(config_of(method="T-FedDM-M"), path, processes=1)
+    simulate(config_of(method="T-FedDM-M", theory__every=1), path, processes=1)
     return path
 
 
 def test_a_flower_run_and_an_in_process_run_end_with_the_same_bits(by_hand, tmp_path):
     lines = []
-    config = config_of(method="T-FedDM-M", flower__supernodes=2)
+    config = config_of(method="T-FedDM-M", theory__every=1, flower__supernodes=2)
     assert run_on_flower(config, tmp_path / "run", progress=lines.append) == 0
     assert same_bits(by_hand, tmp_path / "run")
     here, there = RunDir(by_hand).results(), RunDir(tmp_path / "run").results()
-    for key in ("loss", "gamma_star", "w2_max", "bytes_up", "bytes_down", "rejected", "method"):
+    counted = ("bytes_up", "bytes_down", "rejected")
+    for key in ("loss", "gamma_star", "w2_max", "method", "theory", *counted):
         assert here[key] == there[key], key
     assert [line["round"] for line in lines] == [1, 2]
 

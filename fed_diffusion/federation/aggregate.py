@@ -7,6 +7,7 @@ bits in any order and grouping of arrival.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -239,16 +240,25 @@ class MaskedMean:
             for name in self._theta
         )
 
+    def trainers(self) -> dict[int, int]:
+        """How many coordinates have so many trainers: {|N_r^i|: coordinates}, no zeros, in order.
+
+        The least key is Gamma_r; under 0 stand those that nobody trained.
+        """
+        self._settle_all()
+        found: Counter[int] = Counter()
+        for name, value in self._theta.items():
+            if name in self._trainers:
+                for count, coordinates in enumerate(torch.bincount(self._trainers[name].view(-1))):
+                    found[self._workers[name] + count] += int(coordinates)
+            else:
+                found[self._workers[name]] += value.numel()
+        return {count: found[count] for count in sorted(found) if found[count]}
+
     def trained(self) -> float:
         """The fraction of coordinates with at least one trainer."""
-        self._settle_all()
-        total = sum(value.numel() for value in self._theta.values())
-        bare = sum(
-            (int((self._trainers[n] == 0).sum()) if n in self._trainers else v.numel())
-            for n, v in self._theta.items()
-            if not self._workers[n]
-        )
-        return 1 - bare / total
+        counts = self.trainers()
+        return 1 - counts.get(0, 0) / sum(counts.values())
 
 
 def _count_in(counts: Tensor, mask: Tensor | Block, weight: int) -> None:

@@ -16,6 +16,7 @@ from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation.aggregate import MaskedMean, UpdateError
 from fed_diffusion.federation.codecs import Packed
+from fed_diffusion.federation.diagnostics import Diagnostics
 from fed_diffusion.federation.norms import NormLimit
 from fed_diffusion.federation.privacy import PrivateMean, drawn
 from fed_diffusion.federation.records import (
@@ -106,6 +107,7 @@ class Coordinator:
         self.strikes: dict[int, int] = {}
         """client -> how many bad updates it has sent."""
         self.norms = NormLimit(config.round.max_norm, config.round.norm_factor)
+        self.diagnostics = Diagnostics(config)
         self._open: _Open | None = None
         self._failed: _Open | None = None
         """Earlier attempts at the same round: what they cost and why updates did not count."""
@@ -117,7 +119,9 @@ class Coordinator:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds, by file."""
-        return {"theta": self.theta, "ema": self.ema}
+        groups = {"theta": self.theta, "ema": self.ema}
+        measured = self.diagnostics.tensors()
+        return groups | ({"diagnostic": measured} if measured else {})
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs beside the tensors."""
@@ -147,6 +151,7 @@ class Coordinator:
         self.strikes = {int(client): int(n) for client, n in state["strikes"].items()}
         self.norms.recent = [float(norm) for norm in state["norms"]]
         self.clock = float(state["clock"])
+        self.diagnostics.restore(tensors.get("diagnostic", {}))
 
     def announce(self, client: int, keep: float) -> None:
         """Note the keep ratio that a client's node gives it (pruning.budget: node or auto)."""
@@ -207,6 +212,8 @@ class Coordinator:
         else:
             self._open = _Open(self._mean(1), recipes, len(keeps), absent)
             self._open.mean = self._private_mean(round)
+        whole = [client for client, recipe in recipes.items() if recipe.kind == "full"]
+        self.diagnostics.open(round, self.theta, whole)
         yield from self._encode(round, list(recipes))
 
     def _private_mean(self, round: int) -> PrivateMean:
@@ -225,7 +232,8 @@ class Coordinator:
             recipe = state.recipes[client]
             if recipe.kind == "full":  # the same bytes for everyone who trains the whole network
                 full = full or encode_task(casts, recipe, {})
-                payload = Payload(full.arrays, recipe.to_metrics())
+                asked = self.diagnostics.question(client)
+                payload = Payload(full.arrays, recipe.to_metrics() | asked)
                 state.lost[client] = 1.0, 0.0
             else:
                 masks = self._mask(recipe)
@@ -276,12 +284,14 @@ class Coordinator:
         if recipe != agreed:
             raise RecipeError(f"the recipe is not the one agreed on: {recipe.differences(agreed)}")
         masks = self._mask_of(update.client, recipe)
-        values = decode_update(update.payload.arrays, self.theta, masks, self.config)
+        arrays, answer = self.diagnostics.split(update)
+        values = decode_update(arrays, self.theta, masks, self.config)
         measured = measurements(numbers)
         rms = self.norms.check(values, self.theta, masks)
         by_examples = self.config.round.weighting == "examples"
         weight *= measured["examples"] if by_examples else 1
         state.mean.add(values, masks, weight)
+        self.diagnostics.add(update.client, answer)
         state.clients.append(self._client_round(state, update, recipe, measured))
         state.norms += [] if rms is None else [rms]
         del state.waiting[update.client]
@@ -386,14 +396,15 @@ class Coordinator:
         heldout = [
             c.holdout_loss for c in clients if c.kind == "full" and c.holdout_loss is not None
         ]
-        gamma, w2_max = state.mean.gamma(), max((c.w2 for c in clients), default=0.0)
+        trainers = state.mean.trainers()
+        gamma, w2_max = min(trainers), max((c.w2 for c in clients), default=0.0)
         return RoundSummary(
             round=round,
             loss=loss,
             holdout_loss=sum(heldout) / len(heldout) if heldout else None,
             dsm_objective=loss * self._Z * self._d,
             gamma=gamma,
-            trained=state.mean.trained(),
+            trained=1 - trainers.get(0, 0) / self.parameters,
             w2_max=w2_max,
             w2_n_over_gamma=w2_max * len(clients) / gamma if gamma else None,
             bytes_up=failed.bytes_up + state.bytes_up,
@@ -407,6 +418,8 @@ class Coordinator:
             late=late,
             banned=self.banned(),
             absent=state.absent,
+            coverage={str(count): coordinates for count, coordinates in trainers.items()},
+            theory=self.diagnostics.close(),
         )
 
     def _mask(self, recipe: Recipe) -> Masks:

@@ -80,6 +80,10 @@ class RoundSummary:
     """Clients that are left out for having sent bad updates repeatedly."""
     absent: list[int] = field(default_factory=list)
     """Clients whose nodes were not there when the round began."""
+    coverage: dict[str, int] = field(default_factory=dict)
+    """|N_r^i| -> how many coordinates have so many trainers."""
+    theory: dict[str, Any] | None = None
+    """What a diagnostic round measured, on the scale of the simple loss (`diagnostics.close`)."""
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:

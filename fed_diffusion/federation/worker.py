@@ -23,6 +23,7 @@ from fed_diffusion.data import (
 )
 from fed_diffusion.diffusion.loss import DSMLoss, Network
 from fed_diffusion.diffusion.partitions import PARTITIONS
+from fed_diffusion.federation import diagnostics
 from fed_diffusion.federation.coordinator import eta_of
 from fed_diffusion.federation.privacy import clipped
 from fed_diffusion.federation.probe import measure_budget
@@ -34,6 +35,7 @@ from fed_diffusion.models.build import build_network, channel_layout, parameters
 from fed_diffusion.models.slim import resized
 from fed_diffusion.models.unet import UNet
 from fed_diffusion.rng import Purpose, generator, torch_generator, torch_seed
+from fed_diffusion.theory.estimates import second_moment
 
 
 @contextmanager
@@ -111,6 +113,7 @@ class Worker:
         self._images = self.dataset.images.to(self.device)  # once: bytes, a GPU has room for them
         self._labels = None if self.dataset.labels is None else self.dataset.labels.to(self.device)
         self._budget: Budget | None = None
+        self._moments: dict[int, float] = {}
         self._no_label = class_count(config.data) or 0  # the label behind the last class
         diffusion = config.diffusion
         self.loss = DSMLoss(
@@ -127,9 +130,10 @@ class Worker:
         config, seed = self.config, self.config.seed
         torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, task.round, task.client))
         recipe, masks, start = decode_task(task.payload, self._shapes, self._layout, config)
-        network, forward = self._network(start)
         train, holdout = split_holdout(self._images_of(task.client), config, task.client)
-        numbers: Numbers = recipe.to_metrics()
+        measured, sketches = diagnostics.measure(self, start, task)
+        network, forward = self._network(start)
+        numbers: Numbers = recipe.to_metrics() | measured
         if len(holdout):
             numbers["holdout_loss"] = self._holdout_loss(network, forward, holdout, task.client)
         steps = self.steps(len(train))
@@ -140,7 +144,7 @@ class Worker:
         end = parameters_of(network)
         if config.privacy.clip is not None:
             end = clipped(end, start, config.privacy.clip)
-        arrays = encode_update(end, start, masks, config, task.round, task.client)
+        arrays = encode_update(end, start, masks, config, task.round, task.client) | sketches
         return Update(task.round, task.client, Payload(arrays, numbers))
 
     def minibatches(
@@ -191,6 +195,13 @@ class Worker:
     def _images_of(self, client: int) -> np.ndarray:
         """Indices of a client's images."""
         return np.arange(len(self.dataset)) if self._parts is None else self._parts[client]
+
+    def second_moment(self, client: int) -> float:
+        """M_{n,2} of a client's images, exact; computed once."""
+        if client not in self._moments:
+            images = torch.from_numpy(self._images_of(client))
+            self._moments[client] = second_moment(self.dataset.images[images])
+        return self._moments[client]
 
     def budget(self) -> Budget:
         """The keep ratio that this machine can carry (pruning.budget: auto); measured once.

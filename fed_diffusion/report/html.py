@@ -6,24 +6,38 @@ a client chooses them.
 
 from __future__ import annotations
 
-import base64
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from fed_diffusion.masks.budget import LIMITS
 from fed_diffusion.report import curves
+from fed_diffusion.report.markup import (
+    MOST_ROWS,
+    byte_size,
+    duration,
+    flat,
+    mapping,
+    mappings,
+    more,
+    number,
+    pair,
+    percent,
+    plain,
+    plot,
+    png,
+    section,
+    spread,
+    table,
+    warning,
+)
 from fed_diffusion.report.records import Record, read_record
 from fed_diffusion.report.style import CSS
+from fed_diffusion.report.theory import theory_section
 
-MOST_ROWS = 200
 MOST_GRIDS = 12
-NONE = "–"
 FIGURES = {
     "fid": "FID",
     "fid_floor": "FID of real images against real images (the floor)",
@@ -70,6 +84,7 @@ def render(record: Record) -> str:
             _final_grid(record),
             _loss(record),
             _gamma(record),
+            theory_section(record),
             _bytes_section(record),
             _timeline(record),
             _quality(record),
@@ -97,16 +112,16 @@ def _title(record: Record) -> str:
 
 
 def _headline(record: Record) -> str:
-    results, quality = record.results, _mapping(record.results.get("quality"))
+    results, quality = record.results, mapping(record.results.get("quality"))
     planned = record.settings.get("rounds")
     last = record.rounds[-1] if record.rounds else {}
     facts = [
-        ("clients", _number(record.fact("clients")), ""),
-        ("rounds", _number(len(record.rounds)), f"of {_number(planned)} planned"),
-        ("FID", _number(quality.get("fid")), f"floor {_number(quality.get('fid_floor'))}"),
-        ("training loss", _number(results.get("loss", last.get("loss"))), "per dimension"),
-        ("parameters", _number(results.get("parameters")), ""),
-        ("time", _duration(_mapping(results.get("seconds")).get("total")), ""),
+        ("clients", number(record.fact("clients")), ""),
+        ("rounds", number(len(record.rounds)), f"of {number(planned)} planned"),
+        ("FID", number(quality.get("fid")), f"floor {number(quality.get('fid_floor'))}"),
+        ("training loss", number(results.get("loss", last.get("loss"))), "per dimension"),
+        ("parameters", number(results.get("parameters")), ""),
+        ("time", duration(mapping(results.get("seconds")).get("total")), ""),
     ]
     items = "".join(
         f"<div><dt>{label}</dt><dd>{value}{f'<small>{note}</small>' if note else ''}</dd></div>"
@@ -114,34 +129,34 @@ def _headline(record: Record) -> str:
     )
     state = ""
     if not results:
-        reached = f"round {_number(last.get('round'))} was" if record.rounds else "no round was"
-        state = _warning(f"This run is not finished: {reached} its last; there is no results.json.")
+        reached = f"round {number(last.get('round'))} was" if record.rounds else "no round was"
+        state = warning(f"This run is not finished: {reached} its last; there is no results.json.")
     if record.unreadable:
-        state += _warning(f"{record.unreadable} lines of metrics.jsonl could not be read.")
+        state += warning(f"{record.unreadable} lines of metrics.jsonl could not be read.")
     return (
         f"<header><h1>{escape(_title(record))}</h1>"
-        f'<p class="soft">{escape(record.name)}, seed {_text(record.fact("seed"))}</p>'
+        f'<p class="soft">{escape(record.name)}, seed {plain(record.fact("seed"))}</p>'
         f'{state}<dl class="facts">{items}</dl></header>\n'
     )
 
 
 def _final_grid(record: Record) -> str:
     if record.final is None:
-        return _section("Samples", '<p class="soft">No final grid was drawn.</p>')
-    return _section("Samples", f"<figure>{_png(record.final, 'images drawn at the end')}</figure>")
+        return section("Samples", '<p class="soft">No final grid was drawn.</p>')
+    return section("Samples", f"<figure>{png(record.final, 'images drawn at the end')}</figure>")
 
 
 def _loss(record: Record) -> str:
     if not record.rounds:
-        return _section("Loss", '<p class="soft">No round has ended.</p>')
+        return section("Loss", '<p class="soft">No round has ended.</p>')
     last = record.rounds[-1]
     text = (
-        f"After round {_number(last.get('round'))}: training {_number(last.get('loss'))}, held out "
-        f"{_number(last.get('holdout_loss'))} per dimension, and "
-        f"{_number(last.get('dsm_objective'))} nats of the objective (5)."
+        f"After round {number(last.get('round'))}: training {number(last.get('loss'))}, held out "
+        f"{number(last.get('holdout_loss'))} per dimension, and "
+        f"{number(last.get('dsm_objective'))} nats of the objective (5)."
     )
-    plot = _plot(curves.loss_figure(record.rounds), "loss per round")
-    return _section("Loss", f"<p>{text}</p>{plot}")
+    drawn = plot(curves.loss_figure(record.rounds), "loss per round")
+    return section("Loss", f"<p>{text}</p>{drawn}")
 
 
 def _gamma(record: Record) -> str:
@@ -149,20 +164,20 @@ def _gamma(record: Record) -> str:
         return ""
     known = [entry["gamma"] for entry in record.rounds if entry.get("gamma") is not None]
     least = record.results.get("gamma_star", min(known, default=None))
-    text = f"Γ* = {_number(least)}: the fewest trainers that any coordinate had in any round."
+    text = f"Γ* = {number(least)}: the fewest trainers that any coordinate had in any round."
     if least == 0:
         text += " That is outside Theorem 4.11: with Γ* = 0 its bound is infinite."
     covered = [float(e["trained"]) for e in record.rounds if e.get("trained") is not None]
     if covered:
-        text += f" In the round of least coverage {_percent(min(covered))} of the coordinates"
+        text += f" In the round of least coverage {percent(min(covered))} of the coordinates"
         text += " had a trainer" + ("; the others kept their values." if min(covered) < 1 else ".")
-    if _mapping(record.settings.get("round")).get("fraction", 1) != 1:
+    if mapping(record.settings.get("round")).get("fraction", 1) != 1:
         text += " Only a part of the clients is drawn each round, which the theorem does not cover."
     factor = [float(v) for e in record.rounds if (v := e.get("w2_n_over_gamma")) is not None]
     if factor:
-        text += f" w² N / Γ, as it stands in the bound, was at most {_number(max(factor))}."
-    plot = _plot(curves.gamma_figure(record.rounds, record.fact("clients")), "Gamma per round")
-    return _section("Γ and coverage", f"<p>{text}</p>{plot}")
+        text += f" w² N / Γ, as it stands in the bound, was at most {number(max(factor))}."
+    drawn = plot(curves.gamma_figure(record.rounds, record.fact("clients")), "Gamma per round")
+    return section("Γ and coverage", f"<p>{text}</p>{drawn}")
 
 
 def _bytes_section(record: Record) -> str:
@@ -172,44 +187,44 @@ def _bytes_section(record: Record) -> str:
         sum(entry.get(key) or 0 for entry in record.rounds)
         for key in ("bytes_up", "bytes_down", "dense_bytes")
     )
-    text = f"{_bytes(up)} up and {_bytes(down)} down over the {len(record.rounds)} rounds"
+    text = f"{byte_size(up)} up and {byte_size(down)} down over the {len(record.rounds)} rounds"
     if dense:
-        text += f", {_percent((up + down) / (2 * dense))} of sending the whole network in fp32"
+        text += f", {percent((up + down) / (2 * dense))} of sending the whole network in fp32"
         text += " both ways"
-    plot = _plot(curves.bytes_figure(record.rounds), "bytes per round")
-    return _section("Bytes per round", f"<p>{text}.</p>{plot}")
+    drawn = plot(curves.bytes_figure(record.rounds), "bytes per round")
+    return section("Bytes per round", f"<p>{text}.</p>{drawn}")
 
 
 def _timeline(record: Record) -> str:
-    grids = _spread(record.timeline, MOST_GRIDS)
+    grids = spread(record.timeline, MOST_GRIDS)
     if not grids:
         return ""
     figures = "".join(
-        f"<figure>{_png(path, f'after round {number}')}<figcaption>round {number}</figcaption>"
+        f"<figure>{png(path, f'after round {round}')}<figcaption>round {round}</figcaption>"
         "</figure>"
-        for number, path in grids
+        for round, path in grids
     )
-    return _section("The same noise, round by round", f'<div class="timeline">{figures}</div>')
+    return section("The same noise, round by round", f'<div class="timeline">{figures}</div>')
 
 
 def _quality(record: Record) -> str:
-    quality = _mapping(record.results.get("quality"))
+    quality = mapping(record.results.get("quality"))
     if not quality:
-        return _section("Quality", '<p class="soft">No quality figures.</p>')
-    intervals = _mapping(quality.get("intervals"))
+        return section("Quality", '<p class="soft">No quality figures.</p>')
+    intervals = mapping(quality.get("intervals"))
     rows = [
-        (label, _pair(quality.get(key), " ± "), _pair(intervals.get(key), " to "))
+        (label, pair(quality.get(key), " ± "), pair(intervals.get(key), " to "))
         for key, label in FIGURES.items()
     ]
-    rows += [(label, _number(quality.get(key)), "") for key, label in STATED.items()]
-    rows.append(("seed", _text(quality.get("seed", record.fact("seed"))), ""))
+    rows += [(label, number(quality.get(key)), "") for key, label in STATED.items()]
+    rows.append(("seed", plain(quality.get("seed", record.fact("seed"))), ""))
     why = quality.get("why")
-    note = _warning(f"No figures: {escape(str(why))}.") if why else ""
+    note = warning(f"No figures: {escape(str(why))}.") if why else ""
     note += "<p>Figures compare only with others of the same extractor, reference and number of "
     note += "images. All images are uint8, 0 to 255.</p>"
-    table = _table(("figure", "value", "95 % interval"), rows, text=(1,))
-    how = f'<p class="soft">Intervals: {_text(intervals["how"])}</p>' if "how" in intervals else ""
-    return _section("Quality", note + table + how) + _memorisation(quality.get("memorisation"))
+    figures = table(("figure", "value", "95 % interval"), rows, text=(1,))
+    how = f'<p class="soft">Intervals: {plain(intervals["how"])}</p>' if "how" in intervals else ""
+    return section("Quality", note + figures + how) + _memorisation(quality.get("memorisation"))
 
 
 def _memorisation(found: Any) -> str:
@@ -217,47 +232,47 @@ def _memorisation(found: Any) -> str:
     if not isinstance(found, Mapping):
         return ""
     if found.get("why"):
-        return _section("Copies", f'<p class="soft">Not looked for: {_text(found["why"])}.</p>')
+        return section("Copies", f'<p class="soft">Not looked for: {plain(found["why"])}.</p>')
     copied = found.get("copied") or []
     text = (
-        f"{_number(found.get('closer'))} of the generated images are nearer to a training image "
-        f"than {_number(found.get('tau'))} grey levels (root mean square); of held-out images it "
-        f"would be {_number(found.get('expected'))} (p = {_number(found.get('p_value'))}). Median "
-        f"distance: {_number(found.get('median_ratio'))} times that of held-out images."
+        f"{number(found.get('closer'))} of the generated images are nearer to a training image "
+        f"than {number(found.get('tau'))} grey levels (root mean square); of held-out images it "
+        f"would be {number(found.get('expected'))} (p = {number(found.get('p_value'))}). Median "
+        f"distance: {number(found.get('median_ratio'))} times that of held-out images."
     )
-    note = _warning(f"Images of clients {_pair(copied, ', ')} are copied.") if copied else ""
-    clients = _mappings(found.get("clients"))
+    note = warning(f"Images of clients {pair(copied, ', ')} are copied.") if copied else ""
+    clients = mappings(found.get("clients"))
     keys = ("client", "images", "share", "held_out_share", "closer")
-    rows = [[_number(client.get(key)) for key in keys] for client in clients[:MOST_ROWS]]
+    rows = [[number(client.get(key)) for key in keys] for client in clients[:MOST_ROWS]]
     head = ("client", "images", "nearest to generated", "to held out", "copied")
-    return _section("Copies", f"{note}<p>{text}</p>{_table(head, rows)}{_more(len(clients))}")
+    return section("Copies", f"{note}<p>{text}</p>{table(head, rows)}{more(len(clients))}")
 
 
 def _clients(record: Record) -> str:
     if not record.rounds:
         return ""
     last = record.rounds[-1]
-    clients = _mappings(last.get("clients"))
+    clients = mappings(last.get("clients"))
     if not clients:
         return ""
     head = ["client", "kind", "keep", "loss", "held out", "w²", "images", "time", "up", "down"]
     rows = [
         (
-            _text(client.get("client")),
-            _text(client.get("kind")),
-            _number(client.get("keep")),
-            _number(client.get("loss")),
-            _number(client.get("holdout_loss")),
-            _number(client.get("w2")),
-            _number(client.get("images")),
-            _duration(client.get("seconds")),
-            _bytes(client.get("bytes_up")),
-            _bytes(client.get("bytes_down")),
+            plain(client.get("client")),
+            plain(client.get("kind")),
+            number(client.get("keep")),
+            number(client.get("loss")),
+            number(client.get("holdout_loss")),
+            number(client.get("w2")),
+            number(client.get("images")),
+            duration(client.get("seconds")),
+            byte_size(client.get("bytes_up")),
+            byte_size(client.get("bytes_down")),
         )
         for client in clients[:MOST_ROWS]
     ]
-    body = _table(head, rows) + _more(len(clients))
-    return _section(f"Clients in round {_number(last.get('round'))}", body)
+    body = table(head, rows) + more(len(clients))
+    return section(f"Clients in round {number(last.get('round'))}", body)
 
 
 def _budgets(record: Record) -> str:
@@ -265,154 +280,55 @@ def _budgets(record: Record) -> str:
         return ""
     rows = []
     for client, entry in list(record.budgets.items())[:MOST_ROWS]:
-        budget = _mapping(entry)
+        budget = mapping(entry)
         limit = dict(enumerate(LIMITS)).get(budget.get("budget.limit", -1))
         rows.append(
             (
-                _text(client),
-                _number(budget.get("keep")),
+                plain(client),
+                number(budget.get("keep")),
                 limit or "said by its node",
-                _number(budget.get("budget.memory_mb")),
-                _number(budget.get("budget.memory_cap_mb")),
-                _duration(budget.get("budget.seconds")),
-                _duration(budget.get("budget.seconds_cap")),
+                number(budget.get("budget.memory_mb")),
+                number(budget.get("budget.memory_cap_mb")),
+                duration(budget.get("budget.seconds")),
+                duration(budget.get("budget.seconds_cap")),
             )
         )
     head = ("client", "keep", "limited by", "peak, MB", "allowed, MB", "local steps", "allowed")
     text = "<p>What each client's machine can carry; peaks and times are predictions.</p>"
-    return _section("Budgets", text + _table(head, rows) + _more(len(record.budgets)))
+    return section("Budgets", text + table(head, rows) + more(len(record.budgets)))
 
 
 def _rejected(record: Record) -> str:
     found = [
-        (_number(entry.get("round")), _text(item.get("client")), _text(item.get("reason")))
+        (number(entry.get("round")), plain(item.get("client")), plain(item.get("reason")))
         for entry in record.rounds
-        for item in _mappings(entry.get("rejected"))
+        for item in mappings(entry.get("rejected"))
     ]
     if not found:
-        return _section("Rejected updates", '<p class="soft">None.</p>') if record.rounds else ""
-    plot = _plot(curves.rejected_figure(record.rounds), "rejected updates per round")
-    table = _table(("round", "client", "reason"), found[:MOST_ROWS], text=(2,))
-    return _section("Rejected updates", f"{plot}{table}{_more(len(found))}")
+        return section("Rejected updates", '<p class="soft">None.</p>') if record.rounds else ""
+    drawn = plot(curves.rejected_figure(record.rounds), "rejected updates per round")
+    figures = table(("round", "client", "reason"), found[:MOST_ROWS], text=(2,))
+    return section("Rejected updates", f"{drawn}{figures}{more(len(found))}")
 
 
 def _privacy(record: Record) -> str:
-    found = _mapping(record.results.get("privacy"))
+    found = mapping(record.results.get("privacy"))
     if not found:
         return ""
     text = (
-        f"({_number(found.get('epsilon'))}, {_number(found.get('delta'))})-differential privacy of "
-        f"clients after {_number(found.get('rounds'))} rounds: differences clipped to "
-        f"{_number(found.get('clip'))}, noise of {_number(found.get('sigma'))} on their sum, each "
-        f"client drawn with probability {_number(found.get('sampling_rate'))}. It covers "
-        f"{_text(found.get('covers'))}. The noise is the operating system's: this run cannot be "
+        f"({number(found.get('epsilon'))}, {number(found.get('delta'))})-differential privacy of "
+        f"clients after {number(found.get('rounds'))} rounds: differences clipped to "
+        f"{number(found.get('clip'))}, noise of {number(found.get('sigma'))} on their sum, each "
+        f"client drawn with probability {number(found.get('sampling_rate'))}. It covers "
+        f"{plain(found.get('covers'))}. The noise is the operating system's: this run cannot be "
         "repeated to the bit."
     )
-    return _section("Privacy", f"<p>{text}</p>")
+    return section("Privacy", f"<p>{text}</p>")
 
 
 def _settings(record: Record) -> str:
     rows = [
-        (f"<code>{escape(str(key))}</code>", _text(value)) for key, value in _flat(record.settings)
+        (f"<code>{escape(str(key))}</code>", plain(value)) for key, value in flat(record.settings)
     ]
-    table = _table(("key", "value"), rows, text=(1,))
-    return _section("Settings", f"<details><summary>All settings</summary>{table}</details>")
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>\n"
-
-
-def _warning(text: str) -> str:
-    return f'<p class="warn">{text}</p>'
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int] = ()) -> str:
-    """Rows of ready HTML; the columns in `text` are set as running text."""
-    kind = [' class="text"' if i in text else "" for i in range(len(head))]
-    cells = "".join(f"<th{k}>{name}</th>" for k, name in zip(kind, head, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{k}>{c}</td>" for k, c in zip(kind, row, strict=True)) + "</tr>"
-        for row in rows
-    )
-    whole = f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{whole}</div>'
-
-
-def _more(total: int) -> str:
-    hidden = total - MOST_ROWS
-    return f'<p class="soft">and {hidden:,} more in metrics.jsonl</p>' if hidden > 0 else ""
-
-
-def _plot(figure: Figure, label: str) -> str:
-    return f'<figure class="wide">{curves.to_svg(figure, label)}</figure>'
-
-
-def _png(path: Path, what: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img alt="{escape(what)}" src="data:image/png;base64,{data}">'
-
-
-def _spread(items: list[Any], most: int) -> list[Any]:
-    """At most `most` items, evenly spread, the first and the last among them."""
-    if len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _mappings(value: Any) -> list[Mapping[str, Any]]:
-    return [_mapping(item) for item in value] if isinstance(value, list) else []
-
-
-def _text(value: Any) -> str:
-    return NONE if value is None else escape(str(value))
-
-
-def _number(value: Any) -> str:
-    """An integer with separators, a float to four digits; a dash for null and NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return _text(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if math.isfinite(value) else NONE
-
-
-def _pair(value: Any, between: str) -> str:
-    """A number, or several of them."""
-    numbers = value if isinstance(value, list) else [value]
-    return between.join(map(_number, numbers)) or NONE
-
-
-def _percent(share: float) -> str:
-    return f"{math.floor(share * 1000) / 10:g} %"  # rounded down: 100 % is said of all only
-
-
-def _duration(seconds: Any) -> str:
-    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
-        return NONE
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def _bytes(count: Any) -> str:
-    if not isinstance(count, int | float) or not math.isfinite(count):
-        return NONE
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"
+    figures = table(("key", "value"), rows, text=(1,))
+    return section("Settings", f"<details><summary>All settings</summary>{figures}</details>")

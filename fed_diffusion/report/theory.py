@@ -1,14 +1,210 @@
-"""The bound of Theorem 4.11, drawn."""
+"""The bound of Theorem 4.11, drawn: in a run's report, and as `fed-diffusion plan` shows it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from fed_diffusion.report.curves import BLUE, INK, styled
-from fed_diffusion.theory.advisor import Row
+from fed_diffusion.report.curves import BLUE, FEW, INK, ORANGE, Round, styled
+from fed_diffusion.report.markup import (
+    mapping,
+    mappings,
+    number,
+    pair,
+    plain,
+    plot,
+    section,
+    table,
+    warning,
+)
+from fed_diffusion.report.records import Record
+
+if TYPE_CHECKING:
+    from fed_diffusion.theory.advisor import Row
+
+TERMS = {
+    "initial": "F(θ₀)",
+    "gap": "|Fₙ(θ₀) – F(θ₀)|",
+    "drift": "σ₂ ‖θ_R – θ₀‖",
+    "pruning": "pruning, w² L² N / Γ*",
+    "heterogeneity": "heterogeneity, σ₂² N / Γ*",
+    "noise": "noise, σ₁² N / Γ*²",
+    "variance": "variance, σ₁² + σ₂²",
+    "kappa2_d_K": "steps, κ² d K",
+    "kappa_M2": "steps, κ M₂",
+    "kappa_d_T": "steps, κ d T",
+    "prior": "prior, (d + M₂) e^(–2T)",
+}
+"""The terms of Theorem 4.11 as they are drawn; C_1 is not known of a run and left out."""
+NAMES = {
+    "F": "F(θ₀) / (Z d)",
+    "gradient": "‖∇F(θ₀)‖",
+    "sigma1": "σ₁",
+    "sigma2": "σ₂",
+    "L": "L, power iteration",
+    "L_secant": "L, secant between rounds",
+}
+MOST_WORKERS = 40
+"""Whose w² is drawn."""
+
+
+def theory_section(record: Record) -> str:
+    """What the theory says of a run: the bound and its terms, coverage, w², Lemma 4.6."""
+    found = mapping(record.results.get("theory"))
+    if not found:
+        return ""
+    drawn = _masks(record)
+    if found.get("why"):
+        text = f'<p class="soft">The bound is not evaluated: {plain(found["why"])}.</p>'
+        return section("Theory", text + drawn)
+    bounds = mapping(found.get("bound"))
+    proved, printed = (mapping(bounds.get(v)) for v in ("as_proved", "as_printed"))
+    return section(
+        "Theory",
+        _said(found, proved, printed)
+        + plot(terms_figure(mapping(proved.get("terms"))), "terms of the bound")
+        + drawn
+        + plot(gradient_figure(found), "squared gradient norm and Lemma 4.6")
+        + _estimates(found)
+        + _conditions(found),
+    )
+
+
+def _said(found: Mapping[str, Any], proved: Mapping[str, Any], printed: Mapping[str, Any]) -> str:
+    """The bound in words, and what dominates it."""
+    text = (
+        f"Theorem 4.11 bounds KL(q<sub>δ</sub> ‖ p) by {number(proved.get('total'))} nats as "
+        f"proved, {number(printed.get('total'))} as printed (constant 1, C₁ taken as 0). "
+        f"{plain(found.get('says'))}"
+    )
+    note = ""
+    if found.get("infinite"):
+        text = plain(found.get("says"))
+    elif not found.get("covered"):
+        note = warning("Not every condition of the theorem holds; the number is no guarantee.")
+    return f"{note}<p>{text}</p>"
+
+
+def _masks(record: Record) -> str:
+    """Coverage, w² and what they make together; what is known of every run."""
+    rounds = record.rounds
+    drawn = ""
+    if any(entry.get("coverage") for entry in rounds):
+        drawn += plot(coverage_figure(rounds), "trainers per coordinate")
+    if any(float(c.get("w2") or 0) > 0 for e in rounds for c in mappings(e.get("clients"))):
+        drawn += plot(w2_figure(rounds), "w² per worker")
+    return drawn
+
+
+def _estimates(found: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            NAMES.get(name, plain(name)),
+            number(entry.get("value")),
+            number(entry.get("error")),
+            "from below" if entry.get("lower") else "",
+        )
+        for name, entry in mapping(found.get("estimates")).items()
+        if isinstance(entry, Mapping)
+    ]
+    text = (
+        f"Measured in rounds {pair(found.get('rounds'), ', ')} by "
+        f"{number(found.get('workers'))} workers that held the whole network, on the scale of the "
+        f"simple loss; F is Z d = {number(found.get('Z_d'))} times as large. w² N / Γ* = "
+        f"{number(found.get('w2_n_over_gamma'))}, ‖θ_R – θ₀‖ = {number(found.get('drift'))}, "
+        f"M₂ = {number(found.get('M2'))}."
+    )
+    return f"<p>{text}</p>" + table(("quantity", "value", "95 % interval, ±", ""), rows)
+
+
+def _conditions(found: Mapping[str, Any]) -> str:
+    rows = [
+        (plain(c.get("name")), "yes" if c.get("holds") else "no", plain(c.get("says")))
+        for c in mappings(found.get("conditions"))
+    ]
+    return table(("condition", "holds", "as measured"), rows, text=(2,))
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def terms_figure(terms: Mapping[str, Any]) -> Figure:
+    """The terms of the bound in nats, a bar each on a logarithmic scale; zeros have none."""
+    known = {TERMS[name]: v for name, v in terms.items() if name in TERMS and v}
+    figure = Figure(figsize=(7.2, 0.6 + 0.27 * max(len(known), 1)), layout="constrained")
+    axes = _axes(figure, "nats", "")
+    axes.barh(list(known), list(known.values()), color=BLUE, height=0.7)
+    axes.set_xscale("log")
+    axes.invert_yaxis()
+    axes.grid(axis="x", color=INK, alpha=0.13, linewidth=0.8)
+    return figure
+
+
+def coverage_figure(rounds: Sequence[Round]) -> Figure:
+    """The share of the coordinates by how many workers trained them; the round of least Gamma."""
+    known = [entry for entry in rounds if entry.get("coverage")]
+    least = min(known, key=lambda entry: entry.get("gamma") or 0)
+    counts = {int(count): int(coordinates) for count, coordinates in least["coverage"].items()}
+    total = sum(counts.values())
+    figure = Figure(figsize=(7.2, 2.5), layout="constrained")
+    axes = _axes(figure, f"trainers of a coordinate, round {least.get('round')}", "share")
+    axes.bar(list(counts), [n / total for n in counts.values()], color=BLUE, width=0.8)
+    axes.set_xlim(-0.6, max(counts) + 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def w2_figure(rounds: Sequence[Round]) -> Figure:
+    """w² of every worker under a mask, and w² N / Gamma, over the rounds."""
+    workers: dict[int, list[tuple[int, float]]] = {}
+    for entry in rounds:
+        for client in mappings(entry.get("clients")):
+            if float(client.get("w2") or 0) > 0:
+                point = (int(entry["round"]), float(client["w2"]))
+                workers.setdefault(int(client["client"]), []).append(point)
+    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+    axes = _axes(figure, "round", "w²")
+    marker = "o" if len(rounds) <= FEW else ""
+    for index, points in enumerate(list(workers.values())[:MOST_WORKERS]):
+        label = "w² of each worker" if index == 0 else None
+        (line,) = axes.plot(*zip(*points, strict=True), label=label, color=BLUE, linewidth=1.2)
+        line.set(alpha=0.6, marker=marker, markersize=3)
+    factor = [
+        (int(e["round"]), float(v)) for e in rounds if (v := e.get("w2_n_over_gamma")) is not None
+    ]
+    if factor:
+        axes.plot(*zip(*factor, strict=True), color=ORANGE, linewidth=1.8, label="w² N / Γ")
+    axes.set_yscale("log")
+    axes.legend(frameon=False, labelcolor=INK, fontsize="small")
+    return figure
+
+
+def gradient_figure(found: Mapping[str, Any]) -> Figure:
+    """||grad F||² where it was measured, under the right side of Lemma 4.6."""
+    lemma = mapping(found.get("lemma_4_6"))
+    points = [(n, v) for n, v in lemma.get("left") or [] if v and v > 0]
+    figure = Figure(figsize=(7.2, 2.5), layout="constrained")
+    axes = _axes(figure, "round", "‖∇F‖², nats²")
+    if points:
+        axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", label="measured")
+    if lemma.get("right"):
+        axes.axhline(lemma["right"], color=ORANGE, label="Lemma 4.6 allows, on average")
+    axes.set_yscale("log")
+    axes.legend(frameon=False, labelcolor=INK, fontsize="small")
+    return figure
+
+
+def _axes(figure: Figure, x: str, y: str) -> Axes:
+    axes = figure.add_subplot()
+    styled(axes)
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    return axes
 
 
 def moves_figure(moves: Mapping[str, Sequence[Row]]) -> Figure:

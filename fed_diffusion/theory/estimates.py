@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fed_diffusion.rng import Purpose, philox
 
@@ -184,9 +185,10 @@ def hessian_vector(
 
     The loss and its gradient are computed once; each product is one more backward pass.
     """
-    found = torch.autograd.grad(
-        loss(), parameters, create_graph=True, materialize_grads=True, allow_unused=True
-    )
+    with sdpa_kernel(SDPBackend.MATH):  # the only attention with a second derivative
+        found = torch.autograd.grad(
+            loss(), parameters, create_graph=True, materialize_grads=True, allow_unused=True
+        )
     # where the loss is flat or linear in a tensor, its gradient is a constant
     curved = [i for i, gradient in enumerate(found) if gradient.requires_grad]
     sizes = [parameter.numel() for parameter in parameters]

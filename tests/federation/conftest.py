@@ -20,6 +20,7 @@ TINY = {
     "evaluation.steps": 10,
     "evaluation.every": 1,
     "evaluation.grid": 4,
+    "theory.every": 0,
 }
 
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.report import curves, html
+from fed_diffusion.report import curves, markup
 from fed_diffusion.report.grids import BACKGROUND, grid, save_grid
 from fed_diffusion.report.html import write_report
 from fed_diffusion.report.records import read_record
@@ -214,7 +214,7 @@ def test_hostile_strings_are_shown_not_obeyed(tmp_path: Path) -> None:
 
 @given(st.text())
 def test_no_text_becomes_markup(text: str) -> None:
-    shown = Page(f"<p>{html._number(text)}{html._text(text)}</p>")
+    shown = Page(f"<p>{markup.number(text)}{markup.plain(text)}</p>")
     assert shown.tags == ["p"]
 
 
@@ -263,7 +263,7 @@ def test_a_thousand_clients_do_not_make_a_thousand_rows(tmp_path: Path) -> None:
 
 
 def test_long_timelines_keep_their_first_and_last_grid() -> None:
-    shown = html._spread(list(range(300)), 12)
+    shown = markup.spread(list(range(300)), 12)
     assert (len(shown), shown[0], shown[-1]) == (12, 0, 299)
 
 
