@@ -2,7 +2,8 @@
 
     python benchmarks/diagnostics_cost.py [PRESET] [--repeats 3] [--set KEY=VALUE ...]
 
-One round of all clients, one after another in this process. By default the first and the last round
+One round of all clients, one after another in this process, in seconds of the processor: other work
+on the machine does not count. By default the first and the last round
 of a run are diagnostic ones, so that their extra cost is spread over all rounds.
 """
 
@@ -23,11 +24,11 @@ from fed_diffusion.models.build import build_network, parameters_of
 def seconds(config: Config, worker: Worker, round: int = 1) -> tuple[float, int]:
     """Of one round with aggregation, and the bytes that came up."""
     coordinator = Coordinator(config, parameters_of(build_network(config)))
-    began = time.perf_counter()
+    began = time.process_time()
     for task in coordinator.tasks(round):
         coordinator.receive(worker.run(task))
     summary = coordinator.close_round()
-    return time.perf_counter() - began, summary.bytes_up
+    return time.process_time() - began, summary.bytes_up
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
             times[config is measured].append(took)
     with_it, without = (statistics.median(times[which]) for which in (True, False))
     due = sum(is_due(measured, round) for round in range(1, measured.rounds + 1))
-    print("| | seconds, median | bytes up |\n|---|---|---|")
+    print("| | CPU seconds, median | bytes up |\n|---|---|---|")
     print(f"| a plain round | {without:.2f} | {sizes[False]:,} |")
     print(
         f"| a diagnostic round | {with_it:.2f} ({with_it / without:.3f} times) | {sizes[True]:,} |"

@@ -1,6 +1,11 @@
-"""For every test: how hypothesis runs."""
+"""For every test: how hypothesis runs, and that Ctrl-C works."""
+
+import signal
 
 from hypothesis import settings
 
 settings.register_profile("busy", deadline=None)  # the machine may be busy with something else
 settings.load_profile("busy")
+
+# what a shell starts in the background ignores SIGINT, and so would every command under test
+signal.signal(signal.SIGINT, signal.default_int_handler)
