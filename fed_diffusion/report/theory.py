@@ -179,7 +179,11 @@ def w2_figure(rounds: Sequence[Round]) -> Figure:
     ]
     if factor:
         axes.plot(*zip(*factor, strict=True), color=ORANGE, linewidth=1.8, label="w² N / Γ")
-    axes.set_yscale("log")
+    values = [value for points in (*workers.values(), factor) for _, value in points]
+    if max(values) > 20 * min(values) > 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.08 * max(values))
     axes.legend(frameon=False, labelcolor=INK, fontsize="small")
     return figure
 

@@ -13,7 +13,7 @@ from fed_diffusion.data import ImageSet, class_count, image_shape, partition
 from fed_diffusion.federation.aggregate import MaskedMean
 from fed_diffusion.federation.codecs import kept_of
 from fed_diffusion.federation.coordinator import Coordinator
-from fed_diffusion.federation.worker import Worker
+from fed_diffusion.federation.worker import Worker, pinned_threads
 from fed_diffusion.masks.plan import plan_round
 from fed_diffusion.masks.recipes import Masks, Recipe, pruning_error
 from fed_diffusion.models.build import build_network, parameters_of
@@ -94,7 +94,7 @@ def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Pro
     effort = _effort(config, sum(value.numel() for value in theta.values()))
     sketch = Sketch(config.seed, SKETCH)
     losses, sketches = [], []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), pinned_threads(config.worker.threads):
         for client in range(effort.workers):
             few = worker.minibatches(theta, client, 0, effort.minibatches, effort.images)
             values, gradients = sampled_gradients(*few, sketch)
