@@ -222,7 +222,7 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client_app import honest
+from client_app import honest, work
 from client_app.messages import to_records, to_task
 from fed_diffusion.federation.codecs import Packed
 from fed_diffusion.federation.records import Update
@@ -239,7 +239,7 @@ def train(message, context):
     fault = FAULTS[task.client]
     if fault == "raises":
         raise RuntimeError("broken by design")
-    update = honest._worker(message).run(task)
+    update = work.worker_of(message.content, context.node_config).run(task)
     if fault == "nothing":
         return Message(RecordDict(), reply_to=message)
     return Message(to_records(spoiled(update, fault)), reply_to=message)

@@ -17,10 +17,11 @@ from fed_diffusion.deploy import Deployment, init
 from fed_diffusion.runs import RunDir
 from tests.data.test_own import save
 from tests.federation.conftest import TINY
-from tests.lab.hosts import Hosts, why_not
+from tests.lab.hosts import SCRIPTS, Hosts, why_not
 
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(why_not()), reason=why_not() or "ready")]
 PORT = 8443
+PROGRAM = SCRIPTS / "fed-diffusion"
 SERVER, STRANGER = 0, 3
 
 
@@ -76,8 +77,7 @@ class Lab(Hosts):
         """`deploy run` in the background; its exit code is the run's."""
         pairs = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
         command = ("deploy", "run", self.bundles / "operator", "digits", "--nodes", "2")
-        program = shutil.which("fed-diffusion", path=self._environment({})["PATH"])
-        return self.start(SERVER, program, *command, "--out", path, *pairs, log="train.log")
+        return self.start(SERVER, PROGRAM, *command, "--out", path, *pairs, log="train.log")
 
     def wait_for(self, condition, seconds=180):
         end = time.monotonic() + seconds
@@ -118,7 +118,7 @@ def test_a_run_across_three_hosts_ends_with_a_report(lab, tmp_path):
     assert all([c["client"] for c in line["clients"]] == [0, 1] for line in lines)
     for node in (1, 2):
         bundle = lab.bundles / f"node-{node}"
-        checked = lab.run(node, shutil.which("fed-diffusion"), "doctor", bundle)
+        checked = lab.run(node, PROGRAM, "doctor", bundle)
         assert checked.returncode == 0, checked.stdout
 
 
@@ -195,9 +195,8 @@ def test_who_should_not_get_in_does_not_and_is_told_why(lab, tmp_path):
     assert "2004" in unlisted.stdout + unlisted.stderr
     assert "has not" in unlisted.stderr  # our own words before Flower's
     # a certificate of another CA
-    doctor = shutil.which("fed-diffusion")
     another = init(tmp_path / "another", Deployment((lab.address(SERVER),), 1, PORT))
-    checked = lab.run(STRANGER, doctor, "doctor", another / "node-1")
+    checked = lab.run(STRANGER, PROGRAM, "doctor", another / "node-1")
     assert checked.returncode == 1
     assert "certificate is not one of" in checked.stdout
     # plain text
