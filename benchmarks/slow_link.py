@@ -35,6 +35,8 @@ COMMON = {
     "evaluation.every": 0,
     "evaluation.reference": "none",
     "evaluation.denoise": False,
+    "evaluation.steps": 10,
+    "evaluation.grid": 1,
 }
 CASES = {
     "dense fp32": {},

@@ -14,6 +14,7 @@ from client_app.messages import to_records, to_task
 from fed_diffusion.config import ConfigError, build_config
 from fed_diffusion.data import load_own
 from fed_diffusion.federation.worker import Worker
+from fed_diffusion.masks.budget import BudgetError
 
 NodeConfig = Mapping[str, object]
 
@@ -48,7 +49,7 @@ def train(content: RecordDict, node: NodeConfig) -> RecordDict:
 def hello(content: RecordDict, node: NodeConfig) -> RecordDict:
     """Load and check everything; say which partition this node is and what it can carry.
 
-    Data that do not fit are no crash: the answer says what is wrong with them.
+    Data that do not fit, or a machine too small, are no crash: the answer says what is wrong.
     """
     numbers: dict[str, int | float] = {
         "partition-id": int(str(node.get("partition-id", 0))),
@@ -57,14 +58,14 @@ def hello(content: RecordDict, node: NodeConfig) -> RecordDict:
     }
     try:
         worker = worker_of(content, node)
-    except ConfigError as error:
+        numbers["images"] = len(worker.dataset)
+        if worker.config.pruning.budget == "node":
+            numbers["keep"] = float(str(node.get("keep", 1.0)))
+        elif worker.config.pruning.budget == "auto":
+            numbers |= worker.budget().to_metrics()
+    except (ConfigError, BudgetError) as error:
         refused = ConfigRecord({"refused": str(error)})
         return RecordDict({"metrics": MetricRecord(dict(numbers)), "about": refused})
-    numbers["images"] = len(worker.dataset)
-    if worker.config.pruning.budget == "node":
-        numbers["keep"] = float(str(node.get("keep", 1.0)))
-    elif worker.config.pruning.budget == "auto":
-        numbers |= worker.budget().to_metrics()
     return RecordDict({"metrics": MetricRecord(dict(numbers))})
 
 
