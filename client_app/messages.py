@@ -1,6 +1,14 @@
-"""Payloads as Flower records, and back. Values travel as raw bytes under our own stype."""
+"""Payloads as Flower records, and back.
+
+All values of a message travel as one array of raw bytes under our own stype, with an index beside
+them. Flower carries every array as objects of their own, with several requests for each: a network
+of a hundred tensors would spend its round on them.
+"""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Iterator
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -9,26 +17,34 @@ from fed_diffusion.federation.records import Task, Update
 from fed_diffusion.federation.wire import Packed, Payload
 
 STYPE = "fed-diffusion.raw"
+VALUES = "values"
+ALIGNMENT = 8
+"""Bytes: tensors are read where they lie, and start at multiples of it."""
 
 
 def to_records(part: Task | Update, config_json: str | None = None) -> RecordDict:
     """A task or an update as a message's content; `config_json` goes along towards a client."""
-    arrays = ArrayRecord(
-        {
-            name: Array(dtype=packed.dtype, shape=packed.shape, stype=STYPE, data=packed.data)
-            for name, packed in part.payload.arrays.items()
-        }
+    arrays = part.payload.arrays
+    index = [[name, it.dtype, list(it.shape), len(it.data)] for name, it in arrays.items()]
+    values = b"".join(
+        piece for it in arrays.values() for piece in (it.data, _padding(len(it.data)))
     )
     about: dict[str, int | str] = {"round": part.round, "client": part.client}
+    about["index"] = json.dumps(index)
     if config_json is not None:
         about["config"] = config_json
+    array = Array(dtype="uint8", shape=(len(values),), stype=STYPE, data=values)
     return RecordDict(
         {
-            "arrays": arrays,
+            "arrays": ArrayRecord({VALUES: array}),
             "metrics": MetricRecord(dict(part.payload.numbers)),
             "about": ConfigRecord(dict(about)),
         }
     )
+
+
+def _padding(length: int) -> bytes:
+    return bytes(-length % ALIGNMENT)
 
 
 def to_task(content: RecordDict) -> Task:
@@ -49,12 +65,11 @@ def _parts(content: RecordDict) -> tuple[int, int, Payload]:
         assert isinstance(arrays, ArrayRecord)
         assert isinstance(numbers, MetricRecord)
         assert isinstance(about, ConfigRecord)
-        packed = {}
-        for name in list(arrays):
-            array = arrays.pop(name)
-            if array.stype != STYPE:
-                raise UpdateError(f"{name} has stype {array.stype!r}, not {STYPE!r}")
-            packed[name] = Packed(array.dtype, tuple(array.shape), array.data)
+        array, index = arrays.pop(VALUES), about["index"]
+        assert isinstance(index, str)
+        if array.stype != STYPE:
+            raise UpdateError(f"its values have stype {array.stype!r}, not {STYPE!r}")
+        packed = dict(_unpacked(array.data, index))
         fields = {key: _number(key, value) for key, value in numbers.items()}
         round, client = about["round"], about["client"]
         assert isinstance(round, int)
@@ -62,6 +77,34 @@ def _parts(content: RecordDict) -> tuple[int, int, Payload]:
     except (KeyError, AssertionError) as error:
         raise UpdateError(f"not a message of this app: {error!r}") from error
     return round, client, Payload(packed, fields)
+
+
+def _unpacked(values: bytes, index: str) -> Iterator[tuple[str, Packed]]:
+    """The arrays that an index names; it came over the network, and has to fit to the byte."""
+    try:
+        entries = [_entry(*entry) for entry in json.loads(index)]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UpdateError(f"its index of arrays cannot be read: {error!r}") from error
+    if len({name for name, *_ in entries}) != len(entries):
+        raise UpdateError("its index names an array twice")
+    # summed up before anything is cut: a length that is not there would cut short in silence
+    total = sum(length + len(_padding(length)) for *_, length in entries)
+    if total != len(values):
+        raise UpdateError(f"its index is of {total} bytes, and {len(values)} are sent")
+    whole, start = memoryview(values), 0
+    for name, dtype, shape, length in entries:
+        yield name, Packed(dtype, shape, whole[start : start + length])
+        start += length + len(_padding(length))
+
+
+def _entry(
+    name: str, dtype: str, shape: list[int], length: int
+) -> tuple[str, str, tuple[int, ...], int]:
+    if not (isinstance(name, str) and isinstance(dtype, str) and isinstance(shape, list)):
+        raise TypeError("an entry is not of the form [name, type, shape, bytes]")
+    if not all(type(count) is int and count >= 0 for count in (*shape, length)):
+        raise ValueError(f"a count of {name!r} is not a whole number from 0")
+    return name, dtype, tuple(shape), length
 
 
 def _number(key: str, value: int | float | list[int] | list[float]) -> int | float | list[int]:

@@ -32,6 +32,10 @@ from fed_diffusion.config import ConfigError
 PORT_INSIDE = 8000
 """Where the SuperLink listens, on loopback."""
 MOST_NODES = 1000
+KEPT = f"""\
+    # connections are kept for the next request; for less than the 5 s that the SuperLink keeps them
+    upstream kept {{ server 127.0.0.1:{PORT_INSIDE}; keepalive 16; keepalive_timeout 3s; }}"""
+RESOLVED = "    resolver 127.0.0.11 valid=5s;  # a container that is made anew has another address"
 HOME = "/etc/fed-diffusion"
 """Where the systemd units expect a bundle."""
 PACKAGES = ("fed-diffusion", "flwr", "torch", "numpy")
@@ -141,8 +145,8 @@ def _write_all(folder: Path, target: Path, wanted: Deployment) -> None:
     files |= {
         "common.sh": _template("common.sh").encode(),
         "server.crt": server.certificate_pem + ca,
-        "nginx.conf": _nginx(wanted, "127.0.0.1", ""),
-        "nginx.compose.conf": _nginx(wanted, "superlink", "    resolver 127.0.0.11 valid=5s;"),
+        "nginx.conf": _nginx(wanted, "kept", KEPT),
+        "nginx.compose.conf": _nginx(wanted, f"superlink:{PORT_INSIDE}", RESOLVED),
         "compose.yaml": _compose("server"),
         ".env": f"PORT={wanted.port}\n".encode(),
     }
@@ -226,7 +230,7 @@ def _units(*programs: str) -> dict[str, bytes]:
     }
 
 
-def _nginx(wanted: Deployment, upstream: str, resolver: str) -> bytes:
+def _nginx(wanted: Deployment, upstream: str, superlink: str) -> bytes:
     control = ["        location /v1/control/ { return 403; }  # the operator works on the server"]
     if wanted.operators:
         control = ["        location /v1/control/ {"]
@@ -234,7 +238,7 @@ def _nginx(wanted: Deployment, upstream: str, resolver: str) -> bytes:
         control += ["            deny all;", "            proxy_pass $superlink;", "        }"]
     listen = f"        listen [::]:{wanted.port} ssl;" if ":" in wanted.server[0] else ""
     more = {"CONTROL": "\n".join(control), "UPSTREAM": upstream, "LISTEN6": listen}
-    return _fill("nginx.conf", wanted, RESOLVER=resolver, **more)
+    return _fill("nginx.conf", wanted, SUPERLINK=superlink, **more)
 
 
 def _compose(side: str) -> bytes:

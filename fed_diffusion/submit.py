@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from fed_diffusion.superlink import EngineError, bin_dirs, stop_signals_interrup
 
 CONNECTION = "deployment"
 LOOK_S = 3.0
-"""Between questions to Flower; each costs it a second of CPU here."""
+"""Between questions to Flower; each costs a second of CPU here."""
+LOG_LOOK_S = 20.0
+"""The same while the run's log streams, for the log ends with the run."""
 JOIN_S = 300.0
 """How long to wait for nodes."""
 GONE_S = 600.0
@@ -116,7 +119,7 @@ def submit(operator: Operator, config: Config, run_dir: Path, nodes: int) -> Non
     with stop_signals_interrupt():
         log = operator.follow(run_id)
         try:
-            status, details = _wait_for_end(operator, run_id)
+            status, details = _wait_for_end(operator, run_id, log)
             log.wait(ANSWER_S)  # the last lines are still on their way
         except subprocess.TimeoutExpired:
             pass
@@ -135,10 +138,12 @@ def _wait_for_nodes(operator: Operator, wanted: int) -> None:
         time.sleep(LOOK_S)
 
 
-def _wait_for_end(operator: Operator, run_id: str) -> tuple[str, str]:
+def _wait_for_end(operator: Operator, run_id: str, log: subprocess.Popen[bytes]) -> tuple[str, str]:
     """The run's last status; a SuperLink that is away for a while is waited for."""
     heard = time.monotonic()
     while True:
+        with suppress(subprocess.TimeoutExpired):
+            log.wait(LOG_LOOK_S)
         try:
             status, details = operator.status(run_id)
             heard = time.monotonic()
@@ -147,4 +152,5 @@ def _wait_for_end(operator: Operator, run_id: str) -> tuple[str, str]:
         except EngineError as error:
             if time.monotonic() - heard > GONE_S:
                 raise EngineError(f"the SuperLink is gone for {GONE_S:g} s: {error}") from error
-        time.sleep(LOOK_S)
+        if log.poll() is not None:
+            time.sleep(LOOK_S)

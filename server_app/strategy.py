@@ -18,7 +18,7 @@ from fed_diffusion.experiment import Experiment
 from fed_diffusion.federation.aggregate import UpdateError
 from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.records import Task
-from server_app.nodes import JOIN_S, POLL_S, Host, Nodes, Numbers, pull, reason_of, replies
+from server_app.nodes import JOIN_S, Host, Nodes, Numbers, Patience, pull, reason_of, replies
 
 DEAD_ACTOR = "ray.exceptions.ActorDiedError"
 
@@ -59,6 +59,7 @@ class FedDiffusion(Strategy):
         """Tasks to whoever is free, until the buffer is full; what is out stays out."""
         assert self._nodes is not None
         clients, seconds = list(range(self.config.clients)), self.config.round.deadline_s
+        patience = Patience()
         while not self.experiment.enough():
             available = self._nodes.wait_for(clients, 1, min(seconds, JOIN_S))
             for task in self.experiment.tasks(round, available):
@@ -69,6 +70,7 @@ class FedDiffusion(Strategy):
                 break  # nobody is there: below the quorum
             for message_id, (client, node, expires) in list(self._out.items()):
                 for reply in pull(grid, message_id):
+                    patience = Patience()
                     del self._out[message_id]
                     self._receive(reply, client, node)
                 if message_id in self._out and time.monotonic() > expires:
@@ -76,7 +78,7 @@ class FedDiffusion(Strategy):
                     self._reject(client, f"no reply within {seconds:g} s", node)
                 if self.experiment.enough():
                     break
-            time.sleep(POLL_S)
+            time.sleep(patience.pause())
         self._name_refused()
 
     def _send(self, grid: Grid, task: Task) -> list[tuple[str, Host]]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -96,7 +97,8 @@ class Deployment:
         """The SuperNode with its ClientApp, which is a process of its own."""
         parent = psutil.Process(self.nodes[partition].pid)
         for process in [*parent.children(recursive=True), parent]:
-            process.send_signal(number)
+            with suppress(psutil.NoSuchProcess):  # a ClientApp that has just ended
+                process.send_signal(number)
 
     def online(self):
         """How many nodes the SuperLink holds to be there; it takes a minute to see one die."""

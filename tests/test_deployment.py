@@ -187,6 +187,42 @@ def test_a_serverapp_killed_three_times_ends_with_the_bits_of_a_run_left_alone(t
     assert [line["round"] for line in lines_of(path)] == [1, 2, 3, 4]
 
 
+def test_a_node_keeps_one_worker_process_and_gets_a_new_one_when_it_is_killed(tmp_path):
+    """Killed in a task it costs that update only, with the reason; it ends with its SuperNode."""
+    path = tmp_path / "run"
+    settings = {"clients": 2, "rounds": 6, "local.steps": 400, "round.quorum": 1}
+    with Deployment(tmp_path / "flwr") as flower:
+
+        def workers():
+            return {p.pid: p for p in flower.processes() if "client_app.warm" in p.cmdline()}
+
+        for partition in range(2):
+            flower.start_node(partition, 2)
+        flower.wait_for_nodes(2)
+        running = in_background(flower, run_config(path, **settings))
+        wait_until(lambda: len(lines_of(path)) == 1)
+        first = workers()
+        assert len(first) == 2
+        wait_until(lambda: len(lines_of(path)) == 2)
+        assert workers().keys() == first.keys()
+        victim = next(iter(first.values()))
+        before = victim.cpu_times().user
+        wait_until(lambda: victim.cpu_times().user > before + 0.3)  # it is in a task
+        victim.kill()
+        running.join()
+        assert victim.pid not in workers()
+        assert len(workers()) == 2
+        for partition in range(2):
+            flower.signal_node(partition, signal.SIGTERM)
+        wait_until(lambda: not workers())
+    lines = lines_of(path)
+    assert status_of(path)["state"] == "finished"
+    (line,) = [line for line in lines if line["rejected"]]
+    (refusal,) = line["rejected"]
+    assert "died in this task" in refusal["reason"]
+    assert all(len(it["clients"]) == 2 for it in lines if it is not line)
+
+
 def test_clients_that_raise_or_lie_cost_their_own_updates_and_are_named(tmp_path):
     faults = ["fine", "raises", "nan", "wrong shape", "wrong recipe", "huge", "nothing"]
     path, app = tmp_path / "run", tmp_path / "app"
@@ -222,7 +258,7 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client_app import honest
+from client_app import honest, work
 from client_app.messages import to_records, to_task
 from fed_diffusion.federation.codecs import Packed
 from fed_diffusion.federation.records import Update
@@ -239,7 +275,7 @@ def train(message, context):
     fault = FAULTS[task.client]
     if fault == "raises":
         raise RuntimeError("broken by design")
-    update = honest._worker(message).run(task)
+    update = work.worker_of(message.content, context.node_config).run(task)
     if fault == "nothing":
         return Message(RecordDict(), reply_to=message)
     return Message(to_records(spoiled(update, fault)), reply_to=message)

@@ -16,11 +16,12 @@ from tests.localgrid import LocalGrid
 
 
 def save(folder, images, labels=None):
-    """Images [n, 1, H, W] as PNG files, in folders by class where there are labels."""
+    """Images [n, C, H, W], grey or RGB, as PNG files, in folders by class if there are labels."""
     for i, image in enumerate(images):
         target = folder / (str(int(labels[i])) if labels is not None else ".") / f"{i:04d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image[0].numpy()).save(target)
+        pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+        Image.fromarray(pixels.numpy()).save(target)
     return folder
 
 

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+CABLE = Path(__file__).with_name("cable.py")
 NET = "10.78.0"
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
@@ -78,6 +79,20 @@ class Hosts:
 
     def mend(self, host):
         ip("-n", self._name("hub"), "link", "set", f"p{host}", "up")
+
+    def lengthen(self, host, mbit, ms):
+        """A long thin cable in the place of the host's: `mbit` each way, `ms` one way."""
+        hub, name = self._name("hub"), self._name(host)
+        ip("-n", hub, "link", "del", f"p{host}")
+        command = [sys.executable, CABLE, hub, f"p{host}", name, "eth0", mbit, ms]
+        cable = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, start_new_session=True
+        )
+        self._started.append(cable)
+        cable.stdout.readline()  # it is there
+        ip("-n", hub, "link", "set", f"p{host}", "master", "br0", "up")
+        ip("-n", name, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
+        ip("-n", name, "link", "set", "eth0", "up")
 
     def start(self, host, *command, log, **environment):
         """A process on a host, its output in the file `log`; it leads a session of its own."""

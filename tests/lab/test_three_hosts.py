@@ -11,83 +11,14 @@ import time
 
 import pytest
 
-from fed_diffusion.config import load_config
-from fed_diffusion.data import load_dataset
 from fed_diffusion.deploy import Deployment, init
 from fed_diffusion.runs import RunDir
-from tests.data.test_own import save
 from tests.federation.conftest import TINY
-from tests.lab.hosts import Hosts, why_not
+from tests.lab.hosts import why_not
+from tests.lab.lab import PORT, PROGRAM, SERVER, Lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(why_not()), reason=why_not() or "ready")]
-PORT = 8443
-SERVER, STRANGER = 0, 3
-
-
-class Lab(Hosts):
-    """A server, two nodes with images of their own, and a stranger."""
-
-    def __init__(self, folder):
-        super().__init__(4, folder)
-        self.bundles = init(folder / "made", Deployment((self.address(SERVER),), 2, PORT))
-        digits = load_dataset(load_config("digits").data)
-        for node, part in ((1, slice(0, 900)), (2, slice(900, 1797))):
-            images = save(folder / f"images-{node}", digits.images[part], digits.labels[part])
-            config = self.bundles / f"node-{node}" / "node.toml"
-            text = config.read_text().replace("/srv/fed-diffusion/images", str(images))
-            config.write_text(text)
-
-    def __enter__(self):
-        super().__enter__()
-        try:
-            self.superlink = self._serve("superlink")
-            self.superexec = self._serve("superexec")
-            self.proxy = self._serve("proxy")
-            self.wait_for(lambda: self.operator("register.sh").returncode == 0)
-            self.nodes = {node: self.start_node(node) for node in (1, 2)}
-            self.wait_for(lambda: self.online() == 2)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _serve(self, name):
-        return self.start(SERVER, self.bundles / f"server/{name}.sh", log=f"{name}.log")
-
-    def start_node(self, node, host=None, bundle=None, **environment):
-        """A SuperNode that is started again when it ends, as systemd and Docker do."""
-        script = (bundle or self.bundles) / f"node-{node}/supernode.sh"
-        again = f"while :; do {script}; sleep 5; done"
-        log = f"node-{node}-{host or node}.log"
-        return self.start(host or node, "sh", "-c", again, log=log, **environment)
-
-    def restart_superlink(self):
-        self.superlink = self._serve("superlink")
-
-    def operator(self, *command, timeout=120):
-        script, *arguments = command
-        return self.run(SERVER, self.bundles / "operator" / script, *arguments, timeout=timeout)
-
-    def online(self):
-        listed = self.operator("flwr.sh", "supernode", "list", "deployment", "--format", "json")
-        return listed.stdout.count('"online"')
-
-    def submit(self, path, **settings):
-        """`deploy run` in the background; its exit code is the run's."""
-        pairs = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
-        command = ("deploy", "run", self.bundles / "operator", "digits", "--nodes", "2")
-        program = shutil.which("fed-diffusion", path=self._environment({})["PATH"])
-        return self.start(SERVER, program, *command, "--out", path, *pairs, log="train.log")
-
-    def wait_for(self, condition, seconds=180):
-        end = time.monotonic() + seconds
-        while not condition():
-            logs = "\n".join(f"== {p.name}\n{p.read_text()[-1500:]}" for p in self.logs())
-            assert time.monotonic() < end, f"it did not happen in {seconds} s\n{logs}"
-            time.sleep(0.5)
-
-    def logs(self):
-        return sorted(self.folder.glob("*.log"))
+STRANGER = 3
 
 
 @pytest.fixture
@@ -118,7 +49,7 @@ def test_a_run_across_three_hosts_ends_with_a_report(lab, tmp_path):
     assert all([c["client"] for c in line["clients"]] == [0, 1] for line in lines)
     for node in (1, 2):
         bundle = lab.bundles / f"node-{node}"
-        checked = lab.run(node, shutil.which("fed-diffusion"), "doctor", bundle)
+        checked = lab.run(node, PROGRAM, "doctor", bundle)
         assert checked.returncode == 0, checked.stdout
 
 
@@ -127,7 +58,8 @@ def test_flwr_run_by_the_printed_command_works(lab, tmp_path):
 
     pairs = " ".join(f"{k}={v}".replace(" ", "") for k, v in settings(rounds=2).items())
     config = f"preset='digits' run-dir='{tmp_path / 'run'}' set='{pairs}'"
-    lab.operator("flwr.sh", "run", ROOT, "deployment", "--stream", "--run-config", config)
+    what = ("run", ROOT, "deployment", "--stream", "--run-config", config)
+    lab.operator("flwr.sh", *what, timeout=600)
     assert RunDir(tmp_path / "run").finished()
 
 
@@ -195,9 +127,8 @@ def test_who_should_not_get_in_does_not_and_is_told_why(lab, tmp_path):
     assert "2004" in unlisted.stdout + unlisted.stderr
     assert "has not" in unlisted.stderr  # our own words before Flower's
     # a certificate of another CA
-    doctor = shutil.which("fed-diffusion")
     another = init(tmp_path / "another", Deployment((lab.address(SERVER),), 1, PORT))
-    checked = lab.run(STRANGER, doctor, "doctor", another / "node-1")
+    checked = lab.run(STRANGER, PROGRAM, "doctor", another / "node-1")
     assert checked.returncode == 1
     assert "certificate is not one of" in checked.stdout
     # plain text

@@ -1,0 +1,72 @@
+"""What a node does for a message: records in, a worker does the task, records out.
+
+Imports torch. The ClientApp's own process does not; it hands over to here through warm.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+
+from client_app.messages import to_records, to_task
+from fed_diffusion.config import ConfigError, build_config
+from fed_diffusion.data import load_own
+from fed_diffusion.federation.worker import Worker
+from fed_diffusion.masks.budget import BudgetError
+
+NodeConfig = Mapping[str, object]
+
+_resident: tuple[tuple[str | None, ...], Worker] | None = None
+
+
+def worker_of(content: RecordDict, node: NodeConfig) -> Worker:
+    """The worker for this run; the model and the data stay in memory between messages."""
+    global _resident
+    about = content["about"]
+    assert isinstance(about, ConfigRecord)
+    settings = str(about["config"])
+    key = (settings, *_own(node))
+    if _resident is None or _resident[0] != key:
+        config = build_config(json.loads(settings))
+        own = load_own(config, *_own(node)) if any(_own(node)) else None
+        _resident = (key, Worker(config, own, own=own is not None))
+    return _resident[1]
+
+
+def _own(node: NodeConfig) -> tuple[str | None, str | None]:
+    """The folder and the data set that the node config names."""
+    folder, name = (node.get(key) for key in ("data-dir", "dataset"))
+    return str(folder) if folder else None, str(name) if name else None
+
+
+def train(content: RecordDict, node: NodeConfig) -> RecordDict:
+    """Run one task of one client."""
+    return to_records(worker_of(content, node).run(to_task(content)))
+
+
+def hello(content: RecordDict, node: NodeConfig) -> RecordDict:
+    """Load and check everything; say which partition this node is and what it can carry.
+
+    Data that do not fit, or a machine too small, are no crash: the answer says what is wrong.
+    """
+    numbers: dict[str, int | float] = {
+        "partition-id": int(str(node.get("partition-id", 0))),
+        "num-partitions": int(str(node.get("num-partitions", 0))),
+        "own-data": int(any(_own(node))),
+    }
+    try:
+        worker = worker_of(content, node)
+        numbers["images"] = len(worker.dataset)
+        if worker.config.pruning.budget == "node":
+            numbers["keep"] = float(str(node.get("keep", 1.0)))
+        elif worker.config.pruning.budget == "auto":
+            numbers |= worker.budget().to_metrics()
+    except (ConfigError, BudgetError) as error:
+        refused = ConfigRecord({"refused": str(error)})
+        return RecordDict({"metrics": MetricRecord(dict(numbers)), "about": refused})
+    return RecordDict({"metrics": MetricRecord(dict(numbers))})
+
+
+KINDS: dict[str, Callable[[RecordDict, NodeConfig], RecordDict]] = {"train": train, "hello": hello}
