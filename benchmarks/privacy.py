@@ -1,6 +1,6 @@
 """What differential privacy of clients costs in quality: digits FID against epsilon.
 
-    python benchmarks/privacy.py [--clients 100] [--rounds 25] [--out runs/privacy]
+    python benchmarks/privacy.py [--clients 100] [--rounds 25] [--clip 1] [--out runs/privacy]
 
 Virtual clients in one process, each round draws `--fraction` of them; every run trains the same
 network for as many rounds, seed 0. Without privacy, then with clipping to C and each noise
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--fraction", type=float, default=0.2)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--clip", type=float, default=0.3)
+    parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--noise", type=float, nargs="*", default=[0.02, 0.1, 0.5])
     parser.add_argument("--out", type=Path, default=Path("runs/privacy"))
     arguments = parser.parse_args()
