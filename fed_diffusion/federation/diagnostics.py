@@ -146,9 +146,7 @@ class Diagnostics:
         chosen = sorted(whole, key=lambda client: rank[client])[:MOST_WORKERS]
         if not chosen or not is_due(self._config, round):
             return
-        asked = dict.fromkeys(chosen, 0)
-        if not self._config.worker.compile:  # compiled networks have no second derivative
-            asked[chosen[0]] = PRODUCTS
+        asked = dict.fromkeys(chosen, 0) | {chosen[0]: PRODUCTS}
         self._open = _Open(self._sketch(theta.values()), asked)
 
     def question(self, client: int) -> Numbers:

@@ -159,8 +159,10 @@ class Worker:
         parameters, losses
             What to differentiate by; `count` functions, each of which always gives the same loss.
         """
-        network, forward = self._network(theta)
+        network, _ = self._network(theta)
         network.eval()
+        # not the compiled one, which has no second derivative and would be compiled anew for this
+        forward = evaluator(network, self.config, self.device)
         train, _ = split_holdout(self._images_of(client), self.config, client)
 
         def loss(index: Tensor, seed: int) -> Tensor:
