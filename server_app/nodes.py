@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from logging import INFO, WARNING
 from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
+from flwr.superlink.grid import InMemoryGrid
 
 POLL_S = 0.05
 """Between looks for replies, at first; Flower's own loop waits up to 3 s."""
@@ -214,6 +216,19 @@ def replies(
             patience = Patience()
         else:
             time.sleep(min(patience.pause(), max(0.0, deadline - time.monotonic())))
+
+
+def most_out(grid: Grid) -> float:
+    """How many messages of a round may be out at once: in a simulation two for each core of Ray's.
+
+    There they lie in this process until a Ray worker is free, so that a round of hundreds of
+    clients would hold the network hundreds of times. SuperNodes fetch theirs at once.
+    """
+    if not isinstance(grid, InMemoryGrid):
+        return math.inf
+    import ray
+
+    return 2 * max(1.0, ray.cluster_resources().get("CPU", 1.0))
 
 
 def reason_of(error: Error) -> str:

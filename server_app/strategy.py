@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from logging import INFO, WARNING
 from typing import Any
 
@@ -18,7 +18,17 @@ from fed_diffusion.experiment import Experiment
 from fed_diffusion.federation.aggregate import UpdateError
 from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.records import Task
-from server_app.nodes import JOIN_S, Host, Nodes, Numbers, Patience, pull, reason_of, replies
+from server_app.nodes import (
+    JOIN_S,
+    Host,
+    Nodes,
+    Numbers,
+    Patience,
+    most_out,
+    pull,
+    reason_of,
+    replies,
+)
 
 DEAD_ACTOR = "ray.exceptions.ActorDiedError"
 
@@ -101,19 +111,27 @@ class FedDiffusion(Strategy):
         available = self._nodes.wait_for(list(clients), coordinator.quorum(), patience)
         deadline = time.monotonic() + seconds
         waiting: dict[str, tuple[int, int]] = {}
-        for task in self.experiment.tasks(round, available):
-            waiting |= {m: (task.client, host.node) for m, host in self._send(grid, task)}
+        tasks, most = self.experiment.tasks(round, available), most_out(grid)
+        self._fill(grid, waiting, tasks, most)
         for message_id, reply in replies(grid, waiting, deadline):
             self._receive(reply, *waiting.pop(message_id))
             if self.experiment.enough():
                 break
+            self._fill(grid, waiting, tasks, most)
         self._late |= dict.fromkeys(waiting, deadline)
         early = self.experiment.enough()
         why = "there were enough updates without it" if early else f"no reply within {seconds:g} s"
         nodes = dict(waiting.values())
-        for client in coordinator.waiting():
+        for client in coordinator.waiting() + ([] if early else coordinator.unsent()):
             self._reject(client, why, nodes.get(client))
         self._name_refused()
+
+    def _fill(
+        self, grid: Grid, out: dict[str, tuple[int, int]], tasks: Iterator[Task], most: float
+    ) -> None:
+        """Send tasks until `most` messages are out; each is encoded when it is sent."""
+        while len(out) < most and (task := next(tasks, None)):
+            out |= {m: (task.client, host.node) for m, host in self._send(grid, task)}
 
     def _name_refused(self) -> None:
         """A client whose node cannot be used is in the round's record, with the reason."""

@@ -274,8 +274,12 @@ class Coordinator:
         return self._open is not None and len(self._open.clients) >= self._open.target
 
     def waiting(self) -> list[int]:
-        """Clients of the open round that have not been heard of."""
+        """Clients of the open round that have a task and have not been heard of."""
         return list(self._state().waiting)
+
+    def unsent(self) -> list[int]:
+        """Clients of the open round whose task has not been made yet."""
+        return [client for client in self._state().recipes if client not in self._state().lost]
 
     def _accept(self, state: _Open, update: Update) -> None:
         agreed, weight = self._agreed(update)
