@@ -106,26 +106,50 @@ class MaskedMean:
         whole = int(weight)
         if whole != weight or whole < 1:
             raise UpdateError(f"weight = {weight}; it must be a positive whole number")
-        largest = self._check(values, masks, whole)
+        self._check(values, masks, whole)
+        self._add_values(values, masks, whole)
         self._room -= 1
-        for name, value in values.items():
+        for name in values:
             mask = masks.get(name)
             if isinstance(mask, Block):
-                sums = self._block_sums(name, mask, whole)
-                _add_fixed_point(sums, value, None, whole, largest[name])
+                self._pending[name].weight += whole
+                self._pending[name].workers += 1
             else:
-                _add_fixed_point(self._sums[name], value, mask, whole, largest[name])
                 self._count(name, mask, whole)
 
-    def _block_sums(self, name: str, block: Block, weight: int) -> Tensor:
+    def _add_values(
+        self, values: Mapping[str, Tensor], masks: Mapping[str, Tensor | Block], weight: int
+    ) -> None:
+        """Add, looking at each part on the way; what is bad takes out again all that went before.
+
+        Whole numbers come out as they went in, and to look first would read every value twice.
+        """
+        done: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        for name, value in values.items():
+            mask = masks.get(name)
+            bools = None if isinstance(mask, Block) else mask
+            sums = self._block_sums(name, mask) if isinstance(mask, Block) else self._sums[name]
+            end, largest = _add_fixed_point(sums, value, bools, weight, self._limit)
+            if end == sums.numel():
+                done.append((sums, value, bools))
+                continue
+            _add_fixed_point(sums, value, bools, -weight, self._limit, end)
+            for added in done:
+                _add_fixed_point(*added, -weight, self._limit)
+            if not largest < float("inf"):
+                raise UpdateError(f"{name} holds values that are not finite")
+            raise UpdateError(
+                f"{name} holds values as large as {largest:.3g} (weight {weight}): "
+                f"beyond {self._limit:g}"
+            )
+
+    def _block_sums(self, name: str, block: Block) -> Tensor:
         """Blocks are summed densely while one like the last follows, as for workers of one size."""
         pending = self._pending.get(name)
         if pending is None or pending.block.runs != block.runs:
             self._settle(name)
             pending = _Pending(block, torch.zeros(block.kept, dtype=torch.int64))
             self._pending[name] = pending
-        pending.weight += weight
-        pending.workers += 1
         return pending.sums
 
     def _settle(self, name: str) -> None:
@@ -142,8 +166,8 @@ class MaskedMean:
         values: Mapping[str, Tensor],
         masks: Mapping[str, Tensor | Block],
         weight: int,
-    ) -> dict[str, float]:
-        """Refuse what must not count; returns the largest magnitude of each tensor."""
+    ) -> None:
+        """Refuse an update that is not of this model; values are looked at as they are added."""
         if self._room < 1 or weight >= self._limit:
             raise UpdateError(f"no room for this update (weight {weight}); see `workers`")
         if values.keys() != self._theta.keys():
@@ -151,19 +175,8 @@ class MaskedMean:
             raise UpdateError(f"tensor names differ from the model's, first of them: {odd}")
         if unknown := sorted(masks.keys() - self._theta.keys())[:3]:
             raise UpdateError(f"masks for tensors the model lacks, first of them: {unknown}")
-        largest = {}
         for name, value in values.items():
-            mask = masks.get(name)
-            self._check_shape(name, value, mask)
-            largest[name] = _largest(value, mask)
-            if not largest[name] < float("inf"):
-                raise UpdateError(f"{name} holds values that are not finite")
-            if largest[name] * weight >= self._limit:
-                raise UpdateError(
-                    f"{name} holds values as large as {largest[name]:.3g} (weight {weight}): "
-                    f"beyond {self._limit:g}"
-                )
-        return largest
+            self._check_shape(name, value, masks.get(name))
 
     def _check_shape(self, name: str, value: Tensor, mask: Tensor | Block | None) -> None:
         shape = tuple(self._theta[name].shape)
@@ -272,47 +285,55 @@ def _count_in(counts: Tensor, mask: Tensor | Block, weight: int) -> None:
         counts.add_(mask, alpha=weight)
 
 
-def _largest(value: Tensor, mask: Tensor | Block | None) -> float:
-    """The largest kept magnitude; NaN and infinities come through."""
-    if value.numel() == 0:
-        return 0.0
-    if isinstance(mask, Tensor) and value.shape == mask.shape:
-        value = value.where(mask, 0)
-    low, high = torch.aminmax(value)
-    return max(-float(low), float(high)) if low == low else float("nan")
-
-
 def _add_fixed_point(
-    sums: Tensor, value: Tensor, mask: Tensor | None, weight: int, largest: float
-) -> None:
-    """sums += weight * round(value 2^40) where the mask keeps, in cache-sized parts.
+    sums: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    weight: int,
+    limit: float,
+    end: int | None = None,
+) -> tuple[int, float]:
+    """sums += weight * round(value 2^40) where the mask keeps, in cache-sized parts up to `end`.
 
+    Stops before a part with a magnitude of `limit` / |weight| or more, or one that is not finite.
+    Returns where it ended, and the largest magnitude of the part it looked at last.
     NumPy, because it converts while it adds: a third of the passes over memory.
     """
     flat = value.detach().reshape(-1)
     values = (flat.float() if flat.dtype == torch.bfloat16 else flat).numpy()
-    target = sums.view(-1).numpy()
+    target = sums.view(-1).numpy()[:end]
     kept = None if mask is None else mask.reshape(-1).numpy()
     compact = kept is not None and len(values) != len(kept)
     scaled = np.empty(min(BLOCK, len(target)))
     spread = np.empty(len(scaled), values.dtype)
-    taken = 0
+    taken, largest = 0, 0.0
     for start in range(0, len(target), BLOCK):
         there = target[start : start + BLOCK]
-        part = scaled[: len(there)]
         if kept is None:
-            fixed = _fixed_point(values[start : start + BLOCK], part, largest)
+            here = part = values[start : start + BLOCK]
         else:
             places = np.flatnonzero(kept[start : start + BLOCK])
             here = values[taken : taken + len(places)] if compact else values[start:][places]
             taken += len(places)
-            whole = spread[: len(there)]
-            whole.fill(0)
-            whole[places] = here
-            fixed = _fixed_point(whole, part, largest)
+            part = spread[: len(there)]
+            part.fill(0)
+            part[places] = here
+        largest = _largest(here)
+        if not largest * abs(weight) < limit:
+            return start, largest
+        fixed = _fixed_point(part, scaled[: len(there)], largest)
         if weight != 1:
             fixed *= weight
         there += fixed
+    return len(target), largest
+
+
+def _largest(values: np.ndarray) -> float:
+    """The largest magnitude; NaN and infinities come through."""
+    if not len(values):
+        return 0.0
+    low, high = float(values.min()), float(values.max())
+    return max(-low, high) if low == low else low
 
 
 def _fixed_point(values: np.ndarray, out: np.ndarray, largest: float) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Equation (8) against a brute-force oracle."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fed_diffusion.federation import aggregate
 from fed_diffusion.federation.aggregate import MaskedMean, UpdateError
 from fed_diffusion.federation.codecs import kept_of
 from fed_diffusion.models.layout import Block
@@ -199,6 +201,32 @@ def test_blocks_and_kept_values_are_the_masked_tensors_they_stand_for_in_any_ord
     one, two = dense.coverage(), mixed.coverage()
     assert all(torch.equal(one[name], two[name]) for name in theta)
     assert (dense.gamma(), dense.trained()) == (mixed.gamma(), mixed.trained())
+
+
+@given(seed=st.integers(0, 10_000), bad=st.sampled_from([math.nan, math.inf, -math.inf, 1e9]))
+@settings(max_examples=100)
+def test_a_bad_value_in_any_part_of_an_update_leaves_no_trace_of_it(seed, bad):
+    """Parts before it are added when it is met, and have to come out again to the bit."""
+    rng, theta = np.random.default_rng(seed), theta_of(seed)
+    alone, disturbed = MaskedMean(theta), MaskedMean(theta)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aggregate, "BLOCK", int(rng.integers(1, 4)))
+        for values, masks, weight in random_updates(seed, 3):
+            chosen = {k: a_block(rng, s) for k, s in SHAPES.items()} if rng.random() < 0.5 else {}
+            kept = chosen or masks
+            small = {k: kept_of(v, kept.get(k)) for k, v in values.items()}
+            alone.add(small, kept, weight)
+            wrong = {k: v.clone() for k, v in small.items()}
+            flat = wrong[str(rng.choice([k for k, v in wrong.items() if v.numel()] or ["a"]))]
+            if flat.numel():
+                flat.view(-1)[int(rng.integers(flat.numel()))] = bad
+                with pytest.raises(UpdateError, match=r"not finite|beyond"):
+                    disturbed.add(wrong, kept, weight)
+            disturbed.add(small, kept, weight)
+    one, two = alone.result(), disturbed.result()
+    assert all(torch.equal(one[name], two[name]) for name in theta)
+    assert all(torch.equal(alone._sums[name], disturbed._sums[name]) for name in theta)
+    assert alone.trainers() == disturbed.trainers()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
