@@ -60,13 +60,14 @@ class Deployment:
         for process in self.processes():
             process.kill()
 
-    def processes(self):
+    def processes(self, word=""):
+        """All that this deployment has started, with `word` in their command line; no zombies."""
         found = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get(MARK) == str(self.home):
-                    found.append(process)
-            except psutil.Error:
+                    found += [process] if word in " ".join(process.cmdline()) else []
+            except psutil.Error:  # it has just ended
                 continue
         return found
 
@@ -114,9 +115,8 @@ class Deployment:
 
     def stop_log_streams(self):
         """End `flwr run --stream`, which goes on after its ServerApp is dead."""
-        for process in self.processes():
-            if "--stream" in process.cmdline():
-                process.kill()
+        for process in self.processes("--stream"):
+            process.kill()
 
     def flwr(self, *arguments, timeout=120):
         return subprocess.run(

@@ -171,9 +171,8 @@ def test_a_serverapp_killed_three_times_ends_with_the_bits_of_a_run_left_alone(t
         for condition in moments.values():
             running = in_background(flower, config)
             wait_until(condition)
-            for process in flower.processes():
-                if any("flwr-serverapp" in part for part in process.cmdline()):
-                    process.kill()
+            for process in flower.processes("flwr-serverapp"):
+                process.kill()
             flower.stop_log_streams()
             running.join()
             assert not (path / "results.json").exists()
@@ -194,7 +193,7 @@ def test_a_node_keeps_one_worker_process_and_gets_a_new_one_when_it_is_killed(tm
     with Deployment(tmp_path / "flwr") as flower:
 
         def workers():
-            return {p.pid: p for p in flower.processes() if "client_app.warm" in p.cmdline()}
+            return {p.pid: p for p in flower.processes("client_app.warm")}
 
         for partition in range(2):
             flower.start_node(partition, 2)
