@@ -41,7 +41,6 @@ CAUSES: dict[str, dict[str, Any]] = {
     "ten clients, 40 rounds of 10 steps, 3 x eta": LONG
     | {"local.steps": STEPS // 4, "local.eta": 3e-3},
     "ten clients, 4 x rounds": LONG,
-    "ten clients, 4 x rounds, 3 x eta": LONG | {"local.eta": 3e-3},
     "ten clients, 4 x images in 160 rounds of 10 steps": {
         "rounds": 160,
         "ema.decay": 0.957,
@@ -70,7 +69,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/federated_quality"))
     parser.add_argument("--causes", action="store_true")
     arguments = parser.parse_args()
-    names = ["ten clients", *CAUSES] if arguments.causes else list(VARIANTS)
+    causes = ["ten clients", "one client, 10 x batch", *CAUSES]
+    names = causes if arguments.causes else list(VARIANTS)
     jobs = [(name, seed, arguments.out) for seed in range(arguments.seeds) for name in names]
     with multiprocessing.get_context("spawn").Pool(usable_cores(), maxtasksperchild=1) as pool:
         results = dict(zip(jobs, pool.starmap(run, jobs, chunksize=1), strict=True))
