@@ -24,12 +24,13 @@ from typing import Any
 import psutil
 import torch
 
+from fed_diffusion.compute import pinned_threads
 from fed_diffusion.config import Config, load_config
 from fed_diffusion.data import ImageSet, image_shape
 from fed_diffusion.federation.coordinator import Coordinator
 from fed_diffusion.federation.probe import demand, peak_memory, seconds_of, training_step
 from fed_diffusion.federation.records import Task
-from fed_diffusion.federation.worker import Worker, pinned_threads
+from fed_diffusion.federation.worker import Worker
 from fed_diffusion.masks.budget import TRAINING_SHARE
 from fed_diffusion.models.build import build_network, parameters_of
 

@@ -82,9 +82,9 @@ def features_train_command(arguments: argparse.Namespace) -> int:
     config = build_config(
         {"seed": arguments.seed, "data": data, "worker": {"device": arguments.device}}
     )
+    from fed_diffusion.compute import device_of
     from fed_diffusion.evaluation.trained import save_features, train_features
     from fed_diffusion.experiment import check_device
-    from fed_diffusion.federation.worker import device_of
 
     check_device(config)
     network, header = train_features(config.data, arguments.epochs, config.seed, device_of(config))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fed_diffusion.checkpoint import Checkpoint
+from fed_diffusion.compute import device_of, pinned_threads
 from fed_diffusion.config import Config, ConfigError, method_name
 from fed_diffusion.data import ImageSet, load_dataset, partition
 from fed_diffusion.diffusion.partitions import PARTITIONS
@@ -25,7 +26,6 @@ from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.federation.privacy import spent
 from fed_diffusion.federation.records import RoundSummary, Task, Update
-from fed_diffusion.federation.worker import device_of, pinned_threads
 from fed_diffusion.masks.plan import check_pruning
 from fed_diffusion.models.build import build_network, channel_layout, parameters_of, skeleton
 from fed_diffusion.report.grids import save_grid

@@ -228,11 +228,22 @@ def _federation(config: Config) -> dict[str, int | float]:
     federation: dict[str, int | float] = {
         "num-supernodes": config.flower.supernodes or config.clients,
         "client-resources-num-cpus": threads,
-        "client-resources-num-gpus": config.flower.gpus,
+        "client-resources-num-gpus": _gpus_per_client(config),
     }
     if config.flower.ray_address is None:  # a cluster that is there has its own size
         federation["init-args-num-cpus"] = workers * threads
     return federation
+
+
+def _gpus_per_client(config: Config) -> float:
+    """flower.gpus, or one for each client at once where clients train on GPUs."""
+    if config.flower.gpus is not None:
+        return config.flower.gpus
+    if config.worker.device == "cpu":
+        return 0.0
+    from fed_diffusion.compute import device_of  # torch takes seconds to import
+
+    return float(device_of(config).type == "cuda")
 
 
 @contextmanager

@@ -34,13 +34,14 @@ from fed_diffusion.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from fed_diffusion.compute import device_of, kernels
 from fed_diffusion.config import Config, ConfigError, build_config
 from fed_diffusion.data import class_count, image_shape, to_uint8
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.diffusion.process import Score, per_image, sigma
 from fed_diffusion.diffusion.samplers import SAMPLERS
 from fed_diffusion.federation.records import RoundSummary
-from fed_diffusion.federation.worker import device_of, evaluator, network_with
+from fed_diffusion.federation.worker import evaluator, network_with
 from fed_diffusion.rng import Purpose, torch_generator
 
 DEFAULT_ROOT = "runs"
@@ -347,7 +348,7 @@ class Sampler:
             return to_uint8(y).cpu()
 
         images = [torch.empty((0, *self.shape), dtype=torch.uint8)]
-        with batches_at_once(self.device) as pool:
+        with batches_at_once(self.device) as pool, kernels(self.config, self.device):
             images += pool.map(torch.no_grad()(generate), range(0, num, batch))
         return torch.cat(images)
 

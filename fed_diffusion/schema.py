@@ -307,12 +307,15 @@ class WorkerConfig(Section):
     threads: int = Field(1, ge=1)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto | cpu | cuda | cuda:1"""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Of the network's arithmetic in training and sampling; theta and the loss stay fp32. auto:
-    bf16 where the hardware computes in it."""
+    bf16 on a GPU that computes in it, otherwise fp32. tf32: a GPU's convolutions and products of
+    fp32 values with 10 bits of mantissa; fp32 is fp32 everywhere."""
+    deterministic: bool = True
+    """On a GPU, take only kernels that give the same bits every time; a CPU's always do."""
     compile: bool = False
-    """Compile each network size once, for all clients and rounds; minutes at first, on a GPU a
-    faster step."""
+    """Compile the training step of each network size once, for all clients and rounds; it takes
+    minutes at first, and makes the step faster on a GPU."""
     memory_mb: float | None = Field(None, gt=0)
     """For pruning.budget auto: what a worker may use; default: what its machine has to give."""
 
@@ -354,8 +357,9 @@ class FlowerConfig(Section):
 
     supernodes: int | None = Field(None, ge=1)
     """Default: one per client."""
-    gpus: float = Field(0.0, ge=0)
-    """GPUs per client (a fraction shares one)."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs per client (a fraction shares one). Default: one where worker.device is a GPU or, with
+    auto, where this machine has one; else none."""
     ray_address: str | None = Field(None, min_length=1)
     """Of a Ray cluster that runs already, as host:port; its processes see this machine's files."""
 

@@ -25,11 +25,11 @@ import torch
 import yaml
 from pydantic import Field, ValidationError
 
+from fed_diffusion.compute import device_of
 from fed_diffusion.config import Config, ConfigError, conf_dir, load_config
 from fed_diffusion.data import ImageSet
 from fed_diffusion.experiment import Experiment, Progress, check
 from fed_diffusion.federation.simulate import run_in_process, usable_cores
-from fed_diffusion.federation.worker import device_of
 from fed_diffusion.locks import FileLock
 from fed_diffusion.runs import DEFAULT_ROOT, RunDir
 from fed_diffusion.schema import DataConfig, Section

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,14 +37,29 @@ class DSMLoss:
     def Z(self) -> float:
         return float(loss_weights(self.u).sum())
 
+    @cached_property
+    def _tables(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        """u and the cumulated weights on each device that has asked for them.
+
+        They are summed on the CPU, in a fixed order, and copied once: a copy in every step would
+        have a GPU's host wait.
+        """
+        return {}
+
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._tables:
+            u = self.u.to("cpu")
+            cdf = torch.cumsum(loss_weights(u), 0)
+            self._tables[device] = u.to(device), cdf.to(device)
+        return self._tables[device]
+
     def draw_times(self, n: int, generator: torch.Generator) -> Tensor:
         """n times u_k, stratified: one draw in each n-th of the distribution, in random order.
 
         The order is drawn independently of the data, so each image sees each stratum equally often.
         """
         device = generator.device
-        u = self.u.to(device)
-        cdf = torch.cumsum(loss_weights(u), 0)
+        u, cdf = self._table(device)
         strata = torch.randperm(n, generator=generator, device=device)
         jitter = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
         k = torch.searchsorted(cdf, (strata + jitter) / n * cdf[-1], right=True)

@@ -89,8 +89,9 @@ class MaskedMean:
         Parameters
         ----------
         values
-            Float tensors by theta's names, shaped like theta (what the mask drops is not read) or
-            only the kept values: shaped like the block where the mask is one, else one-dimensional.
+            Float tensors by theta's names, on any device, shaped like theta (what the mask drops is
+            not read) or only the kept values: shaped like the block where the mask is one, else
+            one-dimensional.
         masks
             Bool tensors or blocks by name; a name that is missing is kept whole.
         weight
@@ -102,7 +103,8 @@ class MaskedMean:
             Wrong names, shapes or dtype, values that are not finite or beyond 2^23 / workers:
             nothing of the update has been added then.
         """
-        masks = masks or {}
+        values = {name: value.detach().cpu() for name, value in values.items()}
+        masks = {n: m.cpu() if isinstance(m, Tensor) else m for n, m in (masks or {}).items()}
         whole = int(weight)
         if whole != weight or whole < 1:
             raise UpdateError(f"weight = {weight}; it must be a positive whole number")

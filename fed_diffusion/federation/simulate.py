@@ -14,12 +14,13 @@ from typing import Any, Protocol
 
 import torch
 
+from fed_diffusion.compute import device_of
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import ImageSet
 from fed_diffusion.experiment import Experiment, Progress
 from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.records import Task, Update
-from fed_diffusion.federation.worker import Worker, device_of
+from fed_diffusion.federation.worker import Worker
 
 
 class Runner(Protocol):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fed_diffusion.compute import arithmetic, compiled, device_of, kernels, pinned_threads
 from fed_diffusion.config import Config
 from fed_diffusion.data import (
     ImageSet,
@@ -36,44 +35,6 @@ from fed_diffusion.models.slim import resized
 from fed_diffusion.models.unet import UNet
 from fed_diffusion.rng import Purpose, generator, torch_generator, torch_seed
 from fed_diffusion.theory.estimates import second_moment
-
-
-@contextmanager
-def pinned_threads(threads: int) -> Iterator[None]:
-    """Run with this many torch threads: part of bit-identity, and far faster than too many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def device_of(config: Config) -> torch.device:
-    """The device of config.worker.device; auto takes CUDA where there is one."""
-    name = config.worker.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def arithmetic(config: Config, device: torch.device) -> torch.autocast:
-    """The precision that a network computes in (worker.precision), as a context.
-
-    By what the hardware has: where bf16 is emulated it is many times slower than fp32.
-    """
-    precision = config.worker.precision
-    if precision == "auto":
-        precision = "bf16" if computes_bf16(device) else "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether a device has bf16 units of its own."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in units)
 
 
 def evaluator(network: Callable[..., Tensor], config: Config, device: torch.device) -> Network:
@@ -109,7 +70,7 @@ class Worker:
         self._skeleton = skeleton(config)
         self._shapes = parameters_of(self._skeleton)
         self._layout = channel_layout(config)
-        self._networks: dict[tuple[torch.Size, ...], tuple[nn.Module, Network]] = {}
+        self._networks: dict[tuple[torch.Size, ...], tuple[nn.Module, Network, Network]] = {}
         self._images = self.dataset.images.to(self.device)  # once: bytes, a GPU has room for them
         self._labels = None if self.dataset.labels is None else self.dataset.labels.to(self.device)
         self._budget: Budget | None = None
@@ -122,7 +83,12 @@ class Worker:
 
     def run(self, task: Task) -> Update:
         """Decode theta_{r,n,0}, take S local steps (7), send back what the mask keeps."""
-        with pinned_threads(self.config.worker.threads), torch.random.fork_rng():
+        threads = self.config.worker.threads
+        with (
+            pinned_threads(threads),
+            torch.random.fork_rng(),
+            kernels(self.config, self.device),
+        ):
             return self._run(task)
 
     def _run(self, task: Task) -> Update:
@@ -132,12 +98,12 @@ class Worker:
         recipe, masks, start = decode_task(task.payload, self._shapes, self._layout, config)
         train, holdout = split_holdout(self._images_of(task.client), config, task.client)
         measured, sketches = diagnostics.measure(self, start, task)
-        network, forward = self._network(start)
+        network, forward, fast = self._network(start)
         numbers: Numbers = recipe.to_metrics() | measured
         if len(holdout):
             numbers["holdout_loss"] = self._holdout_loss(network, forward, holdout, task.client)
         steps = self.steps(len(train))
-        numbers["loss"] = self._train(network, forward, task, train, steps, masks)
+        numbers["loss"] = self._train(network, fast, task, train, steps, masks)
         numbers["images"] = steps * config.local.batch
         numbers["examples"] = len(train)
         numbers["seconds"] = time.perf_counter() - began
@@ -159,10 +125,8 @@ class Worker:
         parameters, losses
             What to differentiate by; `count` functions, each of which always gives the same loss.
         """
-        network, _ = self._network(theta)
+        network, forward, _ = self._network(theta)
         network.eval()
-        # not the compiled one, which has no second derivative and would be compiled anew for this
-        forward = evaluator(network, self.config, self.device)
         train, _ = split_holdout(self._images_of(client), self.config, client)
 
         def loss(index: Tensor, seed: int) -> Tensor:
@@ -178,8 +142,15 @@ class Worker:
 
         return list(network.parameters()), losses()
 
-    def _network(self, theta: dict[str, Tensor]) -> tuple[nn.Module, Network]:
-        """A network that holds theta, and how it is called; one of each size stays resident."""
+    def _network(self, theta: dict[str, Tensor]) -> tuple[nn.Module, Network, Network]:
+        """A network that holds theta; one of each size stays resident.
+
+        Returns
+        -------
+        network, plain, fast
+            The module, and two ways to call it: as it is, for batches of any size and for second
+            derivatives, and for the batches of training, compiled where worker.compile says so.
+        """
         shapes = tuple(value.shape for value in theta.values())
         if shapes not in self._networks:
             network = self._skeleton
@@ -187,8 +158,11 @@ class Worker:
                 network = resized(network, {name: tuple(v.shape) for name, v in theta.items()})
             # channels_last: 1.2x the training speed of the digits U-Net on a CPU
             network = network.to(self.device).to(memory_format=torch.channels_last)
-            called: Any = torch.compile(network) if self.config.worker.compile else network
-            self._networks[shapes] = network, evaluator(called, self.config, self.device)
+            plain = evaluator(network, self.config, self.device)
+            fast = plain
+            if self.config.worker.compile:
+                fast = evaluator(compiled(network), self.config, self.device)
+            self._networks[shapes] = network, plain, fast
         parameters = parameters_of(self._networks[shapes][0])
         for name, value in theta.items():
             parameters[name].copy_(value)

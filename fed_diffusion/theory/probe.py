@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fed_diffusion.compute import pinned_threads
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import ImageSet, class_count, image_shape, partition
 from fed_diffusion.federation.aggregate import MaskedMean
 from fed_diffusion.federation.codecs import kept_of
 from fed_diffusion.federation.coordinator import Coordinator
-from fed_diffusion.federation.worker import Worker, pinned_threads
+from fed_diffusion.federation.worker import Worker
 from fed_diffusion.masks.plan import plan_round
 from fed_diffusion.masks.recipes import Masks, Recipe, pruning_error
 from fed_diffusion.models.build import build_network, parameters_of
