@@ -16,6 +16,7 @@ CUDA = torch.cuda.is_available()
 SMALL = {
     "data.name": "cifar10",
     "model.widths": [16, 32] if not CUDA else [64, 128, 128],
+    "model.blocks": 1,
     "model.attention": [16],
     "model.conditional": True,
     "diffusion.K": 50,

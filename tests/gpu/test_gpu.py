@@ -78,10 +78,9 @@ def test_fp32_is_fp32_and_tf32_is_not(config, device):
     for precision in ("fp32", "tf32"):
         with kernels(config(worker__precision=precision), device):
             gradients = loss_and_gradients(network_on(config(), device), device)[1]
-        found[precision] = max(
-            relative(g.double(), e) for g, e in zip(gradients, exact, strict=True)
-        )
-    assert found["fp32"] < 1e-3
+        errors = [float((g - e).abs().max()) for g, e in zip(gradients, exact, strict=True)]
+        found[precision] = max(errors) / max(float(e.abs().max()) for e in exact)
+    assert found["fp32"] < 1e-4
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         assert found["tf32"] > 3 * found["fp32"]
 
