@@ -24,10 +24,13 @@ from fed_diffusion.evaluation.pairs import kernel_sums, kernel_sums_within, reca
 from fed_diffusion.rng import Purpose, generator
 
 FLOOR_SPLITS = 10
-GROUPS = 10
+GROUPS, FEWEST_GROUPS = 10, 3
+"""Of an interval: over two groups, recall's covered 0.81 to 0.86."""
 SUBSETS = 100
 """Of KID, whose mean over random subsets of at most 1000 images is the figure."""
 LEVEL = 0.95
+LEAST_LOGIT = -700.0
+"""Below the largest: float64 has exp(-700), but not exp(-750)."""
 NEIGHBOURS = 3
 """Precision and recall: the radius around an image reaches its third neighbour."""
 HOW = (
@@ -60,9 +63,10 @@ def figures(
         Where distances between all pairs of images are computed.
     """
     n, m = len(generated), len(real)
-    fid = fid_statistics_to_metric(
+    found = fid_statistics_to_metric(
         fid_features_to_statistics(generated), fid_features_to_statistics(real), False
     )["frechet_inception_distance"]
+    fid = max(0.0, found)  # that of a set to itself may be rounded to below 0
     # the default of 1000 fails on smaller sets; KID is unbiased at any subset size
     subset = max(2, min(1000, n // 2, m // 2))
     subsets = kid_features_to_metric(
@@ -72,7 +76,7 @@ def figures(
     by_subset = subsets["kernel_inception_distance_std"] / math.sqrt(SUBSETS - 1)
     # the score of a split of one image is 1 whatever the image
     splits = max(1, min(10, n // 2))
-    isc = isc_features_to_metric(logits, splits=splits)
+    isc = isc_features_to_metric(_without_zeros(logits), splits=splits)
     score, spread = isc["inception_score_mean"], isc["inception_score_std"]
     intervals: dict[str, Any] = {
         "fid": fid_interval(fid, generated, real, seed),
@@ -101,15 +105,21 @@ def figures(
     }
 
 
+def _without_zeros(logits: Tensor) -> Tensor:
+    """Logits of the same probabilities, none rounded to 0: the score would be NaN."""
+    logits = logits.double()
+    return (logits - logits.amax(1, keepdim=True)).clamp(min=LEAST_LOGIT)
+
+
 def fid_interval(fid: float, generated: Tensor, real: Tensor, seed: int) -> _Interval:
-    """fid -+ t SE of a jackknife over the generated images; None of fewer than four.
+    """fid -+ t SE of a jackknife over the generated images; None of fewer than six.
 
     Leaving out a tenth shifts all values by much the same bias, which their differences do not
     see; FIDs of the groups themselves would be biased several times as much as the figure they are
     to qualify.
     """
     groups = _groups(len(generated), seed, fewest=2)
-    if len(groups) < 2:
+    if len(groups) < FEWEST_GROUPS:
         return None
     mean, rows = _centred(real)
     rows = _triangle(rows)
@@ -127,13 +137,13 @@ def fid_interval(fid: float, generated: Tensor, real: Tensor, seed: int) -> _Int
 def kid_interval(
     kid: float, by_subset: float, generated: Tensor, real: Tensor, seed: int
 ) -> _Interval:
-    """kid -+ t SE of a jackknife over both sets; None where one has fewer than four images.
+    """kid -+ t SE of a jackknife over both sets; None where one has fewer than six images.
 
     A mean over random subsets has the same expectation, given the images, as the unbiased estimate
     from all pairs of them, and `by_subset` is its standard error around that.
     """
     ours, theirs = (_groups(len(x), seed, 2, which) for which, x in enumerate((generated, real)))
-    if min(len(ours), len(theirs)) < 2:
+    if min(len(ours), len(theirs)) < FEWEST_GROUPS:
         return None
     x, y = [generated[group] for group in ours], [real[group] for group in theirs]
     between = kernel_sums(x, y)
@@ -167,10 +177,10 @@ def recall_interval(recall: float, generated: Tensor, real: Tensor, seed: int) -
 
     Wilson's interval alone takes each real image for a trial, but one generated image recalls
     several of them, and which ones depends on the others. The jackknife alone has no width where no
-    real image is recalled, or each one. None of fewer than eight generated images.
+    real image is recalled, or each one. None of fewer than twelve generated images.
     """
     groups = _groups(len(generated), seed, fewest=NEIGHBOURS + 1)
-    if len(groups) < 2:
+    if len(groups) < FEWEST_GROUPS:
         return None
     without = recalls_without([generated[group] for group in groups], real, NEIGHBOURS)
     low, high = _t_interval(recall, [_jackknife(without)])
@@ -179,11 +189,12 @@ def recall_interval(recall: float, generated: Tensor, real: Tensor, seed: int) -
 
 
 def score_interval(score: float, spread: float, splits: int) -> _Interval:
-    """Student's interval of the mean over disjoint splits; None of one split."""
-    if splits < 2:
+    """Student's interval of the mean over disjoint splits; None of fewer than three."""
+    if splits < FEWEST_GROUPS:
         return None
     # torch-fidelity's spread divides by the number of splits
-    return _t_interval(score, [(spread**2 / (splits - 1), splits - 1)])
+    low, high = _t_interval(score, [(spread**2 / (splits - 1), splits - 1)])
+    return [max(1.0, low), high]
 
 
 def wilson(share: float, n: int) -> list[float]:
@@ -191,7 +202,8 @@ def wilson(share: float, n: int) -> list[float]:
     z2 = float(special.ndtri((1 + LEVEL) / 2)) ** 2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     reach = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2))) / (1 + z2 / n)
-    return [max(0.0, middle - reach), min(1.0, middle + reach)]
+    # an end that is the share itself, 0 or 1, may be rounded to the wrong side of it
+    return [max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))]
 
 
 def _jackknife(without: Tensor) -> tuple[float, int]:

@@ -229,19 +229,38 @@ def test_every_figure_lies_in_its_interval() -> None:
         assert low <= found[name] <= high
 
 
-def test_too_few_images_have_figures_without_intervals() -> None:
-    found = figures(draw(2, 1), draw(2, 2), draw(9, 3), 0, torch.device("cpu"))
-    assert np.isfinite(found["fid"])
-    intervals = found["intervals"]
-    assert intervals["fid"] is intervals["kid"] is intervals["inception_score"] is None
-    assert found["precision"] is intervals["recall"] is None
+@pytest.mark.parametrize("n", [2, 5])
+def test_too_few_images_have_figures_without_intervals(n: int) -> None:
+    found = figures(draw(n, 1), draw(n, 2), draw(9, 3), 0, torch.device("cpu"))
+    assert np.isfinite([found["fid"], found["kid"], *found["inception_score"]]).all()
+    for figure in ("fid", "kid", "inception_score", "recall"):
+        assert found["intervals"][figure] is None
+    assert (found["precision"] is None) == (n == 2)
 
 
 def test_the_score_of_few_images_is_over_splits_of_two_or_more() -> None:
-    certain = 50 * torch.eye(3)[torch.arange(12) % 3]  # three classes, each image sure of its own
+    certain = 50 * torch.eye(3)[torch.arange(12) % 3]  # each image is sure of its class
     found = figures(draw(12, 1), certain, draw(20, 3), 0, torch.device("cpu"))
-    # a split has two images of one class, score 1, or of two classes, score 2
+    # a split of two images of one class has the score 1, of two classes 2
     assert found["inception_score"][0] > 1.2
-    assert figures(draw(3, 1), certain[:3], draw(20, 3), 0, torch.device("cpu"))[
-        "inception_score"
-    ] == pytest.approx([3, 0], rel=1e-6)
+    found = figures(draw(3, 1), certain[:3], draw(20, 3), 0, torch.device("cpu"))
+    assert found["inception_score"] == pytest.approx([3, 0])
+
+
+def test_a_classifier_that_is_certain_beyond_float64_has_a_score() -> None:
+    certain = 1e4 * torch.eye(4)[torch.arange(400) % 4]
+    found = figures(draw(400, 1), certain, draw(20, 3), 0, torch.device("cpu"))
+    mild = figures(draw(400, 1), certain / 100, draw(20, 3), 0, torch.device("cpu"))
+    assert found["inception_score"] == pytest.approx(mild["inception_score"])
+    assert 3.5 < found["inception_score"][0] <= 4
+
+
+def test_equal_images_have_figures_and_intervals_around_them() -> None:
+    equal, real = draw(1, 1).repeat(60, 1), draw(70, 2)
+    for generated, reference in ((equal, real), (real, equal), (real, real)):
+        found = figures(generated, logits_of(generated), reference, 0, torch.device("cpu"))
+        for figure in ("fid", "kid", "precision", "recall"):
+            low, high = found["intervals"][figure]
+            assert low <= found[figure] <= high
+        assert found["intervals"]["inception_score"][0] <= found["inception_score"][0]
+        assert found["fid"] >= 0
