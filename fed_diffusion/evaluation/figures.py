@@ -66,7 +66,7 @@ def figures(
     found = fid_statistics_to_metric(
         fid_features_to_statistics(generated), fid_features_to_statistics(real), False
     )["frechet_inception_distance"]
-    fid = max(0.0, found)  # that of a set to itself may be rounded to below 0
+    fid = max(found, 0.0)  # that of a set to itself may be rounded to below 0
     # the default of 1000 fails on smaller sets; KID is unbiased at any subset size
     subset = max(2, min(1000, n // 2, m // 2))
     subsets = kid_features_to_metric(
