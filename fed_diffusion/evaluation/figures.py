@@ -1,8 +1,9 @@
 """Figures of merit as functions of features alone, each with a 95 % interval.
 
 FID, KID, precision and recall compare the features of generated images, [n, d], with those of a
-reference set, [m, d]; the Inception Score reads class logits. FID and the score are biased by n,
-so figures compare at one number of images only, and no interval covers that bias.
+reference set, [m, d]; the Inception Score reads class logits. All but KID are biased by the numbers
+of images, so figures compare at one number of images only, and their intervals are about the
+figure's expectation at that number: no interval covers that bias.
 """
 
 from __future__ import annotations
@@ -19,18 +20,27 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from fed_diffusion.evaluation.pairs import kernel_sums, kernel_sums_within, recalls_without
 from fed_diffusion.rng import Purpose, generator
 
 FLOOR_SPLITS = 10
-GROUPS = 10
+GROUPS, FEWEST_GROUPS = 10, 3
+"""Of an interval: over two groups, recall's covered 0.81 to 0.86."""
+SUBSETS = 100
+"""Of KID, whose mean over random subsets of at most 1000 images is the figure."""
 LEVEL = 0.95
+LEAST_LOGIT = -700.0
+"""Below the largest: float64 has exp(-700), but not exp(-750)."""
 NEIGHBOURS = 3
 """Precision and recall: the radius around an image reaches its third neighbour."""
 HOW = (
-    "95 %; fid: jackknife over 10 groups of the generated images, the reference held fixed; kid: t "
-    "over 10 disjoint pairs of groups; inception_score: t over its 10 splits; precision, recall: "
-    "Wilson's, of a share of the generated and of the real images. The bias of fid and "
-    "inception_score by the number of images is in none of them."
+    "95 %; fid: jackknife over 10 groups of the generated images, the reference held fixed; kid: "
+    "jackknife over 10 groups of the generated and 10 of the real images, and the spread of its "
+    "subsets; inception_score: t over its 10 splits; precision: Wilson's, of a share of the "
+    "generated images, the reference held fixed; recall: jackknife over 10 groups of the generated "
+    "images, widened to Wilson's of a share of the real images. kid's is about the value of "
+    "infinitely many images. The others' are about the figure's expectation at this number of "
+    "images: its bias by that number is in none of them."
 )
 
 _Interval = list[float] | None
@@ -53,56 +63,63 @@ def figures(
         Where distances between all pairs of images are computed.
     """
     n, m = len(generated), len(real)
-    fid = fid_statistics_to_metric(
+    found = fid_statistics_to_metric(
         fid_features_to_statistics(generated), fid_features_to_statistics(real), False
     )["frechet_inception_distance"]
+    fid = max(found, 0.0)  # that of a set to itself may be rounded to below 0
     # the default of 1000 fails on smaller sets; KID is unbiased at any subset size
     subset = max(2, min(1000, n // 2, m // 2))
-    kid = kid_features_to_metric(generated, real, kid_subset_size=subset, verbose=False)[
-        "kernel_inception_distance_mean"
-    ]
-    # of fewer images than splits some splits would be empty
-    splits = min(10, n)
-    isc = isc_features_to_metric(logits, splits=splits)
+    subsets = kid_features_to_metric(
+        generated, real, kid_subsets=SUBSETS, kid_subset_size=subset, verbose=False
+    )
+    kid = subsets["kernel_inception_distance_mean"]
+    by_subset = subsets["kernel_inception_distance_std"] / math.sqrt(SUBSETS - 1)
+    # the score of a split of one image is 1 whatever the image
+    splits = max(1, min(10, n // 2))
+    isc = isc_features_to_metric(_without_zeros(logits), splits=splits)
     score, spread = isc["inception_score_mean"], isc["inception_score_std"]
+    intervals: dict[str, Any] = {
+        "fid": fid_interval(fid, generated, real, seed),
+        "inception_score": score_interval(score, spread, splits),
+        "precision": None,
+        "recall": None,
+        "how": HOW,
+    }
+    generated, real = generated.to(device), real.to(device)
+    intervals["kid"] = kid_interval(kid, by_subset, generated, real, seed)
     precision = recall = None
     if min(n, m) > NEIGHBOURS:
         prc = prc_features_to_metric(
-            generated.to(device),
-            real.to(device),
-            prc_neighborhood=NEIGHBOURS,
-            save_cpu_ram=True,
-            verbose=False,
+            generated, real, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False
         )
         precision, recall = prc["precision"], prc["recall"]
-    error = spread / math.sqrt(splits - 1)  # torch-fidelity divides by the number of splits
+        intervals["precision"] = wilson(precision, n)
+        intervals["recall"] = recall_interval(recall, generated, real, seed)
     return {
         "fid": fid,
         "inception_score": [score, spread],
         "kid": kid,
         "precision": precision,
         "recall": recall,
-        "intervals": {
-            "fid": fid_interval(fid, generated, real, seed),
-            "inception_score": _t_interval(score, error, splits),
-            "kid": kid_interval(kid, generated, real, seed),
-            "precision": None if precision is None else wilson(precision, n),
-            "recall": None if recall is None else wilson(recall, m),
-            "how": HOW,
-        },
+        "intervals": intervals,
     }
 
 
-def fid_interval(fid: float, generated: Tensor, real: Tensor, seed: int) -> _Interval:
-    """fid -+ t SE of a delete-a-group jackknife; None of fewer than four images.
+def _without_zeros(logits: Tensor) -> Tensor:
+    """Logits of the same probabilities, none rounded to 0: the score would be NaN."""
+    logits = logits.double()
+    return (logits - logits.amax(1, keepdim=True)).clamp(min=LEAST_LOGIT)
 
-    With FID_(j) of all generated images but those of group j of g:
-    SE^2 = (g - 1) / g sum_j (FID_(j) - mean_j FID_(j))^2. Leaving out a tenth shifts all FID_(j)
-    up by much the same bias, which the difference takes away; FIDs of the groups themselves would
-    be biased several times as much as the figure they are to qualify.
+
+def fid_interval(fid: float, generated: Tensor, real: Tensor, seed: int) -> _Interval:
+    """fid -+ t SE of a jackknife over the generated images; None of fewer than six.
+
+    Leaving out a tenth shifts all values by much the same bias, which their differences do not
+    see; FIDs of the groups themselves would be biased several times as much as the figure they are
+    to qualify.
     """
-    groups = _groups(len(generated), seed, min(GROUPS, len(generated) // 2))
-    if len(groups) < 2:
+    groups = _groups(len(generated), seed, fewest=2)
+    if len(groups) < FEWEST_GROUPS:
         return None
     mean, rows = _centred(real)
     rows = _triangle(rows)
@@ -113,42 +130,71 @@ def fid_interval(fid: float, generated: Tensor, real: Tensor, seed: int) -> _Int
         own_mean, own = _centred(generated[kept])
         without.append(_distance(own_mean - mean, own, rows))
         kept[group] = True
-    error = math.sqrt(len(groups) - 1) * float(torch.tensor(without).double().std(correction=0))
-    interval = _t_interval(fid, error, len(groups))
-    return interval and [max(0.0, interval[0]), interval[1]]
+    low, high = _t_interval(fid, [_jackknife(torch.tensor(without))])
+    return [max(0.0, low), high]
 
 
-def kid_interval(kid: float, generated: Tensor, real: Tensor, seed: int) -> _Interval:
-    """kid -+ t SE of the KIDs of disjoint pairs of groups, at most 1000 images each.
+def kid_interval(
+    kid: float, by_subset: float, generated: Tensor, real: Tensor, seed: int
+) -> _Interval:
+    """kid -+ t SE of a jackknife over both sets; None where one has fewer than six images.
 
-    KID is unbiased at any size, so small groups will do; those of disjoint images are
-    independent, where the usual 100 subsets overlap and their spread says little.
+    A mean over random subsets has the same expectation, given the images, as the unbiased estimate
+    from all pairs of them, and `by_subset` is its standard error around that.
     """
-    count = min(GROUPS, len(generated) // 2, len(real) // 2)
-    ours, theirs = _groups(len(generated), seed, count), _groups(len(real), seed, count, 1)
-    if count < 2:
+    ours, theirs = (_groups(len(x), seed, 2, which) for which, x in enumerate((generated, real)))
+    if min(len(ours), len(theirs)) < FEWEST_GROUPS:
         return None
-    size = min(1000, min(map(len, ours)), min(map(len, theirs)))
-    found = torch.tensor(
-        [
-            _mmd2(generated[a[:size]].double(), real[b[:size]].double())
-            for a, b in zip(ours, theirs, strict=True)
-        ]
-    )
-    return _t_interval(kid, float(found.std()) / math.sqrt(count), count)
+    x, y = [generated[group] for group in ours], [real[group] for group in theirs]
+    between = kernel_sums(x, y)
+    variances = [
+        _jackknife(_mmd2_without(x, between, len(real))),
+        _jackknife(_mmd2_without(y, between.T, len(generated))),
+        (by_subset**2, SUBSETS - 1),
+    ]
+    return _t_interval(kid, variances)
 
 
-def _mmd2(x: Tensor, y: Tensor) -> float:
-    """The unbiased squared MMD of [g, d] and [g, d] under the kernel (x.y / d + 1)^3."""
+def _mmd2_without(groups: list[Tensor], between: Tensor, others: int) -> Tensor:
+    """Unbiased MMD^2 without each group of a set, less the other set's own term: [groups].
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
+    Parameters
+    ----------
+    between
+        `kernel_sums` of the groups and those of the other set.
+    others
+        Images in the other set.
+    """
+    sizes = torch.tensor([len(group) for group in groups], dtype=torch.float64)
+    left = sizes.sum() - sizes
+    within = kernel_sums_within(groups)
+    own = within.sum() - 2 * within.sum(1) + within.diagonal()
+    return own / (left * (left - 1)) - 2 * (between.sum() - between.sum(1)) / (left * others)
 
-    def between_others(a: Tensor) -> Tensor:
-        k = kernel(a, a)
-        return (k.sum() - k.diagonal().sum()) / (len(a) * (len(a) - 1))
 
-    return float(between_others(x) + between_others(y) - 2 * kernel(x, y).mean())
+def recall_interval(recall: float, generated: Tensor, real: Tensor, seed: int) -> _Interval:
+    """recall -+ t SE of a jackknife over the generated images, or Wilson's where that is wider.
+
+    Wilson's interval alone takes each real image for a trial, but one generated image recalls
+    several of them, and which ones depends on the others. The jackknife alone has no width where no
+    real image is recalled, or each one. None of fewer than twelve generated images.
+    """
+    groups = _groups(len(generated), seed, fewest=NEIGHBOURS + 1)
+    if len(groups) < FEWEST_GROUPS:
+        return None
+    without = recalls_without([generated[group] for group in groups], real, NEIGHBOURS)
+    low, high = _t_interval(recall, [_jackknife(without)])
+    least, most = wilson(recall, len(real))
+    return [max(0.0, min(low, least)), min(1.0, max(high, most))]
+
+
+def score_interval(score: float, spread: float, splits: int) -> _Interval:
+    """Student's interval of the mean over disjoint splits; None of fewer than three."""
+    if splits < FEWEST_GROUPS:
+        return None
+    # torch-fidelity's spread divides by the number of splits
+    low, high = _t_interval(score, [(spread**2 / (splits - 1), splits - 1)])
+    return [max(1.0, low), high]
 
 
 def wilson(share: float, n: int) -> list[float]:
@@ -156,22 +202,39 @@ def wilson(share: float, n: int) -> list[float]:
     z2 = float(special.ndtri((1 + LEVEL) / 2)) ** 2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     reach = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2))) / (1 + z2 / n)
-    return [max(0.0, middle - reach), min(1.0, middle + reach)]
+    # an end that is the share itself, 0 or 1, may be rounded to the wrong side of it
+    return [max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))]
 
 
-def _t_interval(middle: float, error: float, groups: int) -> _Interval:
-    if groups < 2:
-        return None
-    reach = float(special.stdtrit(groups - 1, (1 + LEVEL) / 2)) * error
+def _jackknife(without: Tensor) -> tuple[float, int]:
+    """Variance of a figure from its values without each group, and its degrees of freedom.
+
+    With F_(j) of all images but those of group j of g, the variance is
+    (g - 1) / g sum_j (F_(j) - mean_i F_(i))^2.
+    """
+    freedom = len(without) - 1
+    return freedom * float(without.double().var(correction=0)), freedom
+
+
+def _t_interval(middle: float, variances: Sequence[tuple[float, int]]) -> list[float]:
+    """middle -+ t SE, SE^2 a sum of independent estimates (variance, degrees of freedom).
+
+    The sum's degrees of freedom are Welch's and Satterthwaite's.
+    """
+    total = sum(variance for variance, _ in variances)
+    squares = sum(variance**2 / freedom for variance, freedom in variances)
+    freedom = total**2 / squares if squares > 0 else 1.0
+    reach = float(special.stdtrit(freedom, (1 + LEVEL) / 2)) * math.sqrt(total)
     return [middle - reach, middle + reach]
 
 
-def _groups(n: int, seed: int, count: int, which: int = 0) -> Sequence[Tensor]:
-    """0..n-1 in random groups of equal size but for one; images come sorted by class."""
-    if count < 1:
-        return ()
+def _groups(n: int, seed: int, fewest: int, which: int = 0) -> Sequence[Tensor]:
+    """0..n-1 in at most 10 random groups of `fewest` or more, equal in size but for one.
+
+    The groups are random because images come sorted by class.
+    """
     order = generator(seed, Purpose.EVALUATION, client=2 + FLOOR_SPLITS + which).permutation(n)
-    return torch.from_numpy(order).tensor_split(count)
+    return torch.from_numpy(order).tensor_split(max(1, min(GROUPS, n // fewest)))
 
 
 def fid_floor(features: Tensor, side: int, seed: int) -> float:

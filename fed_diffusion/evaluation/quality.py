@@ -63,6 +63,8 @@ LAYERS = {
 """Per extractor: what FID and KID compare, what the Inception Score reads."""
 BATCH = {CLASSIFIER: 512, RESNET: 512, INCEPTION: 64}
 FEWEST_REFERENCE = 2 * FEWEST_IMAGES  # the floor halves it
+LARGEST = 1e5
+"""Of a feature: KID's kernel takes the sixth power, and float32 ends at 3e38."""
 DOWNLOAD_TIMEOUT_S = 30.0  # per connection and read; torch.hub waits for ever
 
 
@@ -156,10 +158,11 @@ def evaluate(
     try:
         _check_comparable(images, reference, extractor)
         judge = _judge(fingerprint(reference), extractor, str(device))
+        found = judge.figures(images, seed)
     except Unavailable as reason:
         return no_quality(str(reason), len(images), nfe, **stated)
-    floor = judge.floor(min(len(images), len(reference) // 2), seed)
-    found = {**judge.figures(images, seed), "fid_floor": floor, "why": None}
+    found["fid_floor"] = judge.floor(min(len(images), len(reference) // 2), seed)
+    found["why"] = None
     stated["extractor_sha256"] = judge.sha256
     return {**no_quality("", len(images), nfe, **stated), **found}
 
@@ -235,7 +238,13 @@ class Judge:
         self._floors: dict[tuple[int, int], float] = {}
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """The extractor's two layers for uint8 [n, C, H, W], on the CPU: {name: [n, d]}."""
+        """The extractor's two layers for uint8 [n, C, H, W], on the CPU: {name: [n, d]}.
+
+        Raises
+        ------
+        Unavailable
+            They are not finite, or too large for the figures to be.
+        """
         grey_to_rgb = self.extractor.get_name() == INCEPTION
         cuda = self.device.type == "cuda"
         with _current(self.device), reproducible():
@@ -246,6 +255,13 @@ class Judge:
                 cuda,
                 save_cpu_ram=True,  # else it forks loader processes for images in memory
                 verbose=False,
+            )
+        # NaN fails every comparison
+        if not all(bool((layer.abs() <= LARGEST).all()) for layer in found.values()):
+            raise Unavailable(
+                f"the extractor sees values that are not finite, or above {LARGEST:g}, in the "
+                "images: its training diverged, or its weights are damaged; set evaluation.weights "
+                "to others"
             )
         return found
 

@@ -94,6 +94,18 @@ def test_a_client_is_blamed_without_cause_as_rarely_as_it_says() -> None:
     assert blamed <= 2
 
 
+def test_the_p_value_of_fresh_images_is_as_small_as_it_says_as_often_as_it_says() -> None:
+    rng, found = np.random.default_rng(1), []
+    for _ in range(400):
+        pixels = torch.from_numpy(rng.integers(0, 256, (220, 3, 4, 4), dtype=np.uint8))
+        case = Holdings(pixels[:160], [np.arange(60)], np.arange(60, 160))
+        found.append(memorisation(pixels[160:], case)["p_value"])
+    for copies in (1, 2, 3):
+        level = scipy.stats.betabinom(60, 1, 100).sf(copies - 1)
+        expected = scipy.stats.binom(400, level).interval(0.999)
+        assert expected[0] <= np.sum(np.array(found) <= level * (1 + 1e-9)) <= expected[1]
+
+
 def test_a_mirrored_copy_is_a_copy_where_training_mirrored(fresh: Tensor, known: Holdings) -> None:
     images = with_copies(fresh, known, 2, 60, 0.0).flip(-1)
     mirroring = Holdings(known.images, known.train, known.held, flip=True)

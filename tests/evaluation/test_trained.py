@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from fed_diffusion.cli import main
 from fed_diffusion.config import build_config
 from fed_diffusion.data.datasets import ImageSet, to_unit
 from fed_diffusion.evaluation.checks import check_evaluation
+from fed_diffusion.evaluation.features import weights_hash
 from fed_diffusion.evaluation.quality import evaluate
-from fed_diffusion.evaluation.trained import ResNet, load_features, shifted
+from fed_diffusion.evaluation.trained import ResNet, load_features, save_features, shifted
 from fed_diffusion.evaluation.weights import KEY
 from fed_diffusion.schema import Config, ConfigError, EvaluationConfig
 
@@ -87,6 +89,21 @@ def test_weights_of_another_hash_are_refused(file: Path, tmp_path: Path) -> None
     save_file(tensors, path, {KEY: json.dumps(header_of(file))})
     with pytest.raises(ConfigError, match=r"evaluation\.weights.*hash"):
         load_features(str(path), (1, 8, 8))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])
+def test_a_classifier_that_sees_no_finite_values_has_a_reason_in_place_of_figures(
+    file: Path, tmp_path: Path, digits: ImageSet, cache: Path, value: float
+) -> None:
+    network, header = load_features(str(file), (1, 8, 8))
+    with torch.no_grad():
+        network.logits.bias[3] = value
+    path = tmp_path / "broken.safetensors"
+    save_features(path, network, replace(header, sha256=weights_hash(network)))
+    found = evaluate(digits.images[:20], digits, own(path), seed=0, nfe=1)
+    assert found["fid"] is found["intervals"] is None
+    assert "not finite" in found["why"]
+    assert not cache.exists()
 
 
 def test_a_header_that_does_not_fit_its_tensors_is_refused(file: Path, tmp_path: Path) -> None:
