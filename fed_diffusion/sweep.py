@@ -33,7 +33,7 @@ from fed_diffusion.files import read_yaml
 from fed_diffusion.hardware import usable_cores
 from fed_diffusion.locks import FileLock
 from fed_diffusion.runs import DEFAULT_ROOT, RunDir
-from fed_diffusion.schema import LARGEST, DataConfig, Section
+from fed_diffusion.schema import LARGEST, DataConfig, Section, as_numbers
 
 MACHINES = "machines.txt"
 """In a run directory: one line for each machine that worked on it."""
@@ -106,16 +106,16 @@ def load_sweep(file: str) -> Sweep:
         sweep = Sweep.model_validate({"name": path.stem, **found})
     except ValidationError as error:
         problems = "\n".join(
-            f"sweep {path}: {'.'.join(map(str, item['loc']))} = {item['input']!r} is not allowed: "
-            f"{item['msg']}."
+            f"sweep {path}: {'.'.join(map(str, item['loc']))} = {as_numbers(item['input'])!r} "
+            f"is not allowed: {item['msg']}."
             for item in error.errors()
         )
         raise ConfigError(f"{problems}\nIts keys are {_keys()}.") from error
     for key in ("seed", "method", "preset"):
         if key in sweep.set:
             raise ConfigError(
-                f"sweep {path}: set.{key} = {sweep.set[key]!r} is not allowed; the grid's own "
-                f"{key}s say it."
+                f"sweep {path}: set.{key} = {as_numbers(sweep.set[key])!r} is not allowed; "
+                f"the grid's own {key}s say it."
             )
     refuse_overlaps(sweep.set, f"sweep {path}: set")
     return sweep
