@@ -140,9 +140,9 @@ def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> Conf
             if key not in given:
                 _assign(settings, key, default)
     if "local.epochs" in given and "local.steps" not in given:
-        settings["local"]["steps"] = None
+        _assign(settings, "local.steps", None)
     if "local.steps" in given and "local.epochs" not in given:
-        settings["local"]["epochs"] = None
+        _assign(settings, "local.epochs", None)
     _resolve_method(settings, given)
     return _absolute(build_config(settings))
 

@@ -216,6 +216,13 @@ def test_a_setting_that_is_given_twice_is_refused(pairs):
         parse_pairs(pairs)
 
 
+def test_the_settings_that_are_given_are_left_as_they_are():
+    given = {"local": {"epochs": 2}, "pruning": {"kind": "random"}}
+    first = load_config("digits", given)
+    assert (first.local.epochs, first.local.steps) == (2, None)
+    assert given == {"local": {"epochs": 2}, "pruning": {"kind": "random"}}
+
+
 def test_a_key_twice_in_a_typed_mapping_is_refused():
     with pytest.raises(ConfigError, match=r"local=\{steps: 1, steps: 2\}.*steps stands twice"):
         parse_pairs(["local={steps: 1, steps: 2}"])
