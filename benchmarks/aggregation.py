@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from fed_diffusion.federation.coordinator import Coordinator
 from fed_diffusion.federation.probe import peak_memory
 from fed_diffusion.federation.records import Update
 from fed_diffusion.federation.wire import Payload
+from fed_diffusion.hardware import usable_cores
 from fed_diffusion.masks.recipes import Recipe
 from fed_diffusion.models.build import build_network, parameters_of
 
@@ -145,7 +145,7 @@ def main() -> None:
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     cases = [("100 M", 10)] if arguments.large else [("24 M", 10), ("24 M", 50)]
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, medians of {arguments.repeats}\n")
+    print(f"{usable_cores()} cores, torch {torch.__version__}, medians of {arguments.repeats}\n")
     print("| network | clients | case | seconds | / FedAvg | peak MB | / FedAvg |")
     print("|---|---|---|---|---|---|---|")
     for size, clients in cases:

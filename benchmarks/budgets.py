@@ -31,6 +31,7 @@ from fed_diffusion.federation.coordinator import Coordinator
 from fed_diffusion.federation.probe import demand, peak_memory, seconds_of, training_step
 from fed_diffusion.federation.records import Task
 from fed_diffusion.federation.worker import Worker
+from fed_diffusion.hardware import usable_cores
 from fed_diffusion.masks.budget import TRAINING_SHARE
 from fed_diffusion.models.build import build_network, parameters_of
 
@@ -47,7 +48,7 @@ def config_of(arguments: argparse.Namespace, **more: Any) -> Config:
         "local.batch": arguments.batch,
         "data.holdout": 0.0,
         "worker.device": "cpu",
-        "worker.threads": os.cpu_count(),
+        "worker.threads": usable_cores(),
     }
     return load_config(arguments.preset, settings | more)
 
@@ -185,7 +186,7 @@ def main() -> None:
         print(json.dumps(results))
         return
     print(
-        f"{arguments.preset}, batch {arguments.batch}, {arguments.steps} steps, {os.cpu_count()} "
+        f"{arguments.preset}, batch {arguments.batch}, {arguments.steps} steps, {usable_cores()} "
         f"cores, torch {torch.__version__}\n"
         f"whole network: {need / 1e6:.0f} MB above the idle process, {seconds:.2f} s a step\n"
         f"half of that allowed ({memory['how']}): keep {memory['keep']:g} (limit: "

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import platform
 import statistics
 import tempfile
@@ -31,6 +30,7 @@ from fed_diffusion.experiment import Experiment
 from fed_diffusion.federation.records import Update
 from fed_diffusion.federation.simulate import task_runner
 from fed_diffusion.flower_engine import run_on_flower
+from fed_diffusion.hardware import usable_cores
 from fed_diffusion.models.build import build_network
 
 _bare: tuple[Config, torch.nn.Module, ImageSet] | None = None
@@ -91,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet = {"rounds": arguments.rounds + 1, "evaluation.samples": 0, "evaluation.every": 0}
     config = load_config(arguments.preset, parse_pairs(arguments.set) | quiet)
-    atonce = max(1, (os.cpu_count() or 1) // config.worker.threads)
+    atonce = max(1, usable_cores() // config.worker.threads)
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -112,7 +112,7 @@ def report(config: Config, atonce: int, seconds: dict[str, list[float]]) -> None
     print(
         f"{config.preset}: {config.clients} clients, {atonce} at once, {config.local.steps} steps "
         f"of batch {config.local.batch}, seed {config.seed}; {platform.processor() or 'CPU'}, "
-        f"{os.cpu_count()} cores, torch {torch.__version__}"
+        f"{usable_cores()} cores, torch {torch.__version__}"
     )
     base = statistics.median(seconds["bare"])
     for name, values in seconds.items():

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from fed_diffusion.config import load_config
-from fed_diffusion.federation.simulate import simulate, usable_cores
+from fed_diffusion.federation.simulate import simulate
+from fed_diffusion.hardware import usable_cores
 from fed_diffusion.runs import RunDir
 
 PRESET = "digits-quick"

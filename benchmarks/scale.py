@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import threading
@@ -24,6 +23,7 @@ import torch
 
 from fed_diffusion.config import load_config
 from fed_diffusion.flower_engine import run_on_flower
+from fed_diffusion.hardware import usable_cores
 
 
 def server_memory() -> float | None:
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--per-round", type=int, nargs="+", default=[20, 200])
     arguments = parser.parse_args()
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, seed 0\n")
+    print(f"{usable_cores()} cores, torch {torch.__version__}, seed 0\n")
     print("| clients | per round | rounds | rounds / min | server MB, by thirds | seconds |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

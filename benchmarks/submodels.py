@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import statistics
 from typing import Any
 
@@ -32,6 +31,7 @@ from fed_diffusion.federation.probe import (
     training_step,
 )
 from fed_diffusion.federation.wire import Payload, decode_task, encode_update
+from fed_diffusion.hardware import usable_cores
 from fed_diffusion.models.build import build_network, channel_layout, parameters_of, skeleton
 from fed_diffusion.models.unet import reset
 
@@ -150,7 +150,7 @@ def main() -> None:
     sizes = dict(zip(KEEP, payload_bytes(config), strict=True))
     columns["bytes down"] = {keep: float(size[0]) for keep, size in sizes.items()}
     columns["bytes up"] = {keep: float(size[1]) for keep, size in sizes.items()}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{usable_cores()} cores"
     print(
         f"{arguments.preset}, batch {arguments.batch}, {where}, torch {torch.__version__}, "
         f"{arguments.rounds} rounds; whole network: {parameters[1.0]:,} parameters, "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from fed_diffusion.config import Config, load_config
 from fed_diffusion.federation.aggregate import MaskedMean
 from fed_diffusion.federation.simulate import simulate
+from fed_diffusion.hardware import usable_cores
 from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.masks.recipes import pruning_error
 from fed_diffusion.models.build import channel_layout
@@ -160,7 +160,7 @@ def main() -> None:
         text += "\n" + on_one_theta(done["F"][0])
     (arguments.out / "table.md").write_text(text)
     print(
-        f"{text}\n{time.perf_counter() - began:.0f} s on {os.cpu_count()} cores, "
+        f"{text}\n{time.perf_counter() - began:.0f} s on {usable_cores()} cores, "
         f"torch {torch.__version__}"
     )
 

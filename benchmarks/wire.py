@@ -13,7 +13,6 @@ the time that the bytes saved would have taken that client at 1 Gbit/s, and the 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from fed_diffusion.federation.wire import (
     encode_task,
     encode_update,
 )
+from fed_diffusion.hardware import usable_cores
 from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.masks.recipes import Recipe
 from fed_diffusion.models.build import build_network, channel_layout, parameters_of
@@ -117,7 +117,7 @@ def main() -> None:
     theta = parameters_of(build_network(load_config(arguments.preset)))
     print(
         f"{arguments.preset}: {sum(v.numel() for v in theta.values()):,} parameters, 10 clients, "
-        f"{os.cpu_count()} cores, one thread, torch {torch.__version__}, seed 0; medians of "
+        f"{usable_cores()} cores, one thread, torch {torch.__version__}, seed 0; medians of "
         f"{arguments.repeats}\n"
     )
     print(

@@ -44,7 +44,11 @@ def answer(kind: str, content: RecordDict, context: Context) -> RecordDict:
 
     In a simulation the process that calls this is kept by Ray, and is the worker.
     """
-    seconds = float(str(context.node_config.get("warm-seconds", IDLE_S)))
+    given = context.node_config.get("warm-seconds", IDLE_S)
+    try:
+        seconds = float(str(given))
+    except ValueError:
+        raise ValueError(f"warm-seconds = {given!r} in the node config is not a number") from None
     deployed = Path(sys.argv[0]).name == "flwr-clientapp" and hasattr(socket, "SO_PEERCRED")
     if deployed and seconds > 0:
         return hand_over(kind, content, context.node_id, context.node_config, seconds)

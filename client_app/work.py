@@ -6,6 +6,7 @@ Imports torch. The ClientApp's own process does not; it hands over to here throu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
@@ -15,6 +16,7 @@ from fed_diffusion.config import ConfigError, build_config
 from fed_diffusion.data import load_own
 from fed_diffusion.federation.worker import Worker
 from fed_diffusion.masks.budget import BudgetError
+from fed_diffusion.schema import as_numbers
 
 NodeConfig = Mapping[str, object]
 
@@ -41,6 +43,16 @@ def _own(node: NodeConfig) -> tuple[str | None, str | None]:
     return str(folder) if folder else None, str(name) if name else None
 
 
+def _number(node: NodeConfig, key: str, default: float) -> float:
+    """A number of the node config, as it came or as text."""
+    value = node.get(key, default)
+    read = as_numbers(value)
+    number = isinstance(read, int | float) and not isinstance(read, bool)
+    if not number or not math.isfinite(read):
+        raise ConfigError(f"{key} = {value!r} in the node config is not a number.")
+    return float(read)
+
+
 def train(content: RecordDict, node: NodeConfig) -> RecordDict:
     """Run one task of one client."""
     return to_records(worker_of(content, node).run(to_task(content)))
@@ -51,16 +63,15 @@ def hello(content: RecordDict, node: NodeConfig) -> RecordDict:
 
     Data that do not fit, or a machine too small, are no crash: the answer says what is wrong.
     """
-    numbers: dict[str, int | float] = {
-        "partition-id": int(str(node.get("partition-id", 0))),
-        "num-partitions": int(str(node.get("num-partitions", 0))),
-        "own-data": int(any(_own(node))),
-    }
+    numbers: dict[str, int | float] = {"partition-id": 0, "num-partitions": 0}
+    numbers["own-data"] = int(any(_own(node)))
     try:
+        for key in ("partition-id", "num-partitions"):
+            numbers[key] = int(_number(node, key, 0))
         worker = worker_of(content, node)
         numbers["images"] = len(worker.dataset)
         if worker.config.pruning.budget == "node":
-            numbers["keep"] = float(str(node.get("keep", 1.0)))
+            numbers["keep"] = _number(node, "keep", 1.0)
         elif worker.config.pruning.budget == "auto":
             numbers |= worker.budget().to_metrics()
     except (ConfigError, BudgetError) as error:

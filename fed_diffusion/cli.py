@@ -9,18 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fed_diffusion import cli_evaluation, cli_theory
 from fed_diffusion.cli_deploy import add_deploy_commands
 from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
+from fed_diffusion.terminal import console, tell
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INTERRUPTED = 130
-console = Console(stderr=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.command(arguments)
         return code
     except ConfigError as error:
-        console.print(f"[bold red]refused:[/] {_escape(str(error))}", soft_wrap=True)
+        tell(str(error), "refused:")
         return 2
     except KeyboardInterrupt:
-        console.print("interrupted")
+        tell("interrupted")
         return INTERRUPTED
 
 
@@ -120,7 +119,7 @@ def resume_command(arguments: argparse.Namespace) -> int:
 def _train(config: Config, path: Path, engine: str, *, resume: bool) -> int:
     """Run a new or stopped run on an engine to its end."""
     from fed_diffusion.experiment import Experiment
-    from fed_diffusion.runs import RunDir
+    from fed_diffusion.runs import RunDir, resume_command
     from fed_diffusion.superlink import stop_signals_interrupt
 
     with _live_progress(config) as report, stop_signals_interrupt():
@@ -139,10 +138,10 @@ def _train(config: Config, path: Path, engine: str, *, resume: bool) -> int:
         except (RuntimeError, OSError) as error:  # below quorum; a worker died; no disk
             if engine == "local" and RunDir(path).metrics.parent.is_dir():
                 RunDir(path).write_status("stopped", str(error))
-            console.print(f"[bold red]failed:[/] {_escape(str(error))}", soft_wrap=True)
+            tell(str(error), "failed:")
             return 1
         except KeyboardInterrupt:
-            console.print(f"interrupted; go on with: fed-diffusion resume {path}", soft_wrap=True)
+            tell(f"interrupted; go on with: {resume_command(path, engine)}")
             return INTERRUPTED
     _print_results(path)
     print(path, flush=True)
@@ -180,7 +179,7 @@ def _labels(text: str | None, num: int) -> Tensor | None:
 
     try:
         chosen = torch.tensor([int(part) for part in text.split(",")])
-    except ValueError:
+    except (ValueError, RuntimeError):  # no number; one beyond 64 bits
         raise ConfigError(
             f"--labels = {text!r} is not allowed; give class numbers, as in 0,1,2."
         ) from None
@@ -212,18 +211,18 @@ def sweep_command(arguments: argparse.Namespace) -> int:
                 datasets,
                 processes=arguments.processes,
                 progress=_live_progress,
-                say=lambda line: console.print(_escape(line), highlight=False, soft_wrap=True),
+                say=tell,
             )
     except KeyboardInterrupt:
         again = shlex.join(["--resume", *(["--only", *arguments.only] if arguments.only else [])])
-        console.print(f"interrupted; go on with: {_escape(f'{command} {again}')}", soft_wrap=True)
+        tell(f"interrupted; go on with: {command} {again}")
         return INTERRUPTED
     table = write_outputs(runs, out, command, arguments.report)
     print(table or "No run is finished yet.")
     for name, why in outcome.failed.items():
-        console.print(f"[bold red]failed:[/] {_escape(f'{name}: {why}')}", soft_wrap=True)
+        tell(f"{name}: {why}", "failed:")
     for name, who in outcome.elsewhere.items():
-        console.print(f"left to others: {_escape(f'{name}: {who}')}", soft_wrap=True)
+        tell(f"left to others: {name}: {who}")
     print(out, flush=True)
     return 1 if outcome.failed else 0
 
@@ -234,10 +233,10 @@ class _live_progress:
     def __init__(self, config: Config):
         self._rounds = config.rounds
         self._bar = Progress(
-            TextColumn("[bold]round"),
+            TextColumn("round", style="bold", markup=False),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -260,7 +259,7 @@ class _live_progress:
         if line["round"] == self._rounds:
             self._bar.update(self._task, description=f"{text}  sampling and evaluating")
         if not console.is_terminal:
-            console.print(f"round {line['round']}/{self._rounds}  {text}", highlight=False)
+            tell(f"round {line['round']}/{self._rounds}  {text}")
 
 
 def _print_results(path: Path) -> None:
@@ -272,24 +271,14 @@ def _print_results(path: Path) -> None:
         f"FID {quality['fid']:.2f} (floor {quality['fid_floor']:.2f}, {quality['extractor']}, "
         f"{quality['samples']} samples)"
         if quality["fid"] is not None
-        else f"no quality figures: {_escape(quality['why'])}"
+        else f"no quality figures: {quality['why']}"
     )
-    console.print(
-        f"{results['method']}  loss {results['loss']:.4f}  Gamma* {results['gamma_star']}  {fid}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    tell(f"{results['method']}  loss {results['loss']:.4f}  Gamma* {results['gamma_star']}  {fid}")
     copied = (quality["memorisation"] or {}).get("copied")
     if copied:
         named = ", ".join(map(str, copied))
-        console.print(f"[bold red]the samples copy images of clients {named}[/]; see report.html")
-    console.print(
-        f"train {seconds['train']:.0f} s, evaluate {seconds['evaluate']:.0f} s", highlight=False
-    )
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+        tell("see report.html", f"the samples copy images of clients {named};")
+    tell(f"train {seconds['train']:.0f} s, evaluate {seconds['evaluate']:.0f} s")
 
 
 if __name__ == "__main__":

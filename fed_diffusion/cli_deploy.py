@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,11 +59,11 @@ def add_deploy_commands(commands: Any) -> None:
 
 def doctor_command(arguments: argparse.Namespace) -> int:
     """A line for each finding; exit code 1 where something is to be done."""
-    from rich.console import Console
     from rich.text import Text
 
     from fed_diffusion.config import load_config
     from fed_diffusion.doctor import Machine, examine
+    from fed_diffusion.terminal import plain_console
 
     given = {
         "server": arguments.server,
@@ -74,7 +73,7 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     }
     machine = Machine.of_bundle(arguments.bundle) if arguments.bundle else Machine()
     machine = replace(machine, **{key: value for key, value in given.items() if value is not None})
-    console, wrong = Console(), 0
+    console, wrong = plain_console(), 0
     for finding in examine(machine):
         mark = Text("ok  ", "green") if finding.ok else Text("do  ", "bold red")
         console.print(mark + Text(f"{finding.name}: {finding.text}"), soft_wrap=True)
@@ -86,6 +85,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     """Submit a run; its directory on the server is the last line of the output."""
     from fed_diffusion.config import load_config, parse_pairs
     from fed_diffusion.submit import Operator, submit
+    from fed_diffusion.terminal import tell
 
     if not arguments.out.is_absolute():
         raise ConfigError(f"--out {arguments.out}: give an absolute path, on the server.")
@@ -93,7 +93,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     try:
         submit(Operator(arguments.operator), config, arguments.out, arguments.nodes)
     except EngineError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        tell(str(error), "failed:")
         return 1
     print(arguments.out, flush=True)
     return 0
@@ -101,9 +101,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def init_command(arguments: argparse.Namespace) -> int:
     """Write the folder and print its commands; its path is the last line of the output."""
-    from rich.console import Console
-
     from fed_diffusion.deploy import Deployment, init
+    from fed_diffusion.terminal import tell
 
     wanted = Deployment(
         server=tuple(arguments.server),
@@ -116,6 +115,6 @@ def init_command(arguments: argparse.Namespace) -> int:
     )
     made = init(arguments.directory, wanted)
     text = (made / "COMMANDS.md").read_text("utf-8")
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    tell(text)
     print(made, flush=True)
     return 0

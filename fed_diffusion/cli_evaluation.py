@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_diffusion.config import ConfigError, build_config
+from fed_diffusion.files import absolute
 
 
 def add_commands(commands: Any) -> None:
@@ -53,7 +54,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     if "extractor" in given:  # the weights of the run's own extractor go with it
         given.setdefault("weights", None)
     if given.get("reference", "none") not in (*OWN_DATA, "none"):
-        given["reference"] = str(Path(given["reference"]).expanduser().resolve())
+        given["reference"] = str(absolute(given["reference"], "--reference"))
     settings["evaluation"] |= given
     config = build_config(settings)
     check_evaluation(config)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from fed_diffusion.config import Config, ConfigError, build_config, load_config, parse_pairs
+from fed_diffusion.terminal import plain_console
 
 if TYPE_CHECKING:
     from fed_diffusion.theory.advisor import Plan, Row
@@ -69,11 +69,11 @@ def plan_command(arguments: argparse.Namespace) -> int:
     plan = planned(probed.training)
     if plan.eta > 0:  # the drift goes with the step size
         plan = planned(probed.at(plan.eta))
-    console = Console(highlight=False)
+    console = plain_console()
     for table in (_estimates(probed), _comparison(config, probed, plan)):
         console.print(table)
     for note in (*plan.notes, *probed.notes):
-        console.print(f"- {note}", markup=False, soft_wrap=True)
+        console.print(f"- {note}", soft_wrap=True)
     moves = _moves(probed, plan)
     for name, rows in moves.items():
         console.print(_moved(name, rows))

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
+from fed_diffusion.files import absolute, parse_yaml, read_yaml
 from fed_diffusion.methods import method_name, method_settings
-from fed_diffusion.schema import Config, ConfigError, Section
+from fed_diffusion.schema import Config, ConfigError, Section, by_type, is_free_text
 
 __all__ = [
     "Config",
@@ -28,7 +29,11 @@ __all__ = [
     "method_name",
     "parse_pairs",
     "presets",
+    "read_value",
+    "refuse_overlaps",
 ]
+
+NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def conf_dir() -> Path:
@@ -46,34 +51,71 @@ def load_preset(name: str) -> dict[str, Any]:
     """The settings of a preset (a name in conf/) or of a YAML file (a path)."""
     is_path = name.endswith((".yaml", ".yml"))
     path = Path(name) if is_path else conf_dir() / f"{name}.yaml"
-    if not path.is_file() or not (is_path or name in presets()):
+    if not is_path and name not in presets():
         close = difflib.get_close_matches(name, presets(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(
             f"preset = {name!r} does not exist.{hint} There are: {', '.join(presets())}; "
             "or give the path of a YAML file."
         )
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"preset {path} is not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"preset {path} must be a mapping of keys to values.")
-    return {"preset": path.stem, **settings}
+    return {"preset": path.stem, **read_yaml(path, "preset")}
 
 
 def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["pruning.level=S", "rounds=20"]` as a flat mapping; values are read as YAML."""
+    """`["pruning.level=S", "rounds=20"]` as a flat mapping; see `read_value` for the values."""
     flat: dict[str, Any] = {}
     for pair in pairs:
         key, sep, text = pair.partition("=")
         if not sep or not key.strip():
             raise ConfigError(f"set: {pair!r} is not of the form key=value, as in rounds=20.")
-        try:
-            flat[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"set: the value in {pair!r} cannot be read: {error}") from error
+        refuse_overlaps([*flat, key.strip()], "set")
+        flat[key.strip()] = read_value(key.strip(), text)
     return flat
+
+
+def read_value(key: str, text: str) -> Any:
+    """A typed value, as far as it can be read without a check.
+
+    A setting that takes any text (a path, a name) takes it as typed, and null where it may be
+    none. For the others [1, 0.5], {steps: 3} and "S" are YAML, and everything else is text, which
+    the setting's type reads: numbers are decimal.
+
+    Raises
+    ------
+    ConfigError
+        A list or a mapping cannot be read.
+    """
+    field = _field(key)
+    if field is not None and is_free_text(field.annotation):
+        may_be_none = type(None) in get_args(field.annotation)
+        return None if may_be_none and text in ("", "null") else text
+    text = text.strip()
+    if text in NULLS:
+        return None
+    if f"{text[0]}{text[-1]}" in ("[]", "{}", '""', "''"):
+        return parse_yaml(text, f"set: the value in {f'{key}={text}'!r}")
+    return text
+
+
+def refuse_overlaps(keys: Iterable[str], where: str) -> None:
+    """Refuse a key that stands twice, and one that stands beside its whole section.
+
+    Raises
+    ------
+    ConfigError
+        Names the two; `where` says where they stand.
+    """
+    known: list[str] = []
+    for key in keys:
+        for other in known:
+            if key == other:
+                raise ConfigError(f"{where}: {key} is given twice; give it once.")
+            if key.startswith(f"{other}.") or other.startswith(f"{key}."):
+                raise ConfigError(
+                    f"{where}: {other} and {key} are given, and one holds the other; give either "
+                    "the section or its keys."
+                )
+        known.append(key)
 
 
 def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -85,39 +127,44 @@ def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> Conf
         Names the key, the value given and what is allowed.
     """
     flat = dict(overrides or {})
+    given = dict(_flat(flat))
     settings = load_preset(preset)
-    _resolve_method(settings, {})
-    if any(key.startswith("pruning.") for key in flat):
+    if not given.get("method"):  # a method that is typed replaces the preset's
+        _resolve_method(settings, dict(_flat(settings)))
+    if any(key.startswith("pruning.") for key in given):
         settings["method"] = None  # what is typed now outranks the preset's method
     for key, value in flat.items():
         _assign(settings, key, value)
-    if "pruning.kind" in flat:  # what belongs to the preset's kind goes with it
+    if "pruning.kind" in given:  # what belongs to the preset's kind goes with it
         for key, default in (("pruning.choice", "ordered"), ("pruning.unit", "weights")):
-            if key not in flat:
+            if key not in given:
                 _assign(settings, key, default)
-    if "local.epochs" in flat and "local.steps" not in flat:
-        settings["local"]["steps"] = None
-    if "local.steps" in flat and "local.epochs" not in flat:
-        settings["local"]["epochs"] = None
-    _resolve_method(settings, flat)
+    if "local.epochs" in given and "local.steps" not in given:
+        _assign(settings, "local.steps", None)
+    if "local.steps" in given and "local.epochs" not in given:
+        _assign(settings, "local.epochs", None)
+    _resolve_method(settings, given)
     return _absolute(build_config(settings))
 
 
 def _absolute(config: Config) -> Config:
     """Paths as seen from where the user stands: the engine's processes stand elsewhere."""
 
-    def resolve(path: str | None) -> str | None:
-        return str(Path(path).expanduser().resolve()) if path else path
+    def resolve(path: str | None, key: str) -> str | None:
+        return str(absolute(path, key)) if path else path
 
     evaluation = config.evaluation
     reference = evaluation.reference
     if reference not in ("data", "train", "test", "none"):
-        reference = str(resolve(reference))
+        reference = str(resolve(reference, "evaluation.reference"))
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"dir": resolve(config.data.dir)}),
+            "data": config.data.model_copy(update={"dir": resolve(config.data.dir, "data.dir")}),
             "evaluation": evaluation.model_copy(
-                update={"reference": reference, "weights": resolve(evaluation.weights)}
+                update={
+                    "reference": reference,
+                    "weights": resolve(evaluation.weights, "evaluation.weights"),
+                }
             ),
         }
     )
@@ -139,9 +186,9 @@ def _resolve_method(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
         settings["method"] = None
         return
     for key, value in method_settings(str(method)).items():
-        if key in given and given[key] != value:
+        if key in given and (beside := _as_read(key, given[key])) != value:
             raise ConfigError(
-                f"{key} = {given[key]!r} contradicts method = {method!r}, which means "
+                f"{key} = {beside!r} contradicts method = {method!r}, which means "
                 f"{key} = {value!r}. Give one of the two."
             )
         _assign(settings, key, value)
@@ -163,6 +210,38 @@ def _assign(settings: dict[str, Any], key: str, value: Any) -> None:
     if last not in model.model_fields:
         raise ConfigError(_unknown(key, model, sections))
     node[last] = value
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _field(key: str) -> FieldInfo | None:
+    """The setting with this dotted name; None where there is none."""
+    model: Any = Config
+    field = None
+    for part in key.split("."):
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return None
+        field = model.model_fields.get(part)
+        model = field.annotation if field else None
+    return field
+
+
+def _as_read(key: str, value: Any) -> Any:
+    """A value as its setting reads it, so that values can be compared; else as it is."""
+    field = _field(key)
+    if field is None:
+        return value
+    try:
+        reads: Any = Annotated[field.annotation, field]
+        return TypeAdapter(reads).validate_python(by_type(field.annotation, value))
+    except ValueError:  # the check of the whole says what is wrong with it
+        return value
 
 
 def _is_section(model: type[BaseModel], name: str) -> bool:

@@ -28,6 +28,7 @@ from fed_diffusion.certificates import (
     make_server,
 )
 from fed_diffusion.config import ConfigError
+from fed_diffusion.files import expanded
 
 PORT_INSIDE = 8000
 """Where the SuperLink listens, on loopback."""
@@ -116,7 +117,7 @@ def init(target: Path, wanted: Deployment) -> Path:
         Something cannot be used, or the folder is there already.
     """
     wanted.check()
-    target = target.expanduser().absolute()
+    target = expanded(target, "DIR").absolute()
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} is there already, and keys are never overwritten.")
     try:

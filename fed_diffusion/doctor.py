@@ -6,7 +6,7 @@ import datetime
 import email.utils
 import http.client
 import json
-import os
+import shlex
 import shutil
 import ssl
 import stat
@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -27,6 +26,9 @@ from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import load_own
 from fed_diffusion.data.image_folder import EXTENSIONS
 from fed_diffusion.deploy import versions
+from fed_diffusion.files import expanded
+from fed_diffusion.hardware import usable_cores
+from fed_diffusion.masks.budget import memory_allowed
 
 CONNECT_S = 10.0
 EXPIRES_SOON = datetime.timedelta(days=30)
@@ -126,8 +128,8 @@ def _minor(version: str) -> str:
 def _hardware() -> Iterator[Finding]:
     import torch
 
-    free = psutil.virtual_memory().available
-    text = f"{free / 2**30:.1f} GiB free, {os.cpu_count()} cores"
+    free = memory_allowed()
+    text = f"{free / 2**30:.1f} GiB free, {usable_cores()} cores"
     hint = "" if free >= LEAST_MEMORY else "; training needs 1 GiB at least: end something else"
     yield Finding(not hint, "memory", text + hint)
     if not torch.cuda.is_available():
@@ -177,7 +179,8 @@ def _key(path: Path) -> Iterator[Finding]:
         yield Finding(False, "key", f"{path} cannot be read ({error}): is this its user?")
         return
     if mode & 0o077:
-        yield Finding(False, "key", f"{path} is open to others ({mode:o}): chmod 600 {path}")
+        command = shlex.join(["chmod", "600", str(path)])
+        yield Finding(False, "key", f"{path} is open to others ({mode:o}): {command}")
     elif b"OPENSSH" in content and not _is_node_key(content):
         yield Finding(False, "key", f"{path} is no key that Flower takes: use the bundle's")
     else:
@@ -312,7 +315,7 @@ def _data(machine: Machine) -> Iterator[Finding]:
     if machine.data is None or machine.dataset is not None:
         yield Finding(True, "data", f"{where}; give --preset to have it loaded")
         return
-    folder = Path(machine.data).expanduser()
+    folder = expanded(machine.data, "data-dir")
     files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in EXTENSIONS]
     if not files:
         what = "holds no image" if folder.is_dir() else "is no folder"

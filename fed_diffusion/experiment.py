@@ -30,7 +30,7 @@ from fed_diffusion.masks.plan import check_pruning
 from fed_diffusion.models.build import build_network, channel_layout, parameters_of, skeleton
 from fed_diffusion.report.grids import save_grid
 from fed_diffusion.rng import Purpose
-from fed_diffusion.runs import RunDir, Sampler, sampler_partition
+from fed_diffusion.runs import RunDir, Sampler, resume_command, sampler_partition
 from fed_diffusion.theory.measured import measured
 
 logger = logging.getLogger(__name__)
@@ -121,6 +121,8 @@ class Experiment:
         self.run = RunDir.create(path, config) if run is None else run
         kind = BufferedCoordinator if config.round.mode == "buffered" else Coordinator
         self.coordinator: Coordinator = kind(config, parameters_of(build_network(config)))
+        self.engine = "local"
+        """What carries this run; the command that resumes it depends on it."""
         self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "total": 0.0}
         self.history: list[RoundSummary] = []
         self._written = self._saved = 0
@@ -214,7 +216,7 @@ class Experiment:
     def how_to_resume(self) -> str:
         return (
             f"The last checkpoint is of round {max(self._saved, self._written)}; go on with: "
-            f"fed-diffusion resume {self.run.path}"
+            f"{resume_command(self.run.path, self.engine)}"
         )
 
     def check_keep(self, keep: float) -> None:

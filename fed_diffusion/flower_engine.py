@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_diffusion.config import Config, conf_dir
+from fed_diffusion.hardware import usable_cores
 from fed_diffusion.superlink import EngineError, SuperLink, stop_signals_interrupt
 
 __all__ = ["EngineError", "run_on_flower", "stage_app"]
@@ -222,9 +223,8 @@ def to_toml(values: Values) -> str:
 def _federation(config: Config) -> dict[str, int | float]:
     """Flower's settings for this run; no more Ray workers than clients that can be busy at once."""
     threads = config.worker.threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     clients = math.ceil(config.clients * config.round.fraction)
-    workers = max(1, min((cores or 1) // threads, clients))
+    workers = max(1, min(usable_cores() // threads, clients))
     federation: dict[str, int | float] = {
         "num-supernodes": config.flower.supernodes or config.clients,
         "client-resources-num-cpus": threads,

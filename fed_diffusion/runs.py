@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from fed_diffusion.checkpoint import (
@@ -34,17 +34,24 @@ from fed_diffusion.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from fed_diffusion.compute import device_of, kernels
+from fed_diffusion.compute import device_of, kernels, pinned_threads
 from fed_diffusion.config import Config, ConfigError, build_config
 from fed_diffusion.data import class_count, image_shape, to_uint8
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.diffusion.process import Score, per_image, sigma
 from fed_diffusion.diffusion.samplers import SAMPLERS
+from fed_diffusion.federation.probe import peak_memory
 from fed_diffusion.federation.records import RoundSummary
 from fed_diffusion.federation.worker import evaluator, network_with
+from fed_diffusion.files import read_yaml
+from fed_diffusion.hardware import usable_cores
+from fed_diffusion.masks.budget import MARGIN, memory_allowed
 from fed_diffusion.rng import Purpose, torch_generator
+from fed_diffusion.schema import LARGEST
 
 DEFAULT_ROOT = "runs"
+FEW = 16
+"""Images that are tried to see how much memory a whole batch will take."""
 
 
 def new_run_path(config: Config, root: str | Path = DEFAULT_ROOT) -> Path:
@@ -54,6 +61,20 @@ def new_run_path(config: Config, root: str | Path = DEFAULT_ROOT) -> Path:
         Path(root) / (stem + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 100)))
     )
     return next(path for path in candidates if not path.exists()).resolve()
+
+
+def resume_command(path: Path, engine: str = "local") -> str:
+    """What to type to go on with a run, quoted for a shell.
+
+    Parameters
+    ----------
+    engine
+        local, flower, or deployment: a SuperLink that the run was submitted to.
+    """
+    if engine == "deployment":
+        return f"flwr run ... --run-config {shlex.quote(f'resume={json.dumps(str(path))}')}"
+    words = ["fed-diffusion", "resume", str(path)]
+    return shlex.join([*words, "--engine", engine] if engine != "local" else words)
 
 
 class RunDir:
@@ -91,7 +112,12 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     def config(self) -> Config:
-        return build_config(yaml.safe_load((self.path / "config.yaml").read_text("utf-8")))
+        path = self.path / "config.yaml"
+        settings = read_yaml(path, "configuration")
+        try:
+            return build_config(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{path} cannot be used: {error}") from error
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -175,15 +201,13 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
-def batches_at_once(device: torch.device) -> ThreadPoolExecutor:
-    """Threads that make whole batches: one per core, each with one torch thread of its own.
+def batches_at_once(device: torch.device, count: int) -> ThreadPoolExecutor:
+    """Threads that make whole batches, `count` at once, each with one torch thread of its own.
 
     On a CPU that beats splitting every small operation over the cores, most of all on busy ones.
     """
     if device.type == "cpu":
-        return ThreadPoolExecutor(
-            os.cpu_count() or 1, initializer=torch.set_num_threads, initargs=(1,)
-        )
+        return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
     return ThreadPoolExecutor(1)
 
 
@@ -332,6 +356,8 @@ class Sampler:
         solve = SAMPLERS[config.evaluation.sampler]
         batch = batch or config.evaluation.batch
         seed = self.config.seed if seed is None else seed
+        if not 0 <= seed < LARGEST:
+            raise ConfigError(f"seed = {seed} is not allowed: from 0, and below 2^63.")
         if labels is not None:
             self._check_labels(labels, num)
         elif self.classes is not None:
@@ -348,9 +374,33 @@ class Sampler:
             return to_uint8(y).cpu()
 
         images = [torch.empty((0, *self.shape), dtype=torch.uint8)]
-        with batches_at_once(self.device) as pool, kernels(self.config, self.device):
-            images += pool.map(torch.no_grad()(generate), range(0, num, batch))
+        starts = range(0, num, batch)
+        few = min(batch, num, FEW)
+        score = self.score(None if labels is None else labels[:few], config.evaluation.guidance)
+        with kernels(self.config, self.device):
+            at_once = self._at_once(score, few, batch, len(starts))
+            with batches_at_once(self.device, at_once) as pool:
+                images += pool.map(torch.no_grad()(generate), starts)
         return torch.cat(images)
+
+    def _at_once(self, score: Score, few: int, batch: int, batches: int) -> int:
+        """How many batches the cores and the free memory allow at once; images depend on neither.
+
+        Parameters
+        ----------
+        score
+            The score of `few` images, which is asked once to see what memory it takes.
+        """
+        cores = min(usable_cores(), batches)
+        if self.device.type != "cpu" or cores <= 1:
+            return 1
+        y, u = torch.zeros((few, *self.shape)), torch.ones(few, dtype=torch.float64)
+        with pinned_threads(1):
+            score(y, u)  # the first call loads what later ones share
+            with peak_memory(self.device) as peak:
+                score(y, u)
+                each = MARGIN * peak() * batch / few
+        return max(1, min(cores, int(memory_allowed() / max(each, 1.0))))
 
     def evaluations(self, steps: int | None = None, guidance: float | None = None) -> int:
         """Network evaluations per image (NFE): images that go through the network for one image.

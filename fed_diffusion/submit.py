@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.files import expanded
 from fed_diffusion.flower_engine import PRESET, short_temp_dir, stage_app, to_toml
 from fed_diffusion.superlink import EngineError, bin_dirs, stop_signals_interrupt
 
@@ -36,7 +37,7 @@ class Operator:
     """The operator's bundle: Flower's command with the connection `deployment`."""
 
     def __init__(self, bundle: Path):
-        self.bundle = bundle.expanduser().absolute()
+        self.bundle = expanded(bundle, "OPERATOR").absolute()
         if not (self.bundle / "config.toml").is_file():
             raise ConfigError(
                 f"{self.bundle} is no operator's bundle: it has no config.toml. Give the folder "

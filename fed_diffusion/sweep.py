@@ -22,23 +22,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import yaml
 from pydantic import Field, ValidationError
 
 from fed_diffusion.compute import device_of
-from fed_diffusion.config import Config, ConfigError, conf_dir, load_config
+from fed_diffusion.config import Config, ConfigError, conf_dir, load_config, refuse_overlaps
 from fed_diffusion.data import ImageSet
 from fed_diffusion.experiment import Experiment, Progress, check
-from fed_diffusion.federation.simulate import run_in_process, usable_cores
+from fed_diffusion.federation.simulate import run_in_process
+from fed_diffusion.files import read_yaml
+from fed_diffusion.hardware import usable_cores
 from fed_diffusion.locks import FileLock
 from fed_diffusion.runs import DEFAULT_ROOT, RunDir
-from fed_diffusion.schema import DataConfig, Section
+from fed_diffusion.schema import LARGEST, DataConfig, Section, as_numbers
 
 MACHINES = "machines.txt"
 """In a run directory: one line for each machine that worked on it."""
 logger = logging.getLogger(__name__)
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=LARGEST)]
 
 
 class Sweep(Section):
@@ -95,32 +96,28 @@ def load_sweep(file: str) -> Sweep:
     """
     is_path = file.endswith((".yaml", ".yml"))
     path = Path(file) if is_path else conf_dir() / "sweeps" / f"{file}.yaml"
-    if not path.is_file():
+    if not is_path and file not in sweeps():
         raise ConfigError(
             f"sweep {file!r} does not exist. There are: {', '.join(sweeps())}; or give the path of "
             "a YAML file."
         )
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"sweep {path} is not valid YAML: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"sweep {path} must be a mapping with the keys {_keys()}.")
+    found = read_yaml(path, "sweep")
     try:
         sweep = Sweep.model_validate({"name": path.stem, **found})
     except ValidationError as error:
         problems = "\n".join(
-            f"sweep {path}: {'.'.join(map(str, item['loc']))} = {item['input']!r} is not allowed: "
-            f"{item['msg']}."
+            f"sweep {path}: {'.'.join(map(str, item['loc']))} = {as_numbers(item['input'])!r} "
+            f"is not allowed: {item['msg']}."
             for item in error.errors()
         )
         raise ConfigError(f"{problems}\nIts keys are {_keys()}.") from error
     for key in ("seed", "method", "preset"):
         if key in sweep.set:
             raise ConfigError(
-                f"sweep {path}: set.{key} = {sweep.set[key]!r} is not allowed; the grid's own "
-                f"{key}s say it."
+                f"sweep {path}: set.{key} = {as_numbers(sweep.set[key])!r} is not allowed; "
+                f"the grid's own {key}s say it."
             )
+    refuse_overlaps(sweep.set, f"sweep {path}: set")
     return sweep
 
 

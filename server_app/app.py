@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import traceback
 from pathlib import Path
@@ -9,10 +10,18 @@ from pathlib import Path
 from flwr.app import Context, UserConfig
 from flwr.serverapp import Grid, ServerApp
 
-from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
+from fed_diffusion.config import (
+    Config,
+    ConfigError,
+    load_config,
+    parse_pairs,
+    read_value,
+    refuse_overlaps,
+)
 from fed_diffusion.evaluation.checks import OWN_DATA
 from fed_diffusion.experiment import Experiment, RunStopped
 from fed_diffusion.runs import RunDir, new_run_path
+from fed_diffusion.superlink import MARK
 from server_app.strategy import FedDiffusion
 
 app = ServerApp()
@@ -30,11 +39,16 @@ KEYS = {
 def config_of(run_config: UserConfig) -> Config:
     """The configuration that `flwr run --run-config` describes; empty values mean the preset's."""
     overrides = {
-        key: run_config[name] for name, key in KEYS.items() if run_config.get(name, "") != ""
+        key: read_value(key, value) if isinstance(value := run_config[name], str) else value
+        for name, key in KEYS.items()
+        if run_config.get(name, "") != ""
     }
-    pairs = parse_pairs(shlex.split(str(run_config.get("set", ""))))
-    if twice := sorted(overrides.keys() & pairs.keys()):
-        raise ConfigError(f"{twice[0]} is given twice: as a run-config key and in set.")
+    try:
+        words = shlex.split(str(run_config.get("set", "")))
+    except ValueError as error:
+        raise ConfigError(f"set = {run_config['set']!r} cannot be read: {error}.") from error
+    pairs = parse_pairs(words)
+    refuse_overlaps([*overrides, *pairs], "the run config's own keys and its set")
     return load_config(str(run_config["preset"]), overrides | pairs)
 
 
@@ -59,6 +73,7 @@ def main(grid: Grid, context: Context) -> None:
     path = Path(given) if given else None
     try:
         experiment = _experiment(context.run_config, path)
+        experiment.engine = "flower" if MARK in os.environ else "deployment"
         path = experiment.run.path
         FedDiffusion(experiment).run(grid)
     except FileExistsError:

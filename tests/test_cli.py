@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -54,6 +56,9 @@ def test_sample_writes_a_grid_that_the_seed_decides(run, tmp_path):
         (["--guidance", "1"], "model.label_dropout"),
         (["--labels", "0,1"], "model.conditional"),
         (["--labels", "0;1"], "--labels = '0;1'"),
+        (["--labels", "99999999999999999999"], "--labels = '99999999999999999999'"),
+        (["--seed", "99999999999999999999"], "seed = 99999999999999999999"),
+        (["--seed", "-1"], "seed = -1"),
     ],
 )
 def test_sample_refuses_what_the_network_cannot_do(run, tmp_path, capsys, arguments, key):
@@ -113,6 +118,15 @@ REFUSED = {
         ["run", "digits", "--set", "evaluation.weights=no.safetensors"],
         "evaluation.weights",
     ),
+    "a setting that is given twice": (
+        ["run", "digits", "--set", "rounds=1", "--set", "rounds=2"],
+        "rounds is given twice",
+    ),
+    "a seed of 20 digits": (
+        ["run", "digits", "--set", "seed=99999999999999999999"],
+        "seed = '99999999999999999999' is not allowed: whole numbers are below 2^63",
+    ),
+    "a home that is none": (["run", "digits", "--set", "data.dir=~nobody-here/x"], "data.dir"),
     "a run that is none": (["sample", "nowhere", "--out", "x.png"], "nowhere"),
     "a network that does not fit": (
         ["run", "digits", "--set", "model.widths=[8, 8, 8, 8, 8]"],
@@ -143,6 +157,28 @@ def test_bad_input_is_refused_with_the_key_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_prints_a_command_that_resumes_the_run_whatever_its_path_holds(tmp_path, capfd):
+    run = tmp_path / "my :100: [red]run"
+
+    def interrupt():
+        while not (run / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Thread(target=interrupt).start()
+    assert main(["run", "digits", "--out", str(run), *pairs(rounds=500, clients=1)]) == 130
+    (line,) = (x for x in capfd.readouterr().err.splitlines() if x.startswith("interrupted"))
+    words = shlex.split(line.partition("go on with: ")[2])
+    assert words == ["fed-diffusion", "resume", str(run)]
+
+
+def test_a_refusal_shows_a_path_as_it_was_typed(tmp_path, capsys):
+    path = tmp_path / ":100: [red]x.yaml"
+    path.write_text("rounds: 1\nrounds: 2\n")
+    assert main(["run", str(path)]) == 2
+    assert f"refused: preset {path}: rounds stands twice" in capsys.readouterr().err
+
+
 BROKEN = {
     "a ServerApp that raises": (
         "        if 'FED_DIFFUSION_ENGINE' in os.environ:\n"
@@ -169,7 +205,7 @@ def test_an_app_that_raises_ends_the_command_with_1_and_the_reason(case, tmp_pat
     )
     command = ["run", "digits", "--engine", "flower", "--set", "model.name=broken:Net"]
     done = subprocess.run(
-        [sys.executable, "-m", "fed_diffusion.cli", *command, "--out", str(tmp_path / "run")],
+        [sys.executable, "-m", "fed_diffusion.cli", *command, "--out", str(tmp_path / "my run")],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
         capture_output=True,
@@ -178,6 +214,9 @@ def test_an_app_that_raises_ends_the_command_with_1_and_the_reason(case, tmp_pat
     )
     assert done.returncode == 1
     assert "broken on purpose" in done.stderr
+    if "clients" in case:  # a ServerApp that raises has no checkpoint
+        resume = f"fed-diffusion resume '{tmp_path}/my run' --engine flower"
+        assert f"go on with: {resume}\n" in done.stderr
     assert ours() == []
 
 
@@ -195,13 +234,16 @@ def ours():
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_run_its_superlink_and_ray(tmp_path):
-    run = tmp_path / "run"
+    run = tmp_path / "my :100: run"
     command = ["run", "digits", "--engine", "flower", "--out", str(run), *pairs(rounds=1000)]
-    process = subprocess.Popen([sys.executable, "-m", "fed_diffusion.cli", *command])
+    program = [sys.executable, "-m", "fed_diffusion.cli", *command]
+    process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 200
     while not (run / "metrics.jsonl").exists() and time.monotonic() < end:
         time.sleep(0.2)
     assert len(ours()) > 3  # SuperLink, simulation, Ray
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert f"go on with: fed-diffusion resume '{run}' --engine flower\n" in said
     assert ours() == []

@@ -1,5 +1,7 @@
 """The configuration: what is refused, and how the message helps."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -11,6 +13,7 @@ from fed_diffusion.config import (
     parse_pairs,
     presets,
 )
+from fed_diffusion.files import parse_yaml
 from fed_diffusion.models.build import skeleton
 
 
@@ -103,13 +106,126 @@ def test_a_pair_without_an_equals_sign_is_refused():
         parse_pairs(["rounds"])
 
 
-def test_values_are_read_as_yaml():
-    assert parse_pairs(["a=1", "b.c=[1, 2]", "d=null", "e=1.0e-4"]) == {
-        "a": 1,
-        "b.c": [1, 2],
-        "d": None,
-        "e": 1e-4,
-    }
+def settings_of(*pairs):
+    return load_config("digits", parse_pairs(pairs))
+
+
+AS_TYPED = ["/x/set #2", "2024", "2024-01-02", "on", "no", "a: b", "010", "12:30", "1_000", "1e-2",
+            "[a]", "{a: b}", "'q'", '"q"', "- a", "&a", "*a", "!a", "%a", "@a", "null ", "NULL",
+            "x~", " x ", "x#y", "x=y", ":100:", "[red]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AS_TYPED)
+def test_a_setting_of_text_takes_the_text_as_typed(text):
+    here = str(Path.cwd() / text) if not text.startswith("/") else text
+    assert settings_of(f"data.dir={text}").data.dir == here
+    assert settings_of(f"flower.ray_address={text}").flower.ray_address == text
+
+
+@pytest.mark.parametrize("text", ["2024", "2024-01-02", "on", "010", "12:30", "1_000", "1e-2"])
+def test_a_setting_of_text_in_a_file_is_the_text_that_stands_there(text, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"data: {{dir: {text}}}\nflower: {{ray_address: {text}}}\n")
+    config = load_config(str(path))
+    assert (config.data.dir, config.flower.ray_address) == (str(Path.cwd() / text), text)
+    assert build_config(parse_yaml(config.to_yaml(), "the text")) == config
+
+
+def test_null_is_none_where_a_setting_of_text_may_be_none():
+    assert settings_of("data.dir=null").data.dir is None
+    assert settings_of("data.dir=").data.dir is None
+    assert settings_of("method=null").method is None
+    assert settings_of("data.name=null").data.name == "null"
+    for none in ("null", "~", "Null", ""):
+        assert settings_of("diffusion.K=50", f"evaluation.steps={none}").evaluation.steps is None
+
+
+NUMBERS = {
+    "a leading zero is no octal": ("seed=010", 10),
+    "zeros alone": ("seed=000", 0),
+    "an underscore as in Python": ("seed=1_000", 1000),
+    "an exponent": ("rounds=1e2", 100),
+    "a whole number with a point": ("rounds=3.0", 3),
+    "quotes": ("rounds='3'", 3),
+    "blanks": ("rounds= 3 ", 3),
+    "an exponent without a point": ("local.eta=1e-2", 0.01),
+    "a large exponent": ("data.alpha=1E3", 1000.0),
+    "a point alone before": ("local.eta=.5", 0.5),
+    "a count": ("round.quorum=1", 1),
+    "a part": ("round.quorum=1.0", 1.0),
+    "a smaller part": ("round.quorum=0.5", 0.5),
+    "another count": ("round.quorum=2", 2),
+    "one of several numbers": ("data.channels=3", 3),
+    "one ratio": ("pruning.keep=0.5", 0.5),
+    "a list": ("model.widths=[16, 024]", (16, 24)),
+    "a list of nothing": ("model.attention=[]", ()),
+    "true": ("data.flip=true", True),
+    "yes": ("data.flip=yes", True),
+    "off": ("data.flip=off", False),
+    "a word that YAML takes for false": ("data.flip=No", False),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_other_settings_are_read_as_their_type_says(case, tmp_path):
+    pair, value = NUMBERS[case]
+    key, _, text = pair.partition("=")
+    section, _, name = key.partition(".")
+    more = ["pruning.kind=random"] if section == "pruning" else []
+    beside = {"pruning": "kind: random, ", "local": "steps: 1, "}.get(section, "")
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{section}: {{{beside}{name}: {text}}}" if name else f"{key}: {text}")
+    for config in (settings_of(pair, *more), load_config(str(path))):
+        found = config
+        for part in key.split("."):
+            found = getattr(found, part)
+        assert (found, type(found)) == (value, type(value))
+
+
+NO_NUMBERS = ["rounds=true", "rounds=yes", "rounds=null", "rounds=", "rounds=12:30", "rounds=0x10",
+              "rounds=0o17", "rounds=3 #2", "rounds=3,5", "rounds=1e-2", "rounds=.inf",
+              "rounds=nan",
+              "rounds=[3]", "rounds={a: 3}", "rounds=2024-01-02", "local.eta=on", "data.flip=2",
+              "data.channels=true", "data.flip=null", "round.quorum=true", "model.widths=64",
+              "model.widths=[8, true]", "pruning.keep=[1, yes]", "wire.up=off", "round.quorum=1.5",
+              "seed=99999999999999999999", "rounds=99999999999999999999",
+              "seed=" + "9" * 5000, "seed=-1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", NO_NUMBERS)
+def test_text_that_a_setting_does_not_mean_is_refused_with_its_key(pair):
+    with pytest.raises(ConfigError, match=rf"^{pair.partition('=')[0]} = "):
+        settings_of(pair)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"rounds": True}, {"local.eta": True}, {"data.channels": True}, {"model.widths": [8, True]}],
+)
+def test_true_is_not_one(given):
+    with pytest.raises(ConfigError, match="true and false are not numbers"):
+        load_config("digits", given)
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [("rounds=1", "rounds=1"), ("local={steps: 3}", "local.eta=1"), ("local.eta=1", "local={}")],
+)
+def test_a_setting_that_is_given_twice_is_refused(pairs):
+    with pytest.raises(ConfigError, match=r"^set: (rounds is given twice|local.*holds the other)"):
+        parse_pairs(pairs)
+
+
+def test_the_settings_that_are_given_are_left_as_they_are():
+    given = {"local": {"epochs": 2}, "pruning": {"kind": "random"}}
+    first = load_config("digits", given)
+    assert (first.local.epochs, first.local.steps) == (2, None)
+    assert given == {"local": {"epochs": 2}, "pruning": {"kind": "random"}}
+
+
+def test_a_key_twice_in_a_typed_mapping_is_refused():
+    with pytest.raises(ConfigError, match=r"local=\{steps: 1, steps: 2\}.*steps stands twice"):
+        parse_pairs(["local={steps: 1, steps: 2}"])
 
 
 @pytest.mark.parametrize("method", ["FedDM-F", "R-FedDM-L", "T-FedDM-M", "T-FedDM-S"])
@@ -121,6 +237,37 @@ def test_a_method_sets_its_pruning_and_is_named_after_it(method):
 def test_a_method_may_be_given_beside_a_key_that_agrees():
     config = load_config("digits", {"method": "R-FedDM-S", "pruning.level": "S"})
     assert config.pruning.kind == "random"
+
+
+@pytest.mark.parametrize("same", ["1e-2", "0.01", "0.0100", "1E-2", "'0.01'"])
+def test_a_value_that_is_written_in_another_way_is_no_contradiction(same):
+    config = settings_of("method=FedDM-prox", f"local.prox={same}")
+    assert config.local.prox == 0.01
+    assert settings_of("method=R-FedDM-S", 'pruning.level="S"').pruning.level == "S"
+    assert settings_of("method=FedDM-quant", "wire.differences=yes").wire.differences
+
+
+@pytest.mark.parametrize(
+    "pair", ["local.prox=0.02", "local={steps: 3, prox: 0}", "pruning={kind: random, level: M}"]
+)
+def test_a_value_that_differs_is_a_contradiction_wherever_it_stands(pair):
+    with pytest.raises(ConfigError, match="contradicts method = 'R-FedDM-S-prox'"):
+        settings_of("method=R-FedDM-S-prox", pair)
+
+
+def test_a_file_that_contradicts_its_own_method_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: R-FedDM-S\npruning: {kind: random, level: M}\n")
+    with pytest.raises(ConfigError, match=r"pruning\.level = 'M' contradicts"):
+        load_config(str(path))
+    path.write_text("method: R-FedDM-S\npruning: {kind: random, level: S}\n")
+    assert method_name(load_config(str(path))) == "R-FedDM-S"
+
+
+def test_a_typed_method_replaces_all_of_the_files(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: FedDM-prox\n")
+    assert method_name(load_config(str(path), {"method": "R-FedDM-S"})) == "R-FedDM-S"
 
 
 def test_what_is_typed_outranks_the_method_of_a_preset_file(tmp_path):

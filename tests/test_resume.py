@@ -247,7 +247,8 @@ def test_a_run_that_stays_below_its_quorum_says_how_to_go_on(tmp_path):
         for task in experiment.tasks(round):
             experiment.reject(task.client, "no reply")
 
-    with pytest.raises(RunStopped, match=r"tried 3 times.*fed-diffusion resume .*run"):
+    experiment.engine = "flower"
+    with pytest.raises(RunStopped, match=r"tried 3 times.*resume .*run --engine flower$"):
         experiment.train(nobody_answers)
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "stopped"

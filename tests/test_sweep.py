@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from fed_diffusion.cli import main
-from fed_diffusion.config import ConfigError, conf_dir, load_config, presets
+from fed_diffusion.config import ConfigError, conf_dir, load_config, parse_pairs, presets
 from fed_diffusion.methods import METHODS
 from fed_diffusion.sweep import chosen, grid, load_sweep, sweeps
 from tests.federation.conftest import TINY
@@ -150,7 +150,28 @@ def test_a_run_that_fails_does_not_end_the_sweep(tmp_path, capfd):
     assert "3 of 4 runs" in (out / "table.md").read_text()
 
 
+def test_settings_of_a_sweep_are_read_as_those_of_a_preset(tmp_path):
+    (tmp_path / "2024.yaml").write_text("local: {steps: 010}\n")
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"presets: [{tmp_path}/2024.yaml]\nmethods: [FedDM-prox]\nseeds: [010, 9]\n"
+        "set: {local.prox: 1e-2, flower.ray_address: 12:30, rounds: 3, data.flip: on}\n"
+    )
+    first, second = grid(load_sweep(str(path)), tmp_path, parse_pairs(["local.eta=1e-3"]))
+    assert (first.name, second.config.seed) == ("2024-FedDM-prox-seed10", 9)
+    config = first.config
+    assert (config.local.prox, config.local.eta, config.local.steps) == (0.01, 0.001, 10)
+    assert (config.flower.ray_address, config.rounds, config.data.flip) == ("12:30", 3, True)
+
+
 REFUSED = {
+    "a seed that is no number": (None, {"seeds": [True]}, "seeds.* is not allowed"),
+    "a seed of 20 digits": (None, {"seeds": [10**20]}, "seeds.* is not allowed: whole numbers"),
+    "a section and its key": (
+        None,
+        {"set": {"local": {"steps": 1}, "local.eta": 1}},
+        r"local and local\.eta are given",
+    ),
     "an unknown sweep": ("nothing", {}, "table2-digits"),
     "an unknown key": (None, {"seed": 3}, "seed = 3"),
     "no methods": (None, {"methods": []}, "methods"),

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fed_diffusion.data.image_folder import read_folder
+from fed_diffusion.files import expanded
 from fed_diffusion.schema import ConfigError, DataConfig
 
 DATA_DIR_VARIABLE = "FED_DIFFUSION_DATA"
@@ -184,7 +185,7 @@ def _check_name(name: str) -> None:
 def data_dir(config: DataConfig) -> Path:
     """Where downloads go: data.dir, else $FED_DIFFUSION_DATA, else ~/.cache/fed-diffusion."""
     chosen = config.dir or os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/fed-diffusion"
-    return Path(chosen).expanduser()
+    return expanded(chosen, "data.dir")
 
 
 def load_dataset(config: DataConfig, split: Literal["train", "test"] = "train") -> ImageSet:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from fed_diffusion.files import expanded
+from fed_diffusion.hardware import usable_cores
 from fed_diffusion.schema import ConfigError, DataConfig
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -76,7 +78,7 @@ def _root(config: DataConfig) -> Path:
         raise ConfigError(
             "data.dir is not set; data.name = 'image_folder' needs the folder of the images."
         )
-    root = Path(config.dir).expanduser()
+    root = expanded(config.dir, "data.dir")
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise _bad(root, f"{what} (working directory: {Path.cwd()})")
@@ -177,7 +179,7 @@ def _decode_all(root: Path, paths: list[Path], shape: tuple[int, int, int]) -> n
         return found
 
     # PIL decodes outside the interpreter lock, so a few threads help
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(4, usable_cores())) as pool:
         problems = [
             item for found in pool.map(decode, range(0, len(paths), CHUNK)) for item in found
         ]

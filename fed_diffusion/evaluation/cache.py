@@ -17,26 +17,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fed_diffusion.files import expanded
+from fed_diffusion.schema import ConfigError
+
 CACHE_VARIABLE = "FED_DIFFUSION_CACHE"
 logger = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
-    """Where the features are kept."""
+    """Where the features are kept; `ConfigError` where that is in a home that is not known."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser() / "features"
+        return expanded(chosen, CACHE_VARIABLE) / "features"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "fed-diffusion" / "features"
+    return expanded(base, "the cache") / "fed-diffusion" / "features"
 
 
 def cached(key: str, n: int, compute: Callable[[], Tensor]) -> Tensor:
     """What `compute` gives, [n, d], from the disk where it is there under `key`.
 
     A file that cannot be read is computed again, with a warning; a disk that cannot be written to
-    costs the cache and nothing else.
+    costs the cache and nothing else, as does a system that knows no home directory.
     """
-    path = cache_dir() / f"{key}.safetensors"
+    try:
+        path = cache_dir() / f"{key}.safetensors"
+    except ConfigError as error:
+        logger.warning("features are not cached: %s", error)
+        return compute()
     if path.is_file():
         try:
             found = load_file(path)["features"]

@@ -10,6 +10,7 @@ import torch
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data.datasets import class_count, image_shape
 from fed_diffusion.evaluation.weights import check_features
+from fed_diffusion.files import expanded
 
 FEWEST_IMAGES = 2
 OWN_DATA = ("data", "train", "test")
@@ -33,7 +34,9 @@ def check_evaluation(config: Config) -> None:
             f"evaluation.samples = {settings.samples} is too few: FID needs at least "
             f"{FEWEST_IMAGES} images. Use 0 to switch quality figures off."
         )
-    folder = None if settings.reference in OWN_DATA else Path(settings.reference).expanduser()
+    folder = None
+    if settings.reference not in OWN_DATA:
+        folder = expanded(settings.reference, "evaluation.reference")
     if folder is not None and not folder.is_dir():
         raise ConfigError(
             f"evaluation.reference = {settings.reference!r} is not allowed: use data (the run's "
@@ -72,7 +75,7 @@ def check_weights(weights: str) -> Path:
     ConfigError
         `evaluation.weights` does not exist, or is something else.
     """
-    path = Path(weights).expanduser()
+    path = expanded(weights, "evaluation.weights")
     if not path.is_file():
         raise ConfigError(
             f"evaluation.weights = {weights!r} does not exist. Give torch-fidelity's file "

@@ -22,6 +22,7 @@ from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 from fed_diffusion.config import ConfigError
 from fed_diffusion.data.datasets import ImageSet, to_unit
+from fed_diffusion.hardware import usable_cores
 from fed_diffusion.rng import Purpose, torch_generator, torch_seed
 
 CLASSIFIER = "fed-diffusion-classifier"
@@ -182,7 +183,7 @@ def _step(network: FeatureNet, optimizer: Any, images: Tensor, labels: Tensor) -
 def _threads_worth(size: int) -> Iterator[None]:
     """One CPU thread for small images; more gain little, and lose tenfold on busy cores."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if size <= SMALL else before)
+    torch.set_num_threads(1 if size <= SMALL else min(before, usable_cores()))
     try:
         yield
     finally:

@@ -29,6 +29,7 @@ from fed_diffusion.evaluation.features import (
     weights_hash,
 )
 from fed_diffusion.evaluation.weights import KEY, Header, check_features
+from fed_diffusion.files import expanded
 from fed_diffusion.rng import Purpose, generator, torch_generator
 from fed_diffusion.schema import DataConfig
 
@@ -180,7 +181,7 @@ def load_features(weights: str, shape: tuple[int, ...]) -> tuple[ResNet, Header]
     header = check_features(weights, shape)
     network = ResNet(header.channels, header.size, header.classes)
     try:
-        network.load_state_dict(load_file(Path(weights).expanduser()))
+        network.load_state_dict(load_file(expanded(weights, "evaluation.weights")))
         whole = weights_hash(network) == header.sha256
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"evaluation.weights = {weights!r} does not fit ({error}).") from error

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fed_diffusion.config import ConfigError
+from fed_diffusion.files import expanded
 
 KEY = "fed-diffusion-features"
 
@@ -55,7 +56,7 @@ def read_header(weights: str | Path) -> Header:
     ConfigError
         `evaluation.weights` does not exist, or is something else.
     """
-    path = Path(weights).expanduser()
+    path = expanded(weights, "evaluation.weights")
     how = "Make one with: fed-diffusion features train DATASET --out FILE."
     if not path.is_file():
         raise ConfigError(f"evaluation.weights = {str(weights)!r} does not exist. {how}")

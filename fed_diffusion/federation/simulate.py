@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import multiprocessing
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from fed_diffusion.experiment import Experiment, Progress
 from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.records import Task, Update
 from fed_diffusion.federation.worker import Worker
+from fed_diffusion.hardware import usable_cores
 
 
 class Runner(Protocol):
@@ -69,13 +69,6 @@ def run_in_process(
         if config.round.mode == "buffered":
             return experiment.train(BufferedExchange(experiment, run), progress)
         return experiment.train(lambda round: exchange(experiment, run, round), progress)
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def exchange(experiment: Experiment, run: Runner, round: int) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from fed_diffusion.hardware import control_groups
+
 MARGIN = 1.15
 """A prediction counts as this much more than it says: it is extrapolated from smaller networks."""
 TRAINING_SHARE = 0.8
@@ -167,7 +169,7 @@ def memory_allowed(stated_mb: float | None = None) -> float:
     if stated_mb is not None:
         allowed.append(stated_mb * MB - used.rss)
     allowed += [limit - now for limit, now in _process_limits(used)]
-    allowed += [limit - now for limit, now in _control_groups()]
+    allowed += [limit - now for limit, now in _memory_limits()]
     return max(min(allowed), 0.0)
 
 
@@ -183,28 +185,15 @@ def _process_limits(used: object) -> Iterator[tuple[float, float]]:
             yield float(soft), float(getattr(used, field))
 
 
-def _control_groups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[tuple[float, float]]:
+def _memory_limits() -> Iterator[tuple[float, float]]:
     """(limit, used) of every control group that this process is in, version 1 or 2."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        base = root / "memory" if controllers else root
-        names = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            if controllers
-            else ("memory.max", "memory.current")
-        )
-        here = base / path.lstrip("/")
-        while here == base or base in here.parents:
-            limit, now = (_number(here / name) for name in names)
-            if limit is not None and now is not None:
-                yield limit, now - _reclaimable(here / "memory.stat")
-            here = here.parent
+    for folder, version in control_groups("memory"):
+        names = ("memory.max", "memory.current")
+        if version == 1:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, now = (_number(folder / name) for name in names)
+        if limit is not None and now is not None:
+            yield limit, now - _reclaimable(folder / "memory.stat")
 
 
 def _number(path: Path) -> float | None:

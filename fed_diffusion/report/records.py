@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fed_diffusion.config import ConfigError
+from fed_diffusion.config import ConfigError, build_config
+from fed_diffusion.files import read_yaml
+from fed_diffusion.schema import as_numbers
 
 _ROUND = re.compile(r"round-(\d+)\.png")
 
@@ -55,7 +55,7 @@ def read_record(run_dir: Path) -> Record:
     Raises
     ------
     ConfigError
-        It is not one: it does not exist, or has no config.yaml.
+        It is not one: it does not exist, or has no config.yaml, or one that cannot be read.
     """
     source = run_dir / "config.yaml"
     if not source.is_file():
@@ -63,17 +63,18 @@ def read_record(run_dir: Path) -> Record:
             f"{run_dir} is not a run directory: it has no config.yaml. Give the directory that "
             "a run named in its last line."
         )
+    settings = read_yaml(source, "configuration")
     try:
-        settings = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+        settings = build_config(settings).to_dict()
+    except ConfigError:  # of another version: shown as it stands
+        settings = as_numbers(settings)
     rounds, unreadable = _read_rounds(run_dir / "metrics.jsonl")
     samples = run_dir / "samples"
     found = ((_ROUND.fullmatch(path.name), path) for path in samples.glob("round-*.png"))
     final = samples / "final.png"
     return Record(
         name=run_dir.resolve().name,
-        settings=settings if isinstance(settings, dict) else {},
+        settings=settings,
         rounds=rounds,
         unreadable=unreadable,
         budgets=_read_mapping(run_dir / "budgets.json"),

@@ -7,10 +7,13 @@ import torch
 from PIL import Image
 
 import fed_diffusion
+from fed_diffusion import runs
 from fed_diffusion.config import ConfigError
 from fed_diffusion.data import ImageSet
 from fed_diffusion.experiment import Experiment
+from fed_diffusion.federation.probe import peak_memory
 from fed_diffusion.federation.simulate import simulate
+from fed_diffusion.federation.worker import pinned_threads
 from fed_diffusion.models.build import build_network, parameters_of
 from fed_diffusion.runs import RunDir, Sampler
 
@@ -163,6 +166,42 @@ def test_guidance_and_labels_are_refused_where_none_were_trained(run):
 def test_images_do_not_depend_on_how_many_are_made_beside_them(run):
     model = fed_diffusion.load(run[0])
     assert torch.equal(model.sample(8, batch=4)[:4], model.sample(4, batch=4))
+
+
+@pytest.mark.parametrize(("cores", "free", "threads"), [(4, 1e12, 3), (2, 1e12, 2), (4, 0.0, 1)])
+def test_images_do_not_depend_on_the_cores_and_the_memory_that_make_them(
+    run, cores, free, threads, monkeypatch
+):
+    model = fed_diffusion.load(run[0])
+    images = model.sample(20, batch=8)
+    made, pool = [], runs.batches_at_once
+    monkeypatch.setattr(runs, "usable_cores", lambda: cores)
+    monkeypatch.setattr(runs, "memory_allowed", lambda: free)
+    monkeypatch.setattr(
+        runs, "batches_at_once", lambda device, n: made.append(n) or pool(device, n)
+    )
+    assert torch.equal(model.sample(20, batch=8), images)
+    assert made == [threads]
+
+
+def test_the_memory_of_a_batch_is_seen_before_many_are_made_at_once(tiny, monkeypatch):
+    config = tiny(model__widths=[32, 64], model__conditional=True)
+    model = Sampler(config, parameters_of(build_network(config)))
+
+    def score(images):
+        labels = torch.zeros(images, dtype=torch.int64)
+        return model.score(labels)
+
+    y, u = torch.zeros((512, *model.shape)), torch.ones(512, dtype=torch.float64)
+    with torch.no_grad(), pinned_threads(1):
+        score(512)(y, u)
+        with peak_memory(model.device) as peak:
+            score(512)(y, u)
+            takes = peak()
+        monkeypatch.setattr(runs, "usable_cores", lambda: 64)
+        for batches in (0.5, 20):
+            monkeypatch.setattr(runs, "memory_allowed", lambda n=batches: n * takes)
+            assert 1 <= model._at_once(score(64), 64, 512, 64) <= max(1, 2 * batches)
 
 
 def test_the_score_is_minus_eps_over_sigma(run):
