@@ -181,7 +181,11 @@ class LocalConfig(Section):
     """A worker's local training in one round."""
 
     steps: int | None = Field(None, ge=1)
+    """S; every batch is full: a client that has fewer images repeats them in new random orders."""
     epochs: int | None = Field(None, ge=1)
+    """In place of `steps`: passes over a client's images, each once per pass in a new random order.
+    The last batch of a pass is what is left over and may be smaller: S = epochs ceil(images / batch).
+    The loss of a step is the mean over its batch, the loss that is reported that over all images."""
     batch: int = Field(64, ge=1)
     optimizer: Literal["adam", "sgd"] = "adam"
     eta: float = Field(1e-4, gt=0)
@@ -201,6 +205,17 @@ class LocalConfig(Section):
                 f"(steps = {self.steps}, epochs = {self.epochs}); set the other to null"
             )
         return self
+
+    def steps_of(self, examples: int) -> int:
+        """S of a client with so many training images."""
+        if self.epochs is None:
+            assert self.steps is not None
+            return self.steps
+        return self.epochs * -(-examples // self.batch)
+
+    def batch_of(self, examples: int) -> int:
+        """The size of a client's batches, but for the last of a pass."""
+        return self.batch if self.epochs is None else min(self.batch, examples)
 
 
 class EmaConfig(Section):
