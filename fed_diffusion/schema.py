@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 KeepRatio = Annotated[float, Field(gt=0, le=1)]
 Level = Literal["F", "L", "M", "S"]
 Dtype = Literal["fp32", "bf16", "fp16", "int8"]
+Background = Literal["white", "black"]
 
 
 class ConfigError(ValueError):
@@ -34,7 +35,14 @@ class DataConfig(Section):
     size: int | None = Field(None, ge=1)
     """Side in pixels; known for the named sets, required for image_folder and your own."""
     channels: Literal[1, 3] | None = None
+    background: Background | None = None
+    """For image_folder: what transparent pixels are laid over. Without one, an image with any pixel
+    that is not opaque is refused."""
     classes: int | None = Field(None, ge=1)
+    class_names: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(None, min_length=1)
+    """The classes in the order of their labels. For image_folder: the names of their folders, on
+    every node that has images of its own, which need not have all of them; default: the folders'
+    names in order, which then stand in the run's config.yaml."""
     partition: Literal["iid", "dirichlet", "shards", "folders"] = "iid"
     alpha: float = Field(0.5, gt=0)
     """Concentration of partition: dirichlet (small = more unequal)."""
@@ -44,6 +52,20 @@ class DataConfig(Section):
     """Part of each client's images kept for its held-out loss."""
     flip: bool = False
     """Mirror images left to right at random."""
+
+    @model_validator(mode="after")
+    def _classes_have_names_of_their_own(self) -> DataConfig:
+        names = self.class_names
+        if names is None:
+            return self
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"class_names: {twice[0]!r} is given twice; give each class once")
+        if self.classes not in (None, len(names)):
+            raise ValueError(
+                f"class_names: {len(names)} names for data.classes = {self.classes}; leave "
+                "data.classes unset, or name as many"
+            )
+        return self
 
 
 class ModelConfig(Section):
