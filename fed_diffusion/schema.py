@@ -206,8 +206,8 @@ class LocalConfig(Section):
     """S; every batch is full: a client that has fewer images repeats them in new random orders."""
     epochs: int | None = Field(None, ge=1)
     """In place of `steps`: passes over a client's images, each once per pass in a new random order.
-    The last batch of a pass is what is left over and may be smaller: S = epochs ceil(images / batch).
-    The loss of a step is the mean over its batch, the loss that is reported that over all images."""
+    The last batch of a pass is what is left over and may be smaller: S is `epochs` times
+    ceil(images / batch). A step's loss is the mean over its batch; the one reported is per image."""
     batch: int = Field(64, ge=1)
     optimizer: Literal["adam", "sgd"] = "adam"
     eta: float = Field(1e-4, gt=0)
