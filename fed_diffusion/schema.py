@@ -207,7 +207,7 @@ class LocalConfig(Section):
     epochs: int | None = Field(None, ge=1)
     """In place of `steps`: passes over a client's images, each once per pass in a new random order.
     The last batch of a pass is what is left over and may be smaller: S is `epochs` times
-    ceil(images / batch). A step's loss is the mean over its batch; the one reported is per image."""
+    ceil(images / batch). A step's loss is its batch's mean, the reported one is per image."""
     batch: int = Field(64, ge=1)
     optimizer: Literal["adam", "sgd"] = "adam"
     eta: float = Field(1e-4, gt=0)
