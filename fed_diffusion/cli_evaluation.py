@@ -33,6 +33,8 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--data-dir", help="where its files are")
     train.add_argument("--size", type=int, help="for image_folder: the side in pixels")
     train.add_argument("--channels", type=int, help="for image_folder: 1 or 3")
+    background = "for image_folder: what transparent pixels are laid over"
+    train.add_argument("--background", choices=("white", "black"), help=background)
     train.add_argument("--flip", action="store_true", help="mirror images at random in training")
     train.add_argument("--epochs", type=int, default=10)
     train.add_argument("--seed", type=int, default=0)
@@ -78,6 +80,7 @@ def features_train_command(arguments: argparse.Namespace) -> int:
         "dir": arguments.data_dir,
         "size": arguments.size,
         "channels": arguments.channels,
+        "background": arguments.background,
         "flip": arguments.flip,
     }
     config = build_config(

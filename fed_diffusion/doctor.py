@@ -20,11 +20,11 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from PIL import Image
 
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import load_own
-from fed_diffusion.data.image_folder import EXTENSIONS
+from fed_diffusion.data.decode import EXTENSIONS, BadImage, read_image
+from fed_diffusion.data.image_folder import counted, list_folder
 from fed_diffusion.deploy import versions
 from fed_diffusion.files import expanded
 from fed_diffusion.hardware import usable_cores
@@ -310,29 +310,40 @@ def _data(machine: Machine) -> Iterator[Finding]:
         else:
             shape = " x ".join(map(str, found.images.shape[1:]))
             text = f"{len(found)} images of {shape} in {where}, as {machine.config.preset} needs"
-            yield Finding(True, "data", text)
+            if found.class_names:
+                each = (f"{name} ({count})" for name, count in found.per_class().items())
+                text += f"; classes: {', '.join(each)}"
+            yield Finding(True, "data", ". ".join((text, *found.notes)))
         return
     if machine.data is None or machine.dataset is not None:
         yield Finding(True, "data", f"{where}; give --preset to have it loaded")
         return
-    folder = expanded(machine.data, "data-dir")
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in EXTENSIONS]
-    if not files:
-        what = "holds no image" if folder.is_dir() else "is no folder"
-        yield Finding(False, "data", f"{folder} {what} ({', '.join(EXTENSIONS)})")
-        return
+    yield _folder(expanded(machine.data, "data-dir"))
+
+
+def _folder(folder: Path) -> Finding:
+    """What a folder of images holds, whatever the run: each file is decoded in full."""
+    if not folder.is_dir():
+        return Finding(False, "data", f"{folder} is no folder")
+    try:
+        files, skipped = list_folder(folder)
+        left_out = f"; not read: {counted(skipped)}" if skipped else ""
+        if not files:
+            text = f"{folder} holds no image ({', '.join(EXTENSIONS)}){left_out}"
+            return Finding(False, "data", text)
+    except ConfigError as error:
+        return Finding(False, "data", str(error))
     sizes: Counter[str] = Counter()
     for path in files:
         try:
-            with Image.open(path) as image:
-                sizes[f"{image.width}x{image.height}"] += 1
-        except OSError:
-            yield Finding(False, "data", f"{path} is no readable image: replace or remove it")
-            return
+            # whether transparency is allowed is the run's to say: --preset looks
+            width, height = read_image(path, "white").size
+        except BadImage as error:
+            return Finding(False, "data", f"{path} is no readable image ({error})")
+        sizes[f"{width}x{height}"] += 1
     if len(sizes) > 1:
         some = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3))
-        yield Finding(
-            False, "data", f"{folder} holds images of several sizes ({some}): resize them"
-        )
-    else:
-        yield Finding(True, "data", f"{len(files)} images of {next(iter(sizes))} in {folder}")
+        text = f"{folder} holds images of several sizes ({some}): resize them"
+        return Finding(False, "data", text)
+    text = f"{len(files)} images of {next(iter(sizes))} in {folder}{left_out}"
+    return Finding(True, "data", text)

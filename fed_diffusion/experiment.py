@@ -18,7 +18,7 @@ import torch
 from fed_diffusion.checkpoint import Checkpoint
 from fed_diffusion.compute import device_of, pinned_threads
 from fed_diffusion.config import Config, ConfigError, method_name
-from fed_diffusion.data import ImageSet, load_dataset, partition
+from fed_diffusion.data import ImageSet, load_dataset, partition, tell, with_class_names
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.evaluation import check_evaluation, no_quality
 from fed_diffusion.evaluation.reference import reference_set
@@ -54,7 +54,7 @@ def check(
     check_training(config)
     check_evaluation(config)
     if dataset is None and needs_data:
-        dataset = load_dataset(config.data)
+        dataset = tell(load_dataset(config.data))
     if dataset is not None:
         if config.model.conditional and dataset.labels is None:
             raise ConfigError(
@@ -116,8 +116,8 @@ class Experiment:
         needs_data: bool = True,
         run: RunDir | None = None,
     ):
-        self.config = config
         self.dataset = check(config, dataset, needs_data)
+        self.config = config = with_class_names(config, self.dataset)
         self.run = RunDir.create(path, config) if run is None else run
         kind = BufferedCoordinator if config.round.mode == "buffered" else Coordinator
         self.coordinator: Coordinator = kind(config, parameters_of(build_network(config)))
@@ -330,6 +330,8 @@ class Experiment:
             "theory": measured(config, self.history, self.coordinator.theta),
             "quality": quality,
         }
+        if self.dataset is not None:
+            results["data"] = self.dataset.facts()
         privacy = spent(config, last.round)
         return results if privacy is None else results | {"privacy": privacy}
 

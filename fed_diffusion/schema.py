@@ -25,6 +25,7 @@ Level = Literal["F", "L", "M", "S"]
 Dtype = Literal["fp32", "bf16", "fp16", "int8"]
 LARGEST = 2**63
 """Whole numbers are below this: they travel, and reach torch, as 64 bits with a sign."""
+Background = Literal["white", "black"]
 
 
 class ConfigError(ValueError):
@@ -103,7 +104,14 @@ class DataConfig(Section):
     size: int | None = Field(None, ge=1)
     """Side in pixels; known for the named sets, required for image_folder and your own."""
     channels: Literal[1, 3] | None = None
+    background: Background | None = None
+    """For image_folder: what transparent pixels are laid over. Without one, an image with any pixel
+    that is not opaque is refused."""
     classes: int | None = Field(None, ge=1)
+    class_names: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(None, min_length=1)
+    """The classes in the order of their labels. For image_folder: the names of their folders, on
+    every node that has images of its own, which need not have all of them; default: the folders'
+    names in order, which then stand in the run's config.yaml."""
     partition: Literal["iid", "dirichlet", "shards", "folders"] = "iid"
     alpha: float = Field(0.5, gt=0)
     """Concentration of partition: dirichlet (small = more unequal)."""
@@ -113,6 +121,20 @@ class DataConfig(Section):
     """Part of each client's images kept for its held-out loss."""
     flip: bool = False
     """Mirror images left to right at random."""
+
+    @model_validator(mode="after")
+    def _classes_have_names_of_their_own(self) -> DataConfig:
+        names = self.class_names
+        if names is None:
+            return self
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"class_names: {twice[0]!r} is given twice; give each class once")
+        if self.classes not in (None, len(names)):
+            raise ValueError(
+                f"class_names: {len(names)} names for data.classes = {self.classes}; leave "
+                "data.classes unset, or name as many"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -250,7 +272,11 @@ class LocalConfig(Section):
     """A worker's local training in one round."""
 
     steps: int | None = Field(None, ge=1)
+    """S; every batch is full: a client that has fewer images repeats them in new random orders."""
     epochs: int | None = Field(None, ge=1)
+    """In place of `steps`: passes over a client's images, each once per pass in a new random order.
+    The last batch of a pass is what is left over and may be smaller: S is `epochs` times
+    ceil(images / batch). A step's loss is its batch's mean, the reported one is per image."""
     batch: int = Field(64, ge=1)
     optimizer: Literal["adam", "sgd"] = "adam"
     eta: float = Field(1e-4, gt=0)
@@ -270,6 +296,17 @@ class LocalConfig(Section):
                 f"(steps = {self.steps}, epochs = {self.epochs}); set the other to null"
             )
         return self
+
+    def steps_of(self, examples: int) -> int:
+        """S of a client with so many training images."""
+        if self.epochs is None:
+            assert self.steps is not None
+            return self.steps
+        return self.epochs * -(-examples // self.batch)
+
+    def batch_of(self, examples: int) -> int:
+        """The size of a client's batches, but for the last of a pass."""
+        return self.batch if self.epochs is None else min(self.batch, examples)
 
 
 class EmaConfig(Section):

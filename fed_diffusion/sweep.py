@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 
 from fed_diffusion.compute import device_of
 from fed_diffusion.config import Config, ConfigError, conf_dir, load_config, refuse_overlaps
-from fed_diffusion.data import ImageSet
+from fed_diffusion.data import ImageSet, with_class_names
 from fed_diffusion.experiment import Experiment, Progress, check
 from fed_diffusion.federation.simulate import run_in_process
 from fed_diffusion.files import read_yaml
@@ -183,12 +183,13 @@ def check_runs(runs: Sequence[Run]) -> dict[DataConfig, ImageSet]:
         assert dataset is not None
         datasets[run.config.data] = dataset
         if (run.path / "config.yaml").exists():
-            _check_same(run)
+            _check_same(run, dataset)
     return datasets
 
 
-def _check_same(run: Run) -> None:
-    there, now = RunDir(run.path).config().to_dict(), run.config.to_dict()
+def _check_same(run: Run, dataset: ImageSet) -> None:
+    there = RunDir(run.path).config().to_dict()
+    now = with_class_names(run.config, dataset).to_dict()
     different = [key for key in now if there[key] != now[key]]
     if different:
         raise ConfigError(

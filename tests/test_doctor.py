@@ -186,6 +186,37 @@ def test_images_that_cannot_be_used_are_named(tmp_path):
     assert "1 x 8 x 8" in found(fitting)["data"].text
 
 
+def test_what_is_not_read_and_the_classes_are_told(tmp_path):
+    images = torch.zeros((3, 1, 8, 8), dtype=torch.uint8)
+    save(tmp_path, images, [0, 1, 1])
+    (tmp_path / "1" / "a.gif").write_text("")
+    (tmp_path / "@eaDir").mkdir()
+    Image.new("L", (9, 9)).save(tmp_path / "@eaDir" / "thumb.png")
+    for kind in ("a.heic", "b.heic"):
+        (tmp_path / kind).write_text("")
+    bare = found(_with(tmp_path))["data"]
+    assert bare.ok
+    assert "3 images of 8x8" in bare.text
+    assert "not read: 2 .heic, 1 .gif" in bare.text
+    config = load_config("digits", {"model.conditional": False})
+    fitting = found(Machine(data=str(tmp_path), config=config))["data"]
+    assert fitting.ok
+    assert "classes: 0 (1), 1 (2)" in fitting.text
+    assert "were not read: 2 .heic, 1 .gif" in fitting.text
+
+
+def test_images_that_the_run_would_refuse_are_found_without_a_preset(tmp_path):
+    Image.fromarray(torch.zeros((8, 8), dtype=torch.uint16).numpy()).save(tmp_path / "a.png")
+    assert "more than 8 bits per channel" in found(_with(tmp_path))["data"].text
+    (tmp_path / "a.png").unlink()
+    Image.new("RGBA", (8, 8)).save(tmp_path / "a.png")
+    assert found(_with(tmp_path))["data"].ok  # with data.background it can be used
+    fitting = Machine(
+        data=str(tmp_path), config=load_config("digits", {"model.conditional": False})
+    )
+    assert "set it to white or black" in found(fitting)["data"].text
+
+
 def _with(folder):
     return Machine(data=str(folder))
 

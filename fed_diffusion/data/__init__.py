@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from fed_diffusion.data.datasets import (
-    ImageSet,
     class_count,
     image_shape,
     load_dataset,
+    tell,
     to_uint8,
     to_unit,
+    with_class_names,
 )
+from fed_diffusion.data.image_set import ImageSet
 from fed_diffusion.data.own import load_own
 from fed_diffusion.data.partition import partition, split_holdout
 
@@ -21,6 +23,8 @@ __all__ = [
     "load_own",
     "partition",
     "split_holdout",
+    "tell",
     "to_uint8",
     "to_unit",
+    "with_class_names",
 ]

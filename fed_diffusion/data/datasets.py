@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,9 +20,11 @@ import numpy as np
 import torch
 
 from fed_diffusion.data.image_folder import read_folder
+from fed_diffusion.data.image_set import ImageSet as ImageSet
 from fed_diffusion.files import expanded
-from fed_diffusion.schema import ConfigError, DataConfig
+from fed_diffusion.schema import Config, ConfigError, DataConfig
 
+logger = logging.getLogger(__name__)
 DATA_DIR_VARIABLE = "FED_DIFFUSION_DATA"
 DOWNLOAD_TIMEOUT_S = 15.0  # per connection and read, not for the whole file
 
@@ -30,87 +33,25 @@ class _Known(NamedTuple):
     channels: int
     sides: tuple[int, ...]
     """Sides that data.size may ask for, the default first."""
-    classes: int
+    class_names: tuple[str, ...]
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
 
 
+_DIGITS = tuple("0123456789")
+_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 # 28 pixels halve only twice; padded to 32 they pass through U-Nets of any usual depth
 KNOWN = {
-    "digits": _Known(1, (8,), 10),
-    "cifar10": _Known(3, (32,), 10),
-    "svhn": _Known(3, (32,), 10),
-    "fashion_mnist": _Known(1, (32, 28), 10),
+    "digits": _Known(1, (8,), _DIGITS),
+    "cifar10": _Known(3, (32,), tuple(_CIFAR10.split())),
+    "svhn": _Known(3, (32,), _DIGITS),
+    "fashion_mnist": _Known(1, (32, 28), tuple(_FASHION.split(","))),
 }
 DOWNLOADED = ("cifar10", "svhn", "fashion_mnist")
 """Sets with a test split of their own."""
-
-
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Images in memory, with labels and client folders where there are any.
-
-    Attributes
-    ----------
-    images
-        uint8 [n, C, H, W].
-    labels
-        int64 [n], class indices from 0; None without classes.
-    folders
-        Names of the client folders, by client index; None unless the set comes in such folders.
-    folder_of
-        int64 [n], which of `folders` each image is from; None if and only if `folders` is.
-    name
-        Where the images are from.
-
-    Raises
-    ------
-    ValueError
-        Where the types or shapes are not these.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor | None = None
-    folders: tuple[str, ...] | None = None
-    folder_of: torch.Tensor | None = None
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise ValueError(
-                "images must be uint8 [n, C, H, W] with values 0 to 255, not "
-                f"{self.images.dtype} {list(self.images.shape)}"
-            )
-        _check_indices("labels", self.labels, len(self), None)
-        if (self.folders is None) != (self.folder_of is None):
-            raise ValueError("folders and folder_of must be given together")
-        _check_indices("folder_of", self.folder_of, len(self), len(self.folders or ()))
-
-    def __len__(self) -> int:
-        return self.images.shape[0]
-
-    def subset(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> ImageSet:
-        """The images at `indices` [m], in that order, with their labels; a copy."""
-        chosen = torch.as_tensor(np.asarray(indices, dtype=np.int64))
-        return ImageSet(
-            images=self.images[chosen],
-            labels=None if self.labels is None else self.labels[chosen],
-            folders=self.folders,
-            folder_of=None if self.folder_of is None else self.folder_of[chosen],
-            name=self.name,
-        )
-
-
-def _check_indices(name: str, values: torch.Tensor | None, n: int, limit: int | None) -> None:
-    if values is None:
-        return
-    if values.dtype != torch.int64 or values.shape != (n,):
-        raise ValueError(
-            f"{name} must be int64 [{n}], one per image, not {values.dtype} {list(values.shape)}"
-        )
-    if n and (int(values.min()) < 0 or (limit is not None and int(values.max()) >= limit)):
-        raise ValueError(
-            f"{name} must count from 0{'' if limit is None else f' to {limit - 1}'}, found "
-            f"{int(values.min())} to {int(values.max())}"
-        )
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
@@ -151,17 +92,20 @@ def image_shape(config: DataConfig) -> tuple[int, int, int]:
 
 
 def class_count(config: DataConfig) -> int | None:
-    """Number of classes, without loading the images: the named set's, else data.classes."""
+    """Number of classes, without loading the images: the named set's, or what the config says."""
+    given = config.classes if config.class_names is None else len(config.class_names)
     known = KNOWN.get(config.name)
     if known is None:
         _check_name(config.name)
-        return config.classes
-    _check_known(config, "classes", (known.classes,))
+        return given
+    _check_known(config, "classes", (known.classes,), given)
     return known.classes
 
 
-def _check_known(config: DataConfig, key: str, allowed: tuple[int, ...]) -> None:
-    value = getattr(config, key)
+def _check_known(
+    config: DataConfig, key: str, allowed: tuple[int, ...], given: int | None = None
+) -> None:
+    value = getattr(config, key) if given is None else given
     if value is not None and value not in allowed:
         raise ConfigError(
             f"data.{key} = {value} contradicts data.name = {config.name!r}, which has "
@@ -188,12 +132,19 @@ def data_dir(config: DataConfig) -> Path:
     return expanded(chosen, "data.dir")
 
 
-def load_dataset(config: DataConfig, split: Literal["train", "test"] = "train") -> ImageSet:
+def load_dataset(
+    config: DataConfig, split: Literal["train", "test"] = "train", *, own: bool = False
+) -> ImageSet:
     """Load the images that `config` names; the torchvision sets are downloaded on first use.
 
     digits, image_folder and your own function have one split only: "test" gives the same images
     as "train". A function of your own is called with the `DataConfig` and returns an `ImageSet`,
     or (images uint8 [n, C, H, W], labels [n] or None) as arrays or tensors.
+
+    Parameters
+    ----------
+    own
+        The images are one client's of several, which need not have some of every class.
 
     Raises
     ------
@@ -202,20 +153,46 @@ def load_dataset(config: DataConfig, split: Literal["train", "test"] = "train") 
     """
     shape = image_shape(config)
     classes = class_count(config)
-    if config.name == "digits":
-        return _load_digits()
     if config.name == "image_folder":
-        images, labels, folders, folder_of = read_folder(config, shape)
+        found = read_folder(config, shape, own)
         return ImageSet(
-            images=torch.from_numpy(images),
-            labels=None if labels is None else torch.from_numpy(labels),
-            folders=folders,
-            folder_of=None if folder_of is None else torch.from_numpy(folder_of),
+            images=torch.from_numpy(found.images),
+            labels=None if found.labels is None else torch.from_numpy(found.labels),
+            folders=found.folders,
+            folder_of=None if found.folder_of is None else torch.from_numpy(found.folder_of),
             name=config.name,
+            class_names=found.class_names,
+            notes=found.notes,
         )
-    if config.name in DOWNLOADED:
-        return _load_torchvision(config, split, shape)
-    return _load_own(config, shape, classes)
+    if config.name == "digits":
+        dataset = _load_digits()
+    elif config.name in DOWNLOADED:
+        dataset = _load_torchvision(config, split, shape)
+    else:
+        dataset = _load_own(config, shape, classes)
+    if config.class_names is not None and dataset.labels is not None:
+        return replace(dataset, class_names=config.class_names)
+    return dataset
+
+
+def tell(dataset: ImageSet) -> ImageSet:
+    """Warn of what loading left out; for the one process of several that speaks to the user."""
+    for note in dataset.notes:
+        logger.warning("%s", note)
+    return dataset
+
+
+def with_class_names(config: Config, dataset: ImageSet | None) -> Config:
+    """The configuration with the names of an image folder's classes, as they are numbered.
+
+    So a run's record says them, a resumed run finds that they are the same still, and nodes with
+    folders of their own number their classes alike.
+    """
+    data = config.data
+    if dataset is None or dataset.class_names is None or data.name != "image_folder":
+        return config
+    data = data.model_copy(update={"class_names": dataset.class_names})
+    return config.model_copy(update={"data": data})
 
 
 def _load_digits() -> ImageSet:
@@ -225,7 +202,10 @@ def _load_digits() -> ImageSet:
     digits = load_digits()
     images = np.round(digits.images * 255 / 16).astype(np.uint8)[:, None]
     labels = digits.target.astype(np.int64)
-    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), name="digits")
+    names = KNOWN["digits"].class_names
+    return ImageSet(
+        torch.from_numpy(images), torch.from_numpy(labels), name="digits", class_names=names
+    )
 
 
 def _load_torchvision(
@@ -244,7 +224,7 @@ def _load_torchvision(
             raise ConfigError(_by_hand(config, root, split, error)) from error
     border = (shape[2] - images.shape[3]) // 2
     images = torch.nn.functional.pad(images, (border,) * 4)  # black, as the background is
-    return ImageSet(images, labels, name=config.name)
+    return ImageSet(images, labels, name=config.name, class_names=KNOWN[config.name].class_names)
 
 
 def _open_torchvision(

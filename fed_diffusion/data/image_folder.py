@@ -3,31 +3,60 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from fed_diffusion.data.decode import EXTENSIONS, BadImage, read_image
 from fed_diffusion.files import expanded
 from fed_diffusion.hardware import usable_cores
-from fed_diffusion.schema import ConfigError, DataConfig
+from fed_diffusion.schema import Background, ConfigError, DataConfig
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SHOWN = 5  # how many unusable files an error lists
 CHUNK = 256  # files per unit of work of a thread
-_DEEP_MODES = ("I", "F")  # PIL clips these to 255 on conversion, which would whiten the image
+LEFT_BEHIND = frozenset(
+    (
+        *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
+        *(
+            "thumbs.db",
+            "ehthumbs.db",
+            "ehthumbs_vista.db",
+            "desktop.ini",
+            "$recycle.bin",
+        ),  # Windows
+        *("recycler", "system volume information"),
+        *("lost+found", "lost.dir"),  # Linux, Android
+        *("@eadir", "#recycle", "#snapshot", "@tmp", "@recycle", "@recently-snapshot"),  # NAS
+        *("__pycache__",),
+    )
+)
+"""Names, in lower case, that systems leave in folders; they and hidden ones are no data."""
 
 
 class FolderImages(NamedTuple):
-    """What a folder holds: images uint8 [n, C, H, W]; labels and client indices int64 [n]."""
+    """What a folder holds.
+
+    Attributes
+    ----------
+    images
+        uint8 [n, C, H, W].
+    labels, folder_of
+        int64 [n], which of `class_names` and of `folders` each image is of; None without those.
+    notes
+        What was left out, as whole sentences.
+    """
 
     images: np.ndarray
     labels: np.ndarray | None
     folders: tuple[str, ...] | None
     folder_of: np.ndarray | None
+    class_names: tuple[str, ...] | None
+    notes: tuple[str, ...]
 
 
 class _File(NamedTuple):
@@ -36,18 +65,39 @@ class _File(NamedTuple):
     client: int
 
 
-def read_folder(config: DataConfig, shape: tuple[int, int, int]) -> FolderImages:
+class _Tree(NamedTuple):
+    """The image files in a folder, and what else was found there.
+
+    Attributes
+    ----------
+    classes
+        Class name -> the files in its folders that are not read, by kind.
+    clients
+        Names of the client folders.
+    skipped
+        All files that are not read, by kind.
+    """
+
+    files: list[_File]
+    classes: dict[str, Counter[str]]
+    clients: tuple[str, ...] | None
+    skipped: Counter[str]
+
+
+def read_folder(config: DataConfig, shape: tuple[int, int, int], own: bool = False) -> FolderImages:
     """Read every image below `config.dir`, in the order of the names.
 
     The layout is a flat folder of images or one sub-folder per class. With ``partition: folders``
-    the first level is one folder per client, each of them laid out like that. Classes and clients
-    are numbered in the (plain string) order of their names; names that begin with a dot or with
-    two underscores are ignored.
+    the first level is one folder per client, each of them laid out like that. Clients are numbered
+    in the (plain string) order of their names; so are classes, unless data.class_names says their
+    order. Hidden names and `LEFT_BEHIND` are ignored; other files that are not images are counted.
 
     Parameters
     ----------
     shape
         (C, H, W) that every image must have; other colour modes are converted to C channels.
+    own
+        The folder is one client's of several, which need not have images of every class.
 
     Raises
     ------
@@ -55,22 +105,55 @@ def read_folder(config: DataConfig, shape: tuple[int, int, int]) -> FolderImages
         Names data.dir, the files, what they are, what is expected and how to fix it.
     """
     root = _root(config)
-    try:
-        files, categories, clients = _scan(root, by_client=config.partition == "folders")
-    except OSError as error:
-        raise _bad(root, f"cannot be listed ({error})") from error
-    if not files:
-        raise _bad(root, f"holds no image; looked for {', '.join(EXTENSIONS)}")
-    _check_classes(root, config, categories)
-    index = {name: i for i, name in enumerate(categories)}
-    labels = [index[file.category] for file in files if file.category is not None]
-    owners = np.array([file.client for file in files], dtype=np.int64)
+    tree = _listed(root, config.partition == "folders")
+    if not tree.files:
+        raise _bad(root, f"holds no image; looked for {', '.join(EXTENSIONS)}{_but_found(tree)}")
+    names = _class_names(root, config, tree, own)
+    index = {name: i for i, name in enumerate(names)}
+    labels = [index[file.category] for file in tree.files if file.category is not None]
+    owners = np.array([file.client for file in tree.files], dtype=np.int64)
+    paths = [file.path for file in tree.files]
     return FolderImages(
-        images=_decode_all(root, [file.path for file in files], shape),
-        labels=np.array(labels, dtype=np.int64) if categories else None,
-        folders=clients,
-        folder_of=None if clients is None else owners,
+        images=_decode_all(root, paths, shape, config.background),
+        labels=np.array(labels, dtype=np.int64) if names else None,
+        folders=tree.clients,
+        folder_of=None if tree.clients is None else owners,
+        class_names=names or None,
+        notes=_notes(root, tree),
     )
+
+
+def list_folder(root: Path) -> tuple[list[Path], Counter[str]]:
+    """The image files of a folder or of its class folders, and a count of its other files by kind.
+
+    Raises
+    ------
+    ConfigError
+        The folder cannot be listed, or its layout is none that is read.
+    """
+    tree = _listed(root, by_client=False)
+    return [file.path for file in tree.files], tree.skipped
+
+
+def counted(skipped: Mapping[str, int]) -> str:
+    """`40 .tiff, 2 .gif`, the most first."""
+    kinds = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {kind}" for kind, count in kinds)
+
+
+def _notes(root: Path, tree: _Tree) -> tuple[str, ...]:
+    if not tree.skipped:
+        return ()
+    total = tree.skipped.total()
+    return (
+        f"{root} has {total} file{'s' if total > 1 else ''} beside the {len(tree.files)} images "
+        f"that were not read: {counted(tree.skipped)}. Images are read from "
+        f"{', '.join(EXTENSIONS)}; convert others that you want to train on.",
+    )
+
+
+def _but_found(tree: _Tree) -> str:
+    return f" (and found {counted(tree.skipped)}: convert them)" if tree.skipped else ""
 
 
 def _root(config: DataConfig) -> Path:
@@ -89,58 +172,101 @@ def _bad(root: Path, what: str) -> ConfigError:
     return ConfigError(f"data.dir = {str(root)!r} {what}.")
 
 
-def _check_classes(root: Path, config: DataConfig, categories: list[str]) -> None:
-    if config.classes is None or config.classes == len(categories):
+def _class_names(root: Path, config: DataConfig, tree: _Tree, own: bool) -> tuple[str, ...]:
+    """The classes in the order of their labels, after every check of them; () without classes."""
+    found = sorted(tree.classes)
+    with_images = {file.category for file in tree.files}
+    for name in found:
+        skipped = tree.classes[name]
+        if name not in with_images and (skipped or not own):
+            what = f" (but {counted(skipped)})" if skipped else ""
+            raise _bad(
+                root,
+                f"has the class folder {name!r} with no image in it{what}; looked for "
+                f"{', '.join(EXTENSIONS)}. Put images there, or remove the folder",
+            )
+    if config.class_names is None:
+        _check_number(root, config.classes, len(found))
+        return tuple(found)
+    wanted = tuple(unicodedata.normalize("NFC", name) for name in config.class_names)
+    if unknown := [name for name in found if name not in wanted]:
+        raise _bad(
+            root,
+            f"has the class folder {unknown[0]!r}, which is not in data.class_names = "
+            f"{', '.join(config.class_names)}; rename or remove it, or change data.class_names",
+        )
+    missing = [name for name in wanted if name not in found]
+    if missing and (not own or not found):
+        raise _bad(
+            root,
+            f"has no class folder {missing[0]!r}, which is in data.class_names; sort the images "
+            "into a folder per class, or change data.class_names",
+        )
+    return wanted
+
+
+def _check_number(root: Path, wanted: int | None, found: int) -> None:
+    if wanted is None or wanted == found:
         return
-    has = f"{len(categories)} class folders" if categories else "no class folders"
+    has = f"{found} class folders" if found else "no class folders"
     raise _bad(
         root,
-        f"has {has}, but data.classes = {config.classes}; set data.classes to "
-        f"{len(categories) or 'null'}, or sort the images into {config.classes} folders",
+        f"has {has}, but data.classes = {wanted}; set data.classes to {found or 'null'}, or sort "
+        f"the images into {wanted} folders",
     )
 
 
-def _scan(root: Path, by_client: bool) -> tuple[list[_File], list[str], tuple[str, ...] | None]:
-    """The image files with their class and client, the class names, and the client names."""
-    if not by_client:
-        files, names = _scan_client(root, root, 0)
-        return files, sorted(names), None
-    loose, folders = _entries(root)
+def _listed(root: Path, by_client: bool) -> _Tree:
+    try:
+        return _scan_clients(root) if by_client else _scan_client(root, root, 0)
+    except OSError as error:
+        raise _bad(root, f"cannot be listed ({error})") from error
+
+
+def _scan_clients(root: Path) -> _Tree:
+    """Of a folder with one folder per client."""
+    loose, folders, skipped = _entries(root)
     if loose:
         raise _bad(
             root,
             f"holds {loose[0].name!r} beside the client folders, and data.partition = 'folders' "
             "cannot tell whose it is; move it into the folder of a client",
         )
-    files, names = [], set()
+    files: list[_File] = []
+    classes: dict[str, Counter[str]] = defaultdict(Counter)
     for client, folder in enumerate(folders):
-        own, found = _scan_client(root, folder, client)
-        if not own:
-            raise _bad(root, f"has the client folder {folder.name!r} with no image in it")
-        files += own
-        names |= found
-    if names and any(file.category is None for file in files):
+        part = _scan_client(root, folder, client)
+        if not part.files:
+            raise _bad(
+                root, f"has the client folder {folder.name!r} with no image in it{_but_found(part)}"
+            )
+        files += part.files
+        for name, kinds in part.classes.items():
+            classes[name] += kinds
+        skipped += part.skipped
+    if classes and any(file.category is None for file in files):
         flat = next(folders[file.client].name for file in files if file.category is None)
         raise _bad(
             root,
             f"has class sub-folders in some client folders and none in {flat!r}; use them in "
             "all or in none",
         )
-    return files, sorted(names), tuple(folder.name for folder in folders)
+    return _Tree(files, classes, tuple(folder.name for folder in folders), skipped)
 
 
-def _scan_client(root: Path, folder: Path, client: int) -> tuple[list[_File], set[str]]:
-    """The images of a flat folder, or of its class sub-folders together with their names."""
-    loose, classes = _entries(folder)
-    if loose and classes:
+def _scan_client(root: Path, folder: Path, client: int) -> _Tree:
+    """Of a flat folder, or of one with class sub-folders."""
+    loose, folders, skipped = _entries(folder)
+    if loose and folders:
         raise _bad(
             root,
-            f"holds {loose[0].name!r} and the sub-folder {classes[0].name!r} side by side in "
+            f"holds {loose[0].name!r} and the sub-folder {folders[0].name!r} side by side in "
             f"{folder.name!r}; use images only, or class sub-folders only",
         )
     files = [_File(path, None, client) for path in loose]
-    for category in classes:
-        images, deeper = _entries(category)
+    classes: dict[str, Counter[str]] = {}
+    for category in folders:
+        images, deeper, others = _entries(category)
         if deeper:
             raise _bad(
                 root,
@@ -148,34 +274,46 @@ def _scan_client(root: Path, folder: Path, client: int) -> tuple[list[_File], se
                 "in one folder per class. If the first level is one folder per client, set "
                 "data.partition = 'folders'",
             )
-        files += [_File(path, category.name, client) for path in images]
-    return files, {category.name for category in classes}
+        # file systems spell the same accented name in two ways
+        name = unicodedata.normalize("NFC", category.name)
+        files += [_File(path, name, client) for path in images]
+        classes[name] = classes.get(name, Counter()) + others
+        skipped += others
+    return _Tree(files, classes, None, skipped)
 
 
-def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images and the sub-folders directly in `folder`, each sorted by name."""
-    images, folders = [], []
+def _entries(folder: Path) -> tuple[list[Path], list[Path], Counter[str]]:
+    """The images and the sub-folders directly in `folder` by name, and its other files by kind."""
+    images, folders, others = [], [], Counter[str]()
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith((".", "__")):
-                continue  # .DS_Store, ._image.png, __MACOSX
+            if entry.name.startswith(".") or entry.name.lower() in LEFT_BEHIND:
+                continue
+            path = folder / entry.name
             if entry.is_dir():
-                folders.append(folder / entry.name)
+                folders.append(path)
+            elif not entry.is_file() and path.exists():
+                others["device or pipe"] += 1
             elif entry.name.lower().endswith(EXTENSIONS):
-                images.append(folder / entry.name)
-    return sorted(images), sorted(folders)
+                images.append(path)
+            else:
+                others[path.suffix.lower() or "without extension"] += 1
+    return sorted(images), sorted(folders), others
 
 
-def _decode_all(root: Path, paths: list[Path], shape: tuple[int, int, int]) -> np.ndarray:
+def _decode_all(
+    root: Path, paths: list[Path], shape: tuple[int, int, int], background: Background | None
+) -> np.ndarray:
     """Decode the files into one array [n, C, H, W]; all that cannot be used end in one error."""
     images = np.empty((len(paths), *shape), dtype=np.uint8)
 
     def decode(start: int) -> list[tuple[Path, str]]:
         found = []
         for i in range(start, min(start + CHUNK, len(paths))):
-            problem = _decode(paths[i], images[i])
-            if problem:
-                found.append((paths[i], problem))
+            try:
+                images[i] = _pixels(paths[i], shape, background)
+            except BadImage as problem:
+                found.append((paths[i], str(problem)))
         return found
 
     # PIL decodes outside the interpreter lock, so a few threads help
@@ -186,6 +324,13 @@ def _decode_all(root: Path, paths: list[Path], shape: tuple[int, int, int]) -> n
     if problems:
         raise _bad(root, "\n".join(_explain(root, problems, len(paths), shape)))
     return images
+
+
+def _pixels(path: Path, shape: tuple[int, int, int], background: Background | None) -> np.ndarray:
+    channels, height, width = shape
+    image = read_image(path, background, (width, height))
+    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
 def _explain(
@@ -201,21 +346,3 @@ def _explain(
         f"Expected readable 8-bit images of {side}x{side} pixels (data.size = {side}). Set "
         "data.size to the side that all images have, or resize them; replace or remove broken ones"
     )
-
-
-def _decode(path: Path, out: np.ndarray) -> str | None:
-    """Decode one file into `out` [C, H, W]; what is wrong with it, or None."""
-    channels, height, width = out.shape
-    try:
-        with Image.open(path) as image:
-            if image.size != (width, height):
-                return f"is {image.size[0]}x{image.size[1]} pixels"
-            if image.mode.startswith(_DEEP_MODES):
-                return f"has more than 8 bits per channel (mode {image.mode})"
-            image.load()  # a cut-off file opens well and fails only here
-            mode = "L" if channels == 1 else "RGB"
-            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    except Exception as error:  # PIL: OSError, SyntaxError, ValueError, struct.error and others
-        return f"cannot be read ({type(error).__name__}: {error})"
-    out[...] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-    return None

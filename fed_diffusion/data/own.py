@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.data.datasets import ImageSet, class_count, image_shape, load_dataset
+from fed_diffusion.data.datasets import ImageSet, class_count, image_shape, load_dataset, tell
 
 FOLDER = "image_folder"
 
@@ -15,8 +15,9 @@ def load_own(config: Config, folder: str | None, name: str | None) -> ImageSet:
     ----------
     config
         The run: its image shape and, for a conditional network, its number of classes are what the
-        node's images must have. Classes are numbered in the order of their folders' names, so a
-        node that lacks a class has an empty folder of that name.
+        node's images must have. With data.class_names a node has folders of some of these names;
+        else classes are numbered in the order of their folders' names, and a node that lacks a
+        class has an empty folder of that name.
     folder
         `data-dir` of the node: a folder of images, or where the named set's files are.
     name
@@ -34,10 +35,11 @@ def load_own(config: Config, folder: str | None, name: str | None) -> ImageSet:
         "size": side,
         "channels": channels,
         "classes": class_count(config.data) if config.model.conditional else None,
+        "class_names": config.data.class_names if config.model.conditional else None,
         "partition": "iid",
     }
     try:
-        dataset = load_dataset(config.data.model_copy(update=wanted))
+        dataset = tell(load_dataset(config.data.model_copy(update=wanted), own=True))
     except ConfigError as error:
         raise ConfigError(
             f"This node's own data do not fit: {error} (This run trains on "

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.data.datasets import DOWNLOADED, ImageSet, image_shape, load_dataset
+from fed_diffusion.data.datasets import DOWNLOADED, ImageSet, image_shape, load_dataset, tell
 from fed_diffusion.evaluation.checks import OWN_DATA
 from fed_diffusion.evaluation.memorisation import Holdings, holdings
 
@@ -74,7 +74,8 @@ def _folder(config: Config, path: str) -> ImageSet:
         "dir": path,
         "partition": "iid",
         "classes": None,
+        "class_names": None,
         "channels": channels,
         "size": size,
     }
-    return load_dataset(config.data.model_copy(update=folder))
+    return tell(load_dataset(config.data.model_copy(update=folder)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch_fidelity import register_feature_extractor
 
 from fed_diffusion.config import ConfigError
-from fed_diffusion.data.datasets import DOWNLOADED, ImageSet, load_dataset, to_unit
+from fed_diffusion.data.datasets import DOWNLOADED, ImageSet, load_dataset, tell, to_unit
 from fed_diffusion.evaluation.features import (
     ClassifierFeatures,
     FeatureNet,
@@ -129,7 +129,7 @@ def train_features(
 
 def _split(data: DataConfig, seed: int) -> tuple[ImageSet, ImageSet, str]:
     """What is trained on, what is not, and what to call that."""
-    dataset = load_dataset(data)
+    dataset = tell(load_dataset(data))
     if data.name in DOWNLOADED:
         test = load_dataset(data, "test")
         return dataset, test, f"test split ({len(test)} images)"

@@ -102,9 +102,9 @@ class Worker:
         numbers: Numbers = recipe.to_metrics() | measured
         if len(holdout):
             numbers["holdout_loss"] = self._holdout_loss(network, forward, holdout, task.client)
-        steps = self.steps(len(train))
-        numbers["loss"] = self._train(network, fast, task, train, steps, masks)
-        numbers["images"] = steps * config.local.batch
+        batches = self._batches(task, train, self.steps(len(train)))
+        numbers["loss"] = self._train(network, forward, fast, task, batches, masks)
+        numbers["images"] = sum(map(len, batches))
         numbers["examples"] = len(train)
         numbers["seconds"] = time.perf_counter() - began
         end = parameters_of(network)
@@ -118,7 +118,8 @@ class Worker:
     ) -> tuple[list[nn.Parameter], Iterator[Callable[[], Tensor]]]:
         """The simple loss at theta on independent minibatches of a client, as training sees them.
 
-        Dropout is off; images and noise come from a stream of their own.
+        Dropout is off; images and noise come from a stream of their own. Where training takes
+        smaller batches than `size` because the client has fewer images, so are these.
 
         Returns
         -------
@@ -128,6 +129,8 @@ class Worker:
         network, forward, _ = self._network(theta)
         network.eval()
         train, _ = split_holdout(self._images_of(client), self.config, client)
+        if self.config.local.epochs is not None:
+            size = min(size, len(train))
 
         def loss(index: Tensor, seed: int) -> Tensor:
             noise = torch.Generator(self.device).manual_seed(seed)
@@ -196,8 +199,10 @@ class Worker:
                 for client in clients
             )
             with pinned_threads(self.config.worker.threads), torch.random.fork_rng():
+                local = self.config.local
+                local = local.model_copy(update={"batch": local.batch_of(most)})
                 self._budget = measure_budget(
-                    self.config,
+                    self.config.model_copy(update={"local": local}),
                     self._skeleton,
                     self._layout,
                     self.loss,
@@ -208,42 +213,45 @@ class Worker:
 
     def steps(self, examples: int) -> int:
         """S, the local steps of a client with so many training images."""
-        local = self.config.local
-        if local.steps is not None:
-            return local.steps
-        return (local.epochs or 0) * -(-examples // local.batch)
+        return self.config.local.steps_of(examples)
 
     def _train(
         self,
         network: nn.Module,
-        forward: Network,
+        plain: Network,
+        fast: Network,
         task: Task,
-        train: np.ndarray,
-        steps: int,
+        batches: list[np.ndarray],
         masks: Masks,
     ) -> float:
         """S steps of (7) on the simple loss; the gradient is masked, so what is dropped stays 0.
 
+        Returns the mean loss per image: a smaller last batch of an epoch counts for its images.
         Where whole channels are dropped, the network is small and there is nothing to mask.
         """
         config = self.config
         noise = torch_generator(
             config.seed, Purpose.NOISE, task.round, task.client, device=self.device
         )
-        batches = torch.from_numpy(self._batches(task, train, steps)).to(self.device)
         optimizer = self._optimizer(network, task.round)
         adjust = _Adjustment(network, masks, config.local.prox)
         network.train()
         total = torch.zeros((), device=self.device)
-        for batch in batches:
+        weight = 0.0
+        indices = torch.from_numpy(np.concatenate(batches)).to(self.device)  # once, not per step
+        for batch in indices.split([len(batch) for batch in batches]):
             images, labels = self._batch(batch, noise)
             optimizer.zero_grad(set_to_none=True)
+            # a compiled network is compiled for one batch size
+            forward = fast if len(batch) == config.local.batch else plain
             loss = self.loss(forward, images, noise, labels)
             loss.backward()
             adjust()
             optimizer.step()
-            total += loss.detach()
-        return float(total) / steps
+            share = len(batch) / config.local.batch  # 1 of a full batch, to the bit
+            total += loss.detach() * share
+            weight += share
+        return float(total) / weight
 
     def _optimizer(self, network: nn.Module, round: int) -> torch.optim.Optimizer:
         eta = eta_of(self.config, round)
@@ -252,12 +260,21 @@ class Worker:
             return torch.optim.SGD(parameters, lr=eta)
         return torch.optim.Adam(parameters, lr=eta, fused=True)
 
-    def _batches(self, task: Task, train: np.ndarray, steps: int) -> np.ndarray:
-        """Image indices [steps, batch]: one random order of the client's images after another."""
+    def _batches(self, task: Task, train: np.ndarray, steps: int) -> list[np.ndarray]:
+        """Image indices of each step, from one random order of the client's images after another.
+
+        With local.epochs each order is cut by itself, and its last batch may be smaller. With
+        local.steps they are strung together, so that every batch is full.
+        """
+        local = self.config.local
         draw = generator(self.config.seed, Purpose.BATCHES, task.round, task.client)
-        needed = steps * self.config.local.batch
+        if local.epochs is not None:
+            cuts = range(local.batch, len(train), local.batch)
+            orders = [draw.permutation(train) for _ in range(local.epochs)]
+            return [batch for order in orders for batch in np.split(order, cuts)]
+        needed = steps * local.batch
         orders = [draw.permutation(train) for _ in range(-(-needed // len(train)))]
-        return np.concatenate(orders)[:needed].reshape(steps, -1)
+        return list(np.concatenate(orders)[:needed].reshape(steps, -1))
 
     def _batch(self, index: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor | None]:
         images = to_unit(self._images[index])

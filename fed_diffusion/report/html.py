@@ -89,6 +89,7 @@ def render(record: Record) -> str:
             _timeline(record),
             _quality(record),
             _clients(record),
+            _data(record),
             _budgets(record),
             _rejected(record),
             _privacy(record),
@@ -273,6 +274,27 @@ def _clients(record: Record) -> str:
     ]
     body = table(head, rows) + more(len(clients))
     return section(f"Clients in round {number(last.get('round'))}", body)
+
+
+def _data(record: Record) -> str:
+    """The classes by name, and what was not read; of a run whose server has the data."""
+    found = mapping(record.results.get("data"))
+    if not found:
+        return ""
+    notes = found.get("notes")
+    said = notes if isinstance(notes, list) else []
+    body = "".join(warning(escape(str(note))) for note in said)
+    body += f"<p>{number(found.get('images'))} images in all, held-out ones included.</p>"
+    classes = list(mapping(found.get("classes")).items())
+    if classes:
+        rows = [
+            (str(label), plain(name), number(count))
+            for label, (name, count) in enumerate(classes[:MOST_ROWS])
+        ]
+        body += table(("label", "class", "images"), rows, text=(1,))
+        if len(classes) > MOST_ROWS:
+            body += f'<p class="soft">and {len(classes) - MOST_ROWS:,} more in results.json</p>'
+    return section("Data", body)
 
 
 def _budgets(record: Record) -> str:

@@ -118,10 +118,11 @@ def _training(
     """What Lemmas 4.6 and 4.7 read, on the scale of the simple loss."""
     start = parameters_of(build_network(config))
     square, _ = difference(dict(theta), start, {})
-    optimizer = config.local.optimizer + (" with FedProx" if config.local.prox else "")
+    local = config.local
+    optimizer = local.optimizer + (" with FedProx" if local.prox else "")
     return Training(
         N=config.clients,
-        S=max(c.images // config.local.batch for s in history for c in s.clients),
+        S=max(local.steps_of(c.images // (local.epochs or 1)) for s in history for c in s.clients),
         R=len(history),
         eta=max(eta_of(config, s.round) for s in history),
         L=max(found[name]["value"] for name in ("L", "L_secant") if name in found),

@@ -106,8 +106,10 @@ def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Pro
     gamma, w2, full = _masks(config, theta)
     parts = partition(dataset, config)
     M2 = max(second_moment(dataset.images[part]) for part in parts)
-    S = max(worker.steps(len(part) - math.floor(config.data.holdout * len(part))) for part in parts)
-    share = effort.images / config.local.batch
+    local = config.local
+    trained = [len(part) - math.floor(config.data.holdout * len(part)) for part in parts]
+    S = max(local.steps_of(n) for n in trained)
+    share = min(1.0, effort.images / min(local.batch_of(n) for n in trained))
     found = {
         "F": mean([value for values in losses for value in values]),
         "sigma1": gradient_variance(gradients).scaled(share).root(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_hidden_entries_and_other_files_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.jpeg", "a.webp", "a.bmp"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.jpeg", "a.webp", "a.bmp", "a.tif", "a.TIFF"])
 def test_every_format_is_read_as_pil_reads_it(
     channels: int, mode: str, name: str, tmp_path: Path
 ) -> None:
@@ -105,7 +106,139 @@ def test_grey_transparent_and_palette_files_mix_with_colour(tmp_path: Path) -> N
     save(tmp_path, "grey.png")
     save(tmp_path, "transparent.png", noise(8, 8, 4))
     Image.fromarray(noise(8, 8, 3)).quantize(16).save(tmp_path / "palette.png")
-    assert load_dataset(config(tmp_path, channels=3)).images.shape == (4, 3, 8, 8)
+    loaded = load_dataset(config(tmp_path, channels=3, background="white"))
+    assert loaded.images.shape == (4, 3, 8, 8)
+
+
+def test_a_transparent_image_is_refused_until_a_background_is_set(tmp_path: Path) -> None:
+    save(tmp_path, "a.png", np.dstack([np.full((8, 8, 3), 9, np.uint8), noise(8, 8)]))
+    save(tmp_path, "b.png", np.zeros((8, 8, 4), np.uint8))
+    message = refused(config(tmp_path))
+    assert "2 images of 2" in message
+    assert "set it to white or black" in message
+    for background, level in (("white", 255), ("black", 0)):
+        loaded = load_dataset(config(tmp_path, background=background))
+        assert (loaded.images[1] == level).all()
+
+
+def test_files_that_are_not_read_are_counted_by_kind(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.gif", "D.GIF", "sub.avif"):
+        save(tmp_path, name)
+    for name in ("labels.csv", "LICENSE", "e.png.part"):
+        (tmp_path / name).write_text("")
+    os.mkfifo(tmp_path / "pipe.png")  # opened, it would wait for ever
+    (note,) = load_dataset(config(tmp_path)).notes
+    assert (
+        "7 files beside the 2 images that were not read: 2 .gif, 1 .avif, 1 .csv, 1 .part" in note
+    )
+    assert "1 device or pipe, 1 without extension" in note
+    assert "Images are read from .png, .jpg" in note
+
+
+def test_a_folder_of_images_alone_has_nothing_to_tell(tmp_path: Path) -> None:
+    save(tmp_path, "a.png")
+    assert load_dataset(config(tmp_path)).notes == ()
+
+
+def test_files_are_counted_in_class_and_client_folders_too(tmp_path: Path) -> None:
+    for name in ("ann/cat/a.png", "ann/cat/b.gif", "bob/cat/a.png", "bob/c.gif", "d.gif"):
+        save(tmp_path, name)
+    (note,) = load_dataset(config(tmp_path, partition="folders")).notes
+    assert "3 files beside the 2 images that were not read: 3 .gif" in note
+
+
+SYSTEMS = (
+    "@eaDir",
+    "lost+found",
+    "__MACOSX",
+    "$RECYCLE.BIN",
+    ".Trashes",
+    "System Volume Information",
+)
+
+
+@pytest.mark.parametrize("kind", ["iid", "folders"])
+def test_folders_that_systems_leave_are_neither_classes_nor_clients(
+    kind: str, tmp_path: Path
+) -> None:
+    for name in ("cat/a.png", "dog/a.png", *(f"{system}/a.png" for system in SYSTEMS)):
+        save(tmp_path, name)
+    for system in SYSTEMS:
+        save(tmp_path, f"dog/{system}/a.png")
+    for name in ("Thumbs.db", ".DS_Store", "desktop.ini", "dog/Thumbs.db", "dog/._a.png"):
+        (tmp_path / name).write_text("")
+    loaded = load_dataset(config(tmp_path, partition=kind))
+    assert len(loaded) == 2
+    assert loaded.notes == ()
+    assert loaded.class_names == (("cat", "dog") if kind == "iid" else None)
+    assert loaded.folders == (("cat", "dog") if kind == "folders" else None)
+
+
+def test_a_class_whose_name_begins_with_underscores_is_a_class(tmp_path: Path) -> None:
+    save(tmp_path, "__none__/a.png")
+    save(tmp_path, "cat/a.png")
+    assert load_dataset(config(tmp_path)).class_names == ("__none__", "cat")
+
+
+@pytest.mark.parametrize("kind", ["iid", "folders"])
+def test_a_class_without_an_image_is_refused_with_what_is_there_instead(
+    kind: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "ann" if kind == "folders" else tmp_path
+    save(root, "cat/a.png")
+    (root / "bird").mkdir()
+    assert "class folder 'bird' with no image in it" in refused(config(tmp_path, partition=kind))
+    for i in range(3):
+        save(root, f"bird/{i}.gif")
+    assert "'bird' with no image in it (but 3 .gif)" in refused(config(tmp_path, partition=kind))
+
+
+def test_a_client_need_not_have_images_of_every_class(tmp_path: Path) -> None:
+    for name in ("ann/cat/a.png", "bob/cat/a.png", "bob/dog/a.png"):
+        save(tmp_path, name)
+    (tmp_path / "ann/dog").mkdir()
+    loaded = load_dataset(config(tmp_path, partition="folders"))
+    assert (loaded.class_names, labels(loaded)) == (("cat", "dog"), [0, 0, 1])
+
+
+def test_two_spellings_of_an_accented_name_are_one_class(tmp_path: Path) -> None:
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    save(tmp_path, f"ann/{composed}/a.png")
+    save(tmp_path, f"bob/{apart}/a.png")
+    loaded = load_dataset(config(tmp_path, partition="folders"))
+    assert (loaded.class_names, labels(loaded)) == ((composed,), [0, 0])
+
+
+def test_class_names_number_the_classes(tmp_path: Path) -> None:
+    for name in ("1", "2", "10"):
+        save(tmp_path, f"{name}/a.png")
+    assert load_dataset(config(tmp_path)).class_names == ("1", "10", "2")
+    loaded = load_dataset(config(tmp_path, class_names=["1", "2", "10"]))
+    assert loaded.class_names == ("1", "2", "10")
+    assert loaded.per_class() == {"1": 1, "2": 1, "10": 1}
+    assert labels(loaded) == [0, 2, 1]  # the images stay in the order of the folders' names
+
+
+def test_folders_and_class_names_that_differ_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, "cat/a.png")
+    save(tmp_path, "dog/a.png")
+    assert "class folder 'dog', which is not in data.class_names = cat, fox" in refused(
+        config(tmp_path, class_names=["cat", "fox"])
+    )
+    assert "no class folder 'fox'" in refused(config(tmp_path, class_names=["cat", "dog", "fox"]))
+    assert "no class folder 'cat'" in refused(config(tmp_path / "cat", class_names=["cat"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"class_names": ["cat", "cat"]}, "'cat' is given twice"),
+        ({"class_names": ["cat", "dog"], "classes": 3}, "2 names for data.classes = 3"),
+    ],
+)
+def test_class_names_that_contradict_are_refused(settings: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=says):
+        config(tmp_path, **settings)
 
 
 def test_many_files_keep_their_order(tmp_path: Path) -> None:
@@ -162,7 +295,9 @@ def test_a_folder_that_is_not_set_or_not_there_is_refused(tmp_path: Path) -> Non
 def test_a_folder_without_images_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
     save(tmp_path, "moving.gif")
     for kind in ("iid", "folders"):
-        assert "holds no image; looked for .png" in refused(config(tmp_path, partition=kind))
+        message = refused(config(tmp_path, partition=kind))
+        assert "holds no image; looked for .png" in message
+        assert "found 1 .gif: convert them" in message
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A node's own images: checked against the run before training, and all of them one client's."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -89,6 +90,41 @@ def test_a_conditional_run_needs_every_class_folder_be_it_empty(folders, tmp_pat
             (here / label / file.name).write_bytes(file.read_bytes())
     labels = load_own(settings, str(here), None).labels
     assert set(labels.tolist()) == {3, 7}
+
+
+def test_a_node_has_folders_of_some_of_the_runs_classes_and_of_no_others(folders, tmp_path):
+    """Without their names, a node with 3 and 7 alone would call them 0 and 1."""
+    names = [str(label) for label in range(10)]
+    settings = config(model__conditional=True, data__class_names=names)
+    source = folders / "labelled"
+    for label in ("3", "7"):
+        shutil.copytree(source / label, tmp_path / label)
+    found = load_own(settings, str(tmp_path), None)
+    assert set(found.labels.tolist()) == {3, 7}
+    assert found.class_names == tuple(names)
+    shutil.copytree(source / "1", tmp_path / "one")
+    with pytest.raises(ConfigError, match=r"'one', which is not in data\.class_names"):
+        load_own(settings, str(tmp_path), None)
+    with pytest.raises(ConfigError, match="no class folder '0'"):
+        load_own(settings, str(folders / "a"), None)
+
+
+def test_a_nodes_class_folder_that_holds_only_what_is_not_read_is_not_empty(folders, tmp_path):
+    for label in range(10):
+        shutil.copytree(folders / "labelled" / str(label), tmp_path / str(label))
+    for file in (tmp_path / "3").iterdir():
+        file.rename(file.with_suffix(".heic"))
+    with pytest.raises(
+        ConfigError, match=r"class folder '3' with no image in it \(but \d \.heic\)"
+    ):
+        load_own(config(model__conditional=True), str(tmp_path), None)
+
+
+def test_a_node_says_in_its_log_what_it_does_not_read(folders, tmp_path, caplog):
+    shutil.copytree(folders / "a", tmp_path / "a")
+    (tmp_path / "a" / "b.heic").write_text("")
+    load_own(config(), str(tmp_path / "a"), None)
+    assert "1 file beside the 20 images that were not read: 1 .heic" in caplog.text
 
 
 def node(folder, partition, of=3):

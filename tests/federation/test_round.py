@@ -30,7 +30,7 @@ def play(coordinator, worker, rounds):
 
 
 def only_network(worker):
-    ((network, _),) = worker._networks.values()
+    ((network, *_),) = worker._networks.values()
     return network
 
 

@@ -53,7 +53,7 @@ def test_a_worker_holds_and_trains_only_the_small_network(tiny, digits, kind):
     coordinator, worker = start(config, digits)
     weak = list(coordinator.tasks(1))[-1]
     coordinator.receive(worker.run(weak))
-    ((network, _),) = worker._networks.values()
+    ((network, *_),) = worker._networks.values()
     held = sum(p.numel() for p in network.parameters())
     assert held <= 0.5 * coordinator.parameters
     assert sum(p.numel() for p in worker._skeleton.parameters() if not p.is_meta) == 0
