@@ -34,7 +34,7 @@ from fed_diffusion.masks.recipes import Masks, Numbers
 from fed_diffusion.models.build import build_network, channel_layout, parameters_of, skeleton
 from fed_diffusion.models.slim import resized
 from fed_diffusion.models.unet import UNet
-from fed_diffusion.rng import Purpose, generator, torch_generator, torch_seed
+from fed_diffusion.rng import Purpose, generator, seed_torch, torch_generator
 from fed_diffusion.theory.estimates import second_moment
 
 
@@ -128,7 +128,7 @@ class Worker:
     def _run(self, task: Task) -> Update:
         began = time.perf_counter()
         config, seed = self.config, self.config.seed
-        torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, task.round, task.client))
+        seed_torch(seed, Purpose.DROPOUT, task.round, task.client)
         recipe, masks, start = decode_task(task.payload, self._shapes, self._layout, config)
         train, holdout = split_holdout(self._images_of(task.client), config, task.client)
         measured, sketches = diagnostics.measure(self, start, task)
@@ -166,7 +166,7 @@ class Worker:
         train, _ = split_holdout(self._images_of(client), self.config, client)
 
         def loss(index: Tensor, seed: int) -> Tensor:
-            noise = torch.Generator(self.device).manual_seed(seed)
+            noise = torch_generator(seed, Purpose.DIAGNOSTIC, device=self.device)
             images, labels = self._batch(index, noise)
             return self.loss(forward, images, noise, labels)
 
