@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fed_diffusion.checkpoint import Checkpoint
+from fed_diffusion.checkpoint import NEWEST, Checkpoint
 from fed_diffusion.config import Config, ConfigError, method_name
 from fed_diffusion.data import ImageSet, load_dataset, partition
 from fed_diffusion.diffusion.partitions import PARTITIONS
@@ -23,6 +23,7 @@ from fed_diffusion.evaluation import check_evaluation, no_quality
 from fed_diffusion.evaluation.reference import reference_set
 from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.coordinator import BelowQuorum, Coordinator
+from fed_diffusion.federation.divergence import Diverged
 from fed_diffusion.federation.privacy import spent
 from fed_diffusion.federation.records import RoundSummary, Task, Update
 from fed_diffusion.federation.worker import device_of, pinned_threads
@@ -159,7 +160,7 @@ class Experiment:
         self.seconds = dict(state["seconds"])
         self.history = rounds
         self._written = self._saved = self.coordinator.round
-        self.coordinator.loss = rounds[-1].loss if rounds else 0.0
+        self.coordinator.losses = [summary.loss for summary in rounds if summary.clients]
 
     def train(
         self, exchange: Callable[[int], None], progress: Progress | None = None
@@ -177,7 +178,7 @@ class Experiment:
         Raises
         ------
         RunStopped
-            A round stayed below its quorum.
+            A round stayed below its quorum, or training diverged.
         """
         try:
             while self.coordinator.round < self.config.rounds:
@@ -196,6 +197,8 @@ class Experiment:
             exchange(round)
             try:
                 return self.close_round()
+            except Diverged as error:  # to resume would bring it again
+                raise RunStopped(f"{error} {self._last_good()}") from error
             except BelowQuorum as error:
                 problem = error
                 logger.warning("%s (attempt %d)", error, attempt + 1)
@@ -212,9 +215,20 @@ class Experiment:
         self.run.write_status("stopped", reason)
 
     def how_to_resume(self) -> str:
+        last = max(self._saved, self._written)
+        where = f"The last checkpoint is of round {last}" if last else "No round was finished yet"
+        return f"{where}; go on with: fed-diffusion resume {self.run.path}"
+
+    def _last_good(self) -> str:
+        """What is left of a run that diverged, and what to do."""
+        if not self.history:
+            return "No round was finished: start a new run with it."
+        last, best = self.history[-1], min(self.history, key=lambda summary: summary.loss)
         return (
-            f"The last checkpoint is of round {max(self._saved, self._written)}; go on with: "
-            f"fed-diffusion resume {self.run.path}"
+            f"The last good checkpoint is of round {last.round}, with a loss of {last.loss:.4g} "
+            f"(the lowest was {best.loss:.4g}, in round {best.round}); it is in "
+            f"{self.run.path / NEWEST}. From there it would diverge again: start a new run with "
+            "the smaller step size."
         )
 
     def check_keep(self, keep: float) -> None:

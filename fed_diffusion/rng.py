@@ -103,7 +103,7 @@ def _fresh_state() -> torch.Tensor:
     """The state after `manual_seed(0)`; checked to lie in memory as `_WHERE` says."""
     state = torch.Generator().manual_seed(0).get_state()
     twister = np.random.RandomState(0).get_state(legacy=False)
-    expected = twister["state"]["key"].astype(np.uint64).view(np.uint8)  # type: ignore[index]
+    expected = twister["state"]["key"].astype(np.uint64).view(np.uint8)
     if not np.array_equal(state[_WHERE].numpy(), expected):
         raise RuntimeError(
             f"torch {torch.__version__} keeps the state of a CPU generator in another form than "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from fed_diffusion.diffusion.loss import DSMLoss, Network
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation import diagnostics
 from fed_diffusion.federation.coordinator import eta_of
+from fed_diffusion.federation.divergence import FIRST_LOSS, exploded
 from fed_diffusion.federation.privacy import clipped
 from fed_diffusion.federation.probe import measure_budget
 from fed_diffusion.federation.records import Task, Update
@@ -137,7 +139,10 @@ class Worker:
         if len(holdout):
             numbers["holdout_loss"] = self._holdout_loss(network, forward, holdout, task.client)
         steps = self.steps(len(train))
-        numbers["loss"] = self._train(network, forward, task, train, steps, masks)
+        loss, first = self._train(network, forward, task, train, steps, masks)
+        numbers["loss"] = loss
+        if exploded(loss, first):
+            numbers[FIRST_LOSS] = first
         numbers["images"] = steps * config.local.batch
         numbers["examples"] = len(train)
         numbers["seconds"] = time.perf_counter() - began
@@ -247,10 +252,15 @@ class Worker:
         train: np.ndarray,
         steps: int,
         masks: Masks,
-    ) -> float:
+    ) -> tuple[float, float]:
         """S steps of (7) on the simple loss; the gradient is masked, so what is dropped stays 0.
 
         Where whole channels are dropped, the network is small and there is nothing to mask.
+
+        Returns
+        -------
+        loss, first
+            The mean over all steps, and the loss of the first.
         """
         config = self.config
         noise = torch_generator(
@@ -260,7 +270,7 @@ class Worker:
         optimizer = self._optimizer(network, task.round)
         adjust = _Adjustment(network, masks, config.local.prox)
         network.train()
-        total = torch.zeros((), device=self.device)
+        total, first = torch.zeros((), device=self.device), None
         for batch in batches:
             images, labels = self._batch(batch, noise)
             optimizer.zero_grad(set_to_none=True)
@@ -269,7 +279,8 @@ class Worker:
             adjust()
             optimizer.step()
             total += loss.detach()
-        return float(total) / steps
+            first = loss.detach() if first is None else first
+        return float(total) / steps, math.nan if first is None else float(first)
 
     def _optimizer(self, network: nn.Module, round: int) -> torch.optim.Optimizer:
         eta = eta_of(self.config, round)
