@@ -246,6 +246,8 @@ class Experiment:
 
     def tasks(self, round: int, available: Collection[int] | None = None) -> Iterator[Task]:
         self._round_began = time.perf_counter()
+        if self.config.privacy.clip is not None:
+            self.run.note_opened(round)  # before anything of it is sent: it counts from here on
         with pinned_threads(self.config.worker.threads):
             yield from self.coordinator.tasks(round, available)
 
@@ -342,7 +344,7 @@ class Experiment:
             "theory": measured(config, self.history, self.coordinator.theta),
             "quality": quality,
         }
-        privacy = spent(config, last.round)
+        privacy = spent(config, self.run.opened(last.round), last.round)
         return results if privacy is None else results | {"privacy": privacy}
 
     @contextmanager

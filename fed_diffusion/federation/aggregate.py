@@ -251,9 +251,9 @@ class MaskedMean:
             self._trainers[name] = torch.zeros(shape, dtype=self._counts)
         if weight != workers and name not in self._weights:  # so far every weight was 1
             self._weights[name] = self._trainers[name].to(torch.int64)
-        _count_in(self._trainers[name], mask, workers)
+        count_in(self._trainers[name], mask, workers)
         if name in self._weights:
-            _count_in(self._weights[name], mask, weight)
+            count_in(self._weights[name], mask, weight)
 
     def result(self) -> dict[str, Tensor]:
         """theta_{r+1}: the mean where somebody trained, theta_r elsewhere; float32."""
@@ -323,7 +323,7 @@ class MaskedMean:
         return 1 - counts.get(0, 0) / sum(counts.values())
 
 
-def _count_in(counts: Tensor, mask: Tensor | Block, weight: int) -> None:
+def count_in(counts: Tensor, mask: Tensor | Block, weight: int) -> None:
     """counts += weight where the mask keeps."""
     if isinstance(mask, Block):
         for there, _ in mask.pieces():

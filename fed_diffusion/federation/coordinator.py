@@ -224,7 +224,7 @@ class Coordinator:
         """Its denominators count all clients of the run, be they away or banned."""
         keeps = {client: self.keeps[client] for client in self._able()}
         recipes = plan_round(self.config, round, keeps, self.theta, self.layout)
-        masks = [self._mask(r) if r.kind != "full" else {} for r in recipes.values()]
+        masks = (self._mask(r) if r.kind != "full" else {} for r in recipes.values())
         return PrivateMean(self.theta, masks, self.config.round.fraction, self.config.privacy)
 
     def _encode(self, round: int, clients: list[int]) -> Iterator[Task]:
