@@ -309,7 +309,12 @@ class Coordinator:
         del state.waiting[update.client]
 
     def _check_loss(self, loss: float) -> None:
-        """Compared with earlier rounds alone: no verdict depends on who came first in this one."""
+        """Compared with earlier rounds alone: no verdict depends on who came first in this one.
+
+        Not under privacy, where what one client says must not decide whether another counts.
+        """
+        if self.config.privacy.clip is not None:
+            return
         if self.losses and exploded(loss, lowest := min(self.losses)):
             raise DivergedError(
                 f"its training diverged: its loss is {loss:.4g}, and the lowest of a round was "

@@ -119,6 +119,13 @@ def test_a_client_that_claims_an_absurd_loss_is_named_first_and_refused_later(ti
     assert max(coordinator.losses) < 10
 
 
+def test_under_privacy_no_clients_loss_decides_whether_another_counts(tiny, digits):
+    private = {"privacy__clip": 0.1, "wire__differences": True, "model__widths": [8]}
+    _, summaries = play(tiny(**private, local__steps=1), digits, {"loss": LIE}, 2)
+    for summary in summaries:
+        assert (summary.rejected, summary.outliers) == ([], [2])
+
+
 def test_a_held_out_loss_cannot_be_owned_either(tiny, digits):
     config = tiny(model__widths=[8], local__steps=1)
     _, (summary,) = play(config, digits, {"holdout_loss": LIE}, 1)
