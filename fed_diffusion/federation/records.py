@@ -120,7 +120,7 @@ def measurements(numbers: Mapping[str, Any]) -> dict[str, Any]:
             f"{measured['loss']:.4g} over all"
         )
     if odd := {key: value for key, value in losses.items() if not value <= MEASURED_LIMIT}:
-        raise DivergedError(f"its losses are not finite or far too large: {odd}")
+        raise DivergedError(f"its losses are not finite or out of range: {odd}")
     # NaN fails every comparison; a limit on each keeps one client from owning the sums
     legal = all(0 <= value <= MEASURED_LIMIT for value in measured.values())
     if not legal or not 1 <= measured["examples"] <= EXAMPLES_LIMIT:
