@@ -60,12 +60,12 @@ def save_checkpoint(
     for name, group in tensors.items():
         path = fresh / f"{name}.safetensors"
         save_file(dict(group), path)
-        _sync(path)
+        sync(path)
         hashes[path.name] = _hash_of(path)
     sealed = json.loads(json.dumps(dict(state) | {"sha256": hashes}))  # as it will be read
     (fresh / STATE).write_text(json.dumps(sealed | {"seal": _seal(sealed)}), "utf-8")
-    _sync(fresh / STATE)
-    _sync(fresh)
+    sync(fresh / STATE)
+    sync(fresh)
     fresh.chmod(0o755)
     newest, previous, old = run / NEWEST, run / PREVIOUS, run / ".checkpoint-old"
     # whenever it is cut off, `newest` or `previous` is whole
@@ -75,7 +75,7 @@ def save_checkpoint(
             previous.rename(old)
         newest.rename(previous)
     fresh.rename(newest)
-    _sync(run)
+    sync(run)
     shutil.rmtree(old, ignore_errors=True)
     for left in run.glob(".checkpoint-*"):  # of a process that was killed while it wrote one
         shutil.rmtree(left, ignore_errors=True)
@@ -129,7 +129,7 @@ def _hash_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the operating system bring a file or a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

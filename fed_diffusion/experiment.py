@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fed_diffusion.checkpoint import Checkpoint
+from fed_diffusion.checkpoint import NEWEST, Checkpoint
 from fed_diffusion.compute import device_of, pinned_threads
 from fed_diffusion.config import Config, ConfigError, method_name
 from fed_diffusion.data import ImageSet, load_dataset, partition, tell, with_class_names
@@ -24,6 +24,7 @@ from fed_diffusion.evaluation import check_evaluation, no_quality
 from fed_diffusion.evaluation.reference import reference_set
 from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.coordinator import BelowQuorum, Coordinator
+from fed_diffusion.federation.divergence import Diverged
 from fed_diffusion.federation.privacy import spent
 from fed_diffusion.federation.records import RoundSummary, Task, Update
 from fed_diffusion.masks.plan import check_pruning
@@ -161,7 +162,7 @@ class Experiment:
         self.seconds = dict(state["seconds"])
         self.history = rounds
         self._written = self._saved = self.coordinator.round
-        self.coordinator.loss = rounds[-1].loss if rounds else 0.0
+        self.coordinator.losses = [summary.loss for summary in rounds if summary.clients]
 
     def train(
         self, exchange: Callable[[int], None], progress: Progress | None = None
@@ -179,7 +180,7 @@ class Experiment:
         Raises
         ------
         RunStopped
-            A round stayed below its quorum.
+            A round stayed below its quorum, or training diverged.
         """
         try:
             while self.coordinator.round < self.config.rounds:
@@ -198,6 +199,8 @@ class Experiment:
             exchange(round)
             try:
                 return self.close_round()
+            except Diverged as error:  # to resume would bring it again
+                raise RunStopped(f"{error} {self._last_good()}") from error
             except BelowQuorum as error:
                 problem = error
                 logger.warning("%s (attempt %d)", error, attempt + 1)
@@ -214,9 +217,20 @@ class Experiment:
         self.run.write_status("stopped", reason)
 
     def how_to_resume(self) -> str:
+        last = max(self._saved, self._written)
+        where = f"The last checkpoint is of round {last}" if last else "No round was finished yet"
+        return f"{where}; go on with: {resume_command(self.run.path, self.engine)}"
+
+    def _last_good(self) -> str:
+        """What is left of a run that diverged, and what to do."""
+        if not self.history:
+            return "No round was finished: start a new run with it."
+        last, best = self.history[-1], min(self.history, key=lambda summary: summary.loss)
         return (
-            f"The last checkpoint is of round {max(self._saved, self._written)}; go on with: "
-            f"{resume_command(self.run.path, self.engine)}"
+            f"The last good checkpoint is of round {last.round}, with a loss of {last.loss:.4g} "
+            f"(the lowest was {best.loss:.4g}, in round {best.round}); it is in "
+            f"{self.run.path / NEWEST}. From there it would diverge again: start a new run with "
+            "the smaller step size."
         )
 
     def check_keep(self, keep: float) -> None:
@@ -234,6 +248,8 @@ class Experiment:
 
     def tasks(self, round: int, available: Collection[int] | None = None) -> Iterator[Task]:
         self._round_began = time.perf_counter()
+        if self.config.privacy.clip is not None:
+            self.run.note_opened(round)  # before anything of it is sent: it counts from here on
         with pinned_threads(self.config.worker.threads):
             yield from self.coordinator.tasks(round, available)
 
@@ -332,7 +348,7 @@ class Experiment:
         }
         if self.dataset is not None:
             results["data"] = self.dataset.facts()
-        privacy = spent(config, last.round)
+        privacy = spent(config, self.run.opened(last.round), last.round)
         return results if privacy is None else results | {"privacy": privacy}
 
     @contextmanager

@@ -7,6 +7,7 @@ checkpoint/          theta.safetensors, ema.safetensors, state.json; checkpoint-
 samples/             round-0005.png ..., final.png
 results.json         the figures of a finished run
 report.html          all of it on one page
+privacy.jsonl        under privacy one line for each round that was opened, again or not
 budgets.json         what each client's node can carry, where nodes say it (pruning.budget)
 status.json          how the run ended: finished, or stopped or failed and why
 """
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from fed_diffusion.checkpoint import (
     CheckpointError,
     load_checkpoint,
     save_checkpoint,
+    sync,
 )
 from fed_diffusion.compute import device_of, kernels, pinned_threads
 from fed_diffusion.config import Config, ConfigError, build_config
@@ -120,10 +123,23 @@ class RunDir:
             raise ConfigError(f"{path} cannot be used: {error}") from error
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.metrics, line)
+
+    def note_opened(self, round: int) -> None:
+        """Bring to disk that a round is about to be sent to clients: privacy counts each time."""
+        _append(self.path / "privacy.jsonl", {"round": round})
+
+    def opened(self, finished: int) -> int:
+        """How many rounds were opened, repeated ones each time; at least once all up to a last one.
+
+        A line that cannot be read counts as well: it errs on the safe side.
+        """
+        path, named = self.path / "privacy.jsonl", set()
+        lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError):
+                named.add(json.loads(line)["round"])
+        return len(lines) + len(set(range(1, finished + 1)) - named)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         write_atomic(self.path / "results.json", json.dumps(results, indent=2) + "\n")
@@ -187,6 +203,17 @@ class RunDir:
     def rewrite_metrics(self, rounds: Iterable[RoundSummary]) -> None:
         """Leave only these rounds in metrics.jsonl: what came after the checkpoint comes again."""
         write_atomic(self.metrics, "".join(json.dumps(r.to_dict()) + "\n" for r in rounds))
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a line of JSON to a file; it is on disk when this returns."""
+    fresh = not path.exists()
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if fresh:
+        sync(path.parent)
 
 
 def write_atomic(path: Path, text: str) -> None:

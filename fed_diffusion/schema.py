@@ -347,7 +347,9 @@ class RoundConfig(Section):
     buffer: int | None = Field(None, ge=1)
     """Updates behind a move of theta; default: one of every client."""
     staleness: float = Field(0.5, ge=0)
-    """a of the weight 1 / (1 + s)^a of an update during which theta moved s times."""
+    """a of the factor 1 / (1 + s)^a on the difference of an update during which theta moved s
+    times. As in FedBuff the sum of a buffer's differences is divided by their number, so that an
+    update that stands alone is damped too."""
     pace: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """In-process engine: simulated seconds of each client's task, for the simulated clock."""
 
@@ -373,7 +375,8 @@ class RoundConfig(Section):
         return self
 
     weighting: Literal["uniform", "examples"] = "uniform"
-    """Equation (8) is uniform."""
+    """Equation (8) is uniform. examples: by a client's training images, at most 2^24; the exact
+    sums have room for values up to 64 at any such weight and number of clients."""
 
 
 class WireConfig(Section):

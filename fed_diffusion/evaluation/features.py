@@ -23,7 +23,7 @@ from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from fed_diffusion.config import ConfigError
 from fed_diffusion.data.datasets import ImageSet, to_unit
 from fed_diffusion.hardware import usable_cores
-from fed_diffusion.rng import Purpose, torch_generator, torch_seed
+from fed_diffusion.rng import Purpose, seed_torch, torch_generator
 
 CLASSIFIER = "fed-diffusion-classifier"
 """The name under which torch-fidelity knows `ClassifierFeatures`."""
@@ -133,8 +133,7 @@ Net = TypeVar("Net", bound=FeatureNet)
 def seeded(make: Callable[[], Net], seed: int) -> Net:
     """What `make` makes with start values from the seed."""
     with torch.random.fork_rng(devices=[]):
-        # the CPU's generator alone: torch.manual_seed would reseed the GPUs' as well
-        torch.default_generator.manual_seed(torch_seed(seed, Purpose.EVALUATION))
+        seed_torch(seed, Purpose.EVALUATION, cuda=False)
         return make()
 
 

@@ -3,13 +3,20 @@
 (8) is a ratio of two additive sums, sum(m theta) and sum(m). Both are kept as integers (values in
 fixed point with 40 fractional bits), and integer addition is associative: the result has the same
 bits in any order and grouping of arrival.
+
+With weights, such as numbers of examples, the sums are sum(m w theta) / 2^s and sum(m w). The shift
+s follows from the number of workers and the heaviest weight that there can be, which are known
+before the first update: so every update has room for values up to 64, whatever its weight. A
+weighted value is rounded once; that is within 2^(s-41) / w of the value itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -26,12 +33,43 @@ ALIGNED = 1.5 * 2.0 ** (52 - FRACTION_BITS)
 """Added to a float64, it leaves the value's 40 fractional bits at the end of the mantissa."""
 ALIGNED_BITS = int(np.float64(ALIGNED).view(np.int64))
 ALIGNED_LIMIT = 2.0 ** (51 - FRACTION_BITS)
+VALUES = 64.0
+"""Magnitude of values for which there is room at any weight; networks stay far below it."""
 BLOCK = 1 << 16
 """Coordinates handled at once: the float64 temporaries stay in cache."""
 
 
 class UpdateError(ValueError):
-    """An update that must not count; the message says what is wrong with it."""
+    """An update that must not count; the message says what is wrong with it.
+
+    Attributes
+    ----------
+    strike
+        Whether its client is at fault, and may be banned for it.
+    diverged
+        Whether its client's training has diverged, as with too large a step size.
+    """
+
+    strike = True
+    diverged = False
+
+
+class LimitError(UpdateError):
+    """An update that is refused for a limit of the server's, which its client cannot know."""
+
+    strike = False
+
+
+class RangeError(LimitError):
+    """Values beyond an update's share of the sums' range, which a lone client could have sent."""
+
+    diverged = True
+
+
+class DivergedError(UpdateError):
+    """An update whose values or losses are not finite, or so large that training has diverged."""
+
+    diverged = True
 
 
 @dataclass
@@ -54,6 +92,8 @@ class MaskedMean:
     workers
         The most updates that will be added. Each may use an equal share of the sums' range, so
         that whether one is accepted does not depend on what came before it.
+    heaviest
+        The largest weight of an update. At all weights up to it there is room for values up to 64.
 
     Examples
     --------
@@ -64,9 +104,10 @@ class MaskedMean:
     {'w': tensor([2., 0.])}
     """
 
-    def __init__(self, theta: Mapping[str, Tensor], workers: int = 1024):
+    def __init__(self, theta: Mapping[str, Tensor], workers: int = 1024, heaviest: int = 1):
         self._theta = dict(theta)
         self._limit = LIMIT / workers
+        self._scale = 2.0 ** -max(0, math.ceil(math.log2(workers * heaviest * VALUES / LIMIT)))
         self._room = workers
         self._sums = {n: torch.zeros(v.shape, dtype=torch.int64) for n, v in self._theta.items()}
         # Unmasked tensors are counted by one number; a tensor of counts exists only where needed.
@@ -100,8 +141,8 @@ class MaskedMean:
         Raises
         ------
         UpdateError
-            Wrong names, shapes or dtype, values that are not finite or beyond 2^23 / workers:
-            nothing of the update has been added then.
+            Wrong names, shapes or dtype, values that are not finite, or times their weight beyond
+            the update's share of the sums' range: nothing of the update has been added then.
         """
         values = {name: value.detach().cpu() for name, value in values.items()}
         masks = {n: m.cpu() if isinstance(m, Tensor) else m for n, m in (masks or {}).items()}
@@ -131,19 +172,25 @@ class MaskedMean:
             mask = masks.get(name)
             bools = None if isinstance(mask, Block) else mask
             sums = self._block_sums(name, mask) if isinstance(mask, Block) else self._sums[name]
-            end, largest = _add_fixed_point(sums, value, bools, weight, self._limit)
+            factor = weight * self._scale
+            end, largest = _add_fixed_point(sums, value, bools, factor, self._limit)
             if end == sums.numel():
                 done.append((sums, value, bools))
                 continue
-            _add_fixed_point(sums, value, bools, -weight, self._limit, end)
+            _add_fixed_point(sums, value, bools, -factor, self._limit, end)
             for added in done:
-                _add_fixed_point(*added, -weight, self._limit)
-            if not largest < float("inf"):
-                raise UpdateError(f"{name} holds values that are not finite")
-            raise UpdateError(
-                f"{name} holds values as large as {largest:.3g} (weight {weight}): "
-                f"beyond {self._limit:g}"
-            )
+                _add_fixed_point(*added, -factor, self._limit)
+            self._refuse(name, largest, weight)
+
+    def _refuse(self, name: str, largest: float, weight: int) -> NoReturn:
+        if not largest < float("inf"):
+            raise DivergedError(f"{name} holds values that are not finite")
+        room = self._limit / (weight * self._scale)
+        kind = RangeError if largest < LIMIT else DivergedError
+        raise kind(
+            f"{name} holds values as large as {largest:.3g}: beyond {room:g}, the share of one "
+            f"update of weight {weight} in the sums' range"
+        )
 
     def _block_sums(self, name: str, block: Block) -> Tensor:
         """Blocks are summed densely while one like the last follows, as for workers of one size."""
@@ -170,8 +217,10 @@ class MaskedMean:
         weight: int,
     ) -> None:
         """Refuse an update that is not of this model; values are looked at as they are added."""
-        if self._room < 1 or weight >= self._limit:
-            raise UpdateError(f"no room for this update (weight {weight}); see `workers`")
+        if self._room < 1:
+            raise LimitError("no room for this update: as many as were announced are in")
+        if weight * self._scale >= self._limit:
+            raise LimitError(f"no room for an update of weight {weight}; see `heaviest`")
         if values.keys() != self._theta.keys():
             odd = sorted(values.keys() ^ self._theta.keys())[:3]
             raise UpdateError(f"tensor names differ from the model's, first of them: {odd}")
@@ -204,9 +253,9 @@ class MaskedMean:
             self._trainers[name] = torch.zeros(shape, dtype=self._counts)
         if weight != workers and name not in self._weights:  # so far every weight was 1
             self._weights[name] = self._trainers[name].to(torch.int64)
-        _count_in(self._trainers[name], mask, workers)
+        count_in(self._trainers[name], mask, workers)
         if name in self._weights:
-            _count_in(self._weights[name], mask, weight)
+            count_in(self._weights[name], mask, weight)
 
     def result(self) -> dict[str, Tensor]:
         """theta_{r+1}: the mean where somebody trained, theta_r elsewhere; float32."""
@@ -226,7 +275,7 @@ class MaskedMean:
         for start in range(0, flat.numel(), BLOCK):
             block = slice(start, start + BLOCK)
             total = sums[block].to(torch.float64)
-            total *= 1 / SCALE  # exact: a power of two
+            total *= 1 / (SCALE * self._scale)  # exact: a power of two
             if weights is None:
                 weight = self._weight[name]
                 new[block] = total.div_(weight) if weight else flat[block]
@@ -276,7 +325,7 @@ class MaskedMean:
         return 1 - counts.get(0, 0) / sum(counts.values())
 
 
-def _count_in(counts: Tensor, mask: Tensor | Block, weight: int) -> None:
+def count_in(counts: Tensor, mask: Tensor | Block, weight: int) -> None:
     """counts += weight where the mask keeps."""
     if isinstance(mask, Block):
         for there, _ in mask.pieces():
@@ -291,13 +340,13 @@ def _add_fixed_point(
     sums: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    weight: int,
+    factor: float,
     limit: float,
     end: int | None = None,
 ) -> tuple[int, float]:
-    """sums += weight * round(value 2^40) where the mask keeps, in cache-sized parts up to `end`.
+    """sums += round(factor value 2^40) where the mask keeps, in cache-sized parts up to `end`.
 
-    Stops before a part with a magnitude of `limit` / |weight| or more, or one that is not finite.
+    Stops before a part with a magnitude of `limit` / |factor| or more, or one that is not finite.
     Returns where it ended, and the largest magnitude of the part it looked at last.
     NumPy, because it converts while it adds: a third of the passes over memory.
     """
@@ -321,12 +370,9 @@ def _add_fixed_point(
             part.fill(0)
             part[places] = here
         largest = _largest(here)
-        if not largest * abs(weight) < limit:
+        if not largest * abs(factor) < limit:
             return start, largest
-        fixed = _fixed_point(part, scaled[: len(there)], largest)
-        if weight != 1:
-            fixed *= weight
-        there += fixed
+        there += _fixed_point(part, scaled[: len(there)], largest, factor)
     return len(target), largest
 
 
@@ -338,14 +384,18 @@ def _largest(values: np.ndarray) -> float:
     return max(-low, high) if low == low else low
 
 
-def _fixed_point(values: np.ndarray, out: np.ndarray, largest: float) -> np.ndarray:
-    """round(values 2^40), halves to even, as int64 in the memory of the float64 `out`.
+def _fixed_point(
+    values: np.ndarray, out: np.ndarray, largest: float, factor: float = 1.0
+) -> np.ndarray:
+    """round(factor values 2^40), halves to even, as int64 in the memory of the float64 `out`.
 
     The sum with `ALIGNED` is rounded to 40 fractional bits by the processor, and its bits are the
     whole number wanted, but for those of `ALIGNED`: 2 operations in place of 3, and no conversion.
     """
     fixed = out.view(np.int64)
-    if largest < ALIGNED_LIMIT:
+    if factor != 1:
+        values = np.multiply(values, factor, out=out, dtype=np.float64)
+    if largest * abs(factor) < ALIGNED_LIMIT:
         np.add(values, ALIGNED, out=out, dtype=np.float64)
         fixed -= ALIGNED_BITS
     else:

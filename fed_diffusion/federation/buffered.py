@@ -1,10 +1,16 @@
 """Buffered asynchronous rounds (FedBuff) with masks: fast workers do not wait for slow ones.
 
 The server updates theta whenever `round.buffer` updates are in. A worker gets the newest theta as
-soon as it is free and theta has changed since its last task. What is averaged is the difference
-each worker made, added to the theta of now; per coordinate, weighted by 1 / (1 + s)^a where s is
-how many times theta changed while the worker trained. With a buffer of all workers nobody is ever
-stale, and this is the synchronous round, to the bit.
+soon as it is free and theta has changed since its last task. With Delta_k the difference that
+worker k made, and s_k how many times theta changed while it trained,
+
+    theta^i <- theta^i + (1 / |N^i|) sum over N^i of Delta_k^i / (1 + s_k)^a,
+
+where N^i are the workers of the buffer that trained coordinate i. As in FedBuff (Nguyen et al.
+2022) the sum is divided by the number of updates, not by the sum of their factors, so that an
+update that stands alone is damped too. With round.weighting: examples each update counts as often,
+above and below, as its worker has images.
+With a buffer of all workers nobody is ever stale, and this is the synchronous round, to the bit.
 """
 
 from __future__ import annotations
@@ -17,15 +23,12 @@ from torch import Tensor
 
 from fed_diffusion.config import Config
 from fed_diffusion.federation.aggregate import UpdateError
-from fed_diffusion.federation.codecs import Packed
+from fed_diffusion.federation.codecs import Packed, kept_of
 from fed_diffusion.federation.coordinator import Coordinator, _Open
 from fed_diffusion.federation.records import RoundSummary, Task, Update
 from fed_diffusion.federation.wire import decode_bits, encode_bits
 from fed_diffusion.masks.plan import plan_round
 from fed_diffusion.masks.recipes import Masks, Recipe
-
-UNIT = 1024
-"""Weights are whole numbers for the exact sums: this is the weight of an update without delay."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class BufferedCoordinator(Coordinator):
         """On real machines nobody answers for a server that is gone: all are free again."""
         self.flights, self._began, self.versions = {}, {}, None
 
-    def _agreed(self, update: Update) -> tuple[Recipe, int]:
+    def _agreed(self, update: Update) -> Recipe:
         flight = self.flights.get(update.client)
         if flight is None:
             raise UpdateError("no update was expected from this client (a duplicate?)")
@@ -149,9 +152,19 @@ class BufferedCoordinator(Coordinator):
         state = self._state()
         state.waiting[update.client] = flight.nbytes
         state.lost[update.client] = flight.lost
-        stale = self.round + 1 - flight.round
-        self._staleness.append(stale)
-        return flight.recipe, max(1, round(UNIT * (1 + stale) ** -self.config.round.staleness))
+        self._staleness.append(self._stale(flight))
+        return flight.recipe
+
+    def _stale(self, flight: Flight) -> int:
+        return self.round + 1 - flight.round
+
+    def _damped(self, client: int, values: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+        """theta + Delta / (1 + s)^a; the very same values where nothing is stale."""
+        factor = (1 + self._stale(self.flights[client])) ** -self.config.round.staleness
+        if factor == 1:
+            return values
+        kept = {name: kept_of(self.theta[name], masks.get(name)) for name in values}
+        return {name: kept[name] + (value - kept[name]) * factor for name, value in values.items()}
 
     def _mask_of(self, client: int, recipe: Recipe) -> Masks:
         bits = self.flights[client].bits
@@ -160,7 +173,7 @@ class BufferedCoordinator(Coordinator):
         )
 
     def receive(self, update: Update, node: int | None = None) -> bool:
-        """Check an update and add it, weighted by its staleness."""
+        """Check an update and add it, damped by its staleness."""
         counted = super().receive(update, node)
         self.flights.pop(update.client, None)
         return counted

@@ -14,12 +14,14 @@ from fed_diffusion.config import Config
 from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
-from fed_diffusion.federation.aggregate import MaskedMean, UpdateError
+from fed_diffusion.federation.aggregate import DivergedError, MaskedMean, UpdateError
 from fed_diffusion.federation.codecs import Packed
 from fed_diffusion.federation.diagnostics import Diagnostics
+from fed_diffusion.federation.divergence import check_divergence, exploded, round_losses
 from fed_diffusion.federation.norms import NormLimit
 from fed_diffusion.federation.privacy import PrivateMean, drawn
 from fed_diffusion.federation.records import (
+    EXAMPLES_LIMIT,
     ClientRound,
     RoundSummary,
     Task,
@@ -72,6 +74,8 @@ class _Open:
     """Bytes left for `packed`."""
     clients: list[ClientRound] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    diverged: list[int] = field(default_factory=list)
+    """Clients whose update did not count because their training has diverged."""
     norms: list[float] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -112,8 +116,8 @@ class Coordinator:
         self._failed: _Open | None = None
         """Earlier attempts at the same round: what they cost and why updates did not count."""
         self._late = 0
-        self.loss = 0.0
-        """Of the last round."""
+        self.losses: list[float] = []
+        """Of the rounds so far: what a client's loss is compared with."""
         self.clock = 0.0
         """Simulated seconds since the start; only the in-process engine moves it."""
 
@@ -208,7 +212,7 @@ class Coordinator:
         absent = [c for c in self.eligible() if available is not None and c not in available]
         recipes = plan_round(self.config, round, keeps, self.theta, self.layout)
         if self.config.privacy.clip is None:
-            self._open = _Open(self._mean(len(keeps)), recipes, self.target(), absent)
+            self._open = _Open(self._mean(max(1, len(keeps))), recipes, self.target(), absent)
         else:
             self._open = _Open(self._mean(1), recipes, len(keeps), absent)
             self._open.mean = self._private_mean(round)
@@ -220,7 +224,7 @@ class Coordinator:
         """Its denominators count all clients of the run, be they away or banned."""
         keeps = {client: self.keeps[client] for client in self._able()}
         recipes = plan_round(self.config, round, keeps, self.theta, self.layout)
-        masks = [self._mask(r) if r.kind != "full" else {} for r in recipes.values()]
+        masks = (self._mask(r) if r.kind != "full" else {} for r in recipes.values())
         return PrivateMean(self.theta, masks, self.config.round.fraction, self.config.privacy)
 
     def _encode(self, round: int, clients: list[int]) -> Iterator[Task]:
@@ -252,7 +256,10 @@ class Coordinator:
         try:
             self._accept(state, update)
         except (UpdateError, RecipeError) as error:
-            self.strikes[update.client] = self.strikes.get(update.client, 0) + 1
+            refused = error if isinstance(error, UpdateError) else UpdateError(str(error))
+            if refused.strike:
+                self.strikes[update.client] = self.strikes.get(update.client, 0) + 1
+            state.diverged += [update.client] if refused.diverged else []
             self.reject(update.client, str(error), node)
             return False
         return True
@@ -282,32 +289,50 @@ class Coordinator:
         return [client for client in self._state().recipes if client not in self._state().lost]
 
     def _accept(self, state: _Open, update: Update) -> None:
-        agreed, weight = self._agreed(update)
+        agreed = self._agreed(update)
         numbers = update.payload.numbers
         recipe = Recipe.from_metrics(numbers)
         if recipe != agreed:
             raise RecipeError(f"the recipe is not the one agreed on: {recipe.differences(agreed)}")
+        measured = measurements(numbers)
+        self._check_loss(measured["loss"])
         masks = self._mask_of(update.client, recipe)
         arrays, answer = self.diagnostics.split(update)
         values = decode_update(arrays, self.theta, masks, self.config)
-        measured = measurements(numbers)
         rms = self.norms.check(values, self.theta, masks)
         by_examples = self.config.round.weighting == "examples"
-        weight *= measured["examples"] if by_examples else 1
-        state.mean.add(values, masks, weight)
+        weight = measured["examples"] if by_examples else 1
+        state.mean.add(self._damped(update.client, values, masks), masks, weight)
         self.diagnostics.add(update.client, answer)
         state.clients.append(self._client_round(state, update, recipe, measured))
         state.norms += [] if rms is None else [rms]
         del state.waiting[update.client]
 
-    def _agreed(self, update: Update) -> tuple[Recipe, int]:
-        """The recipe that this client was sent, and the weight that its update has."""
+    def _check_loss(self, loss: float) -> None:
+        """Compared with earlier rounds alone: no verdict depends on who came first in this one.
+
+        Not under privacy, where what one client says must not decide whether another counts.
+        """
+        if self.config.privacy.clip is not None:
+            return
+        if self.losses and exploded(loss, lowest := min(self.losses)):
+            raise DivergedError(
+                f"its training diverged: its loss is {loss:.4g}, and the lowest of a round was "
+                f"{lowest:.4g}"
+            )
+
+    def _damped(self, client: int, values: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+        """A client's values as they are averaged; buffered rounds damp those that are stale."""
+        return values
+
+    def _agreed(self, update: Update) -> Recipe:
+        """The recipe that this client was sent."""
         state = self._state()
         if update.client not in state.waiting:
             raise UpdateError("no update was expected from this client (a duplicate?)")
         if update.round != self.round + 1:
             raise UpdateError(f"it is for round {update.round}, and this is {self.round + 1}")
-        return state.recipes[update.client], 1
+        return state.recipes[update.client]
 
     def _mask_of(self, client: int, recipe: Recipe) -> Masks:
         """The mask that a client trained under."""
@@ -345,6 +370,8 @@ class Coordinator:
         ------
         BelowQuorum
             Too few updates counted; theta is as it was, and the round can be tried again.
+        Diverged
+            As before, but because training diverges: to try again would bring the same.
         """
         state, round = self._state(), self.round + 1
         self._open = None
@@ -353,6 +380,9 @@ class Coordinator:
             needed = min(needed, len(state.recipes))  # a draw of nobody is a round like any other
         if len(state.clients) < needed:
             self._give_up(state)
+            check_divergence(
+                self.config.local.eta, eta_of(self.config, round), round, needed, state
+            )
             reasons = "; ".join(f"client {r['client']}: {r['reason']}" for r in state.rejected[:5])
             raise BelowQuorum(
                 f"round {round}: {len(state.clients) or 'no'} update counted, and "
@@ -377,9 +407,10 @@ class Coordinator:
     def _mean(self, workers: int) -> MaskedMean:
         settings = self.config.round
         if settings.aggregation == "mean":
-            return MaskedMean(self.theta, workers)
+            by_examples = settings.weighting == "examples"
+            return MaskedMean(self.theta, workers, EXAMPLES_LIMIT if by_examples else 1)
         trim = 0.5 if settings.aggregation == "median" else settings.trim
-        return RobustMean(self.theta, trim)
+        return RobustMean(self.theta, trim, workers)
 
     def _update_ema(self, round: int) -> None:
         decay = min(self.config.ema.decay, (1 + round) / (10 + round))
@@ -393,19 +424,17 @@ class Coordinator:
         rejected = failed.rejected + sorted(state.rejected, key=lambda r: r["client"])
         sent = len(clients) + len(failed.clients)
         sent += sum(entry["client"] not in state.absent for entry in rejected)
-        # under privacy a round may be of nobody: then the last loss stands for it
-        loss = sum(c.loss for c in clients) / len(clients) if clients else self.loss
-        self.loss = loss
-        # Only workers with the whole network measure theta_r itself on their held-out images.
-        heldout = [
-            c.holdout_loss for c in clients if c.kind == "full" and c.holdout_loss is not None
-        ]
+        loss, heldout, outliers = round_losses(clients, round)
+        if loss is None:  # under privacy a round may be of nobody: then the last loss stands for it
+            loss = self.losses[-1] if self.losses else 0.0
+        else:
+            self.losses.append(loss)
         trainers = state.mean.trainers()
         gamma, w2_max = min(trainers), max((c.w2 for c in clients), default=0.0)
         return RoundSummary(
             round=round,
             loss=loss,
-            holdout_loss=sum(heldout) / len(heldout) if heldout else None,
+            holdout_loss=heldout,
             dsm_objective=loss * self._Z * self._d,
             gamma=gamma,
             trained=1 - trainers.get(0, 0) / self.parameters,
@@ -422,6 +451,7 @@ class Coordinator:
             late=late,
             banned=self.banned(),
             absent=state.absent,
+            outliers=outliers,
             coverage={str(count): coordinates for count, coordinates in trainers.items()},
             theory=self.diagnostics.close(),
         )

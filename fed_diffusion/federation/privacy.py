@@ -15,7 +15,9 @@ post-processing. So sigma = z C on the sum, the same on every coordinate, for al
 Neighbours: one client's differences are all replaced by zero (REPLACE_SPECIAL). Each round is a
 Gaussian mechanism, Poisson-sampled with rate q = round.fraction where that is below 1; then the
 draw is the operating system's and secret, and `metrics.jsonl`, which names the participants, must
-not be published. Noise comes from the operating system: a private run is not reproducible.
+not be published. Every round that was opened counts, also one that was repeated after a crash or
+stayed below its quorum: what clients were sent and did is not taken back. Noise comes from the
+operating system: a private run is not reproducible.
 """
 
 from __future__ import annotations
@@ -23,14 +25,20 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fed_diffusion.federation.aggregate import BLOCK, SCALE, MaskedMean, UpdateError
+from fed_diffusion.federation.aggregate import (
+    BLOCK,
+    SCALE,
+    MaskedMean,
+    UpdateError,
+    count_in,
+)
 from fed_diffusion.federation.codecs import kept_of
 from fed_diffusion.federation.norms import difference
 from fed_diffusion.masks.recipes import Masks
@@ -39,6 +47,17 @@ from fed_diffusion.schema import Config, ConfigError, PrivacyConfig
 
 ROOM = 1 - 1e-6
 """Of the clip: what rounding to fixed point and to float32 may add stays below it."""
+COVERS = (
+    "theta and its moving average after every round, and what is computed from them alone, such as "
+    "generated images. It does not cover, in results.json itself: loss, holdout_loss and "
+    "dsm_objective (the clients' own numbers, neither clipped nor noised), bytes, seconds and "
+    "rejected, and the quality figures that compare with real images (FID, KID, memorisation, and "
+    "IS where a classifier learned from them) unless those are public. Nor does it cover "
+    "metrics.jsonl (losses and held-out losses, numbers of images, who took part or was refused), "
+    "budgets.json, checkpoint/state.json, report.html and the logs; nor that a round stayed below "
+    "its quorum, or that a run ended early"
+)
+"""What the stated epsilon is about, and what not."""
 _system = random.SystemRandom()
 
 
@@ -71,7 +90,7 @@ class PrivateMean(MaskedMean):
     theta
         theta_r.
     everyone
-        The masks of all clients of the run in this round: their sum is W.
+        The masks of all clients of the run in this round, one after another: their sum is W.
     rate
         q, the probability with which each of them takes part.
     """
@@ -79,20 +98,18 @@ class PrivateMean(MaskedMean):
     def __init__(
         self,
         theta: Mapping[str, Tensor],
-        everyone: list[Masks],
+        everyone: Iterable[Masks],
         rate: float,
         privacy: PrivacyConfig,
     ):
         assert privacy.clip is not None
         nothing = {name: torch.zeros_like(value) for name, value in theta.items()}
-        super().__init__(nothing, max(1, len(everyone)))
+        clients, self._everyone = _counts(theta, everyone)
+        super().__init__(nothing, max(1, clients))
         self._before = dict(theta)
         self._clip = privacy.clip
         self._sigma = privacy.noise_multiplier * privacy.clip
-        self._denominators = {
-            name: rate * _counts(value, [masks.get(name) for masks in everyone])
-            for name, value in theta.items()
-        }
+        self._rate = rate
 
     def add(
         self,
@@ -120,28 +137,42 @@ class PrivateMean(MaskedMean):
 
     def _moved(self, name: str) -> Tensor:
         new = self._before[name].flatten().clone()
-        sums, below = self._sums[name].flatten(), self._denominators[name].flatten()
+        sums, kept = self._sums[name].flatten(), self._everyone[name].expand(new.shape)
         for start in range(0, new.numel(), BLOCK):
             part = slice(start, start + BLOCK)
             total = sums[part].clone()
             # on the same grid as the sum: rounding after the noise, so no bit escapes it
             noise = np.rint(self._sigma * SCALE * gaussian(len(total)))
             total += torch.from_numpy(noise).to(torch.int64)
-            step = total.to(torch.float64) / SCALE / below[part].clamp(min=1e-9)
-            new[part] += torch.where(below[part] > 0, step, 0.0).to(torch.float32)
+            below = self._rate * kept[part].to(torch.float64)
+            step = total.to(torch.float64) / SCALE / below.clamp(min=1e-9)
+            new[part] += torch.where(below > 0, step, 0.0).to(torch.float32)
         return new.view(self._before[name].shape)
 
 
-def _counts(like: Tensor, masks: list[Tensor | Block | None]) -> Tensor:
-    """How many of the masks keep each coordinate, float64."""
-    counts = torch.full(like.shape, float(sum(mask is None for mask in masks)), dtype=torch.float64)
-    for mask in masks:
-        if isinstance(mask, Block):
-            for there, _ in mask.pieces():
-                counts[there] += 1
-        elif mask is not None:
-            counts += mask
-    return counts
+def _counts(
+    theta: Mapping[str, Tensor], everyone: Iterable[Masks]
+) -> tuple[int, dict[str, Tensor]]:
+    """How many masks there are, and how many of them keep each coordinate (int32, flat).
+
+    One mask is looked at after another, so that memory does not grow with their number. A tensor
+    that no mask touches has one count for all of it.
+    """
+    masks_seen = 0
+    whole = dict.fromkeys(theta, 0)
+    counts: dict[str, Tensor] = {}
+    for masks in everyone:
+        masks_seen += 1
+        for name, value in theta.items():
+            mask = masks.get(name)
+            if mask is None:
+                whole[name] += 1
+                continue
+            if name not in counts:
+                counts[name] = torch.zeros(value.shape, dtype=torch.int32)
+            count_in(counts[name], mask, 1)
+    one = torch.zeros(1, dtype=torch.int32)
+    return masks_seen, {n: counts.get(n, one).flatten() + whole[n] for n in theta}
 
 
 def gaussian(count: int) -> np.ndarray:
@@ -182,12 +213,20 @@ def epsilon(noise_multiplier: float, rate: float, rounds: int, delta: float) -> 
     return float(accountant.get_epsilon(delta))
 
 
-def spent(config: Config, rounds: int) -> dict[str, Any] | None:
-    """What results.json says of a run's privacy; None where it has none."""
+def spent(config: Config, opened: int, finished: int = 0) -> dict[str, Any] | None:
+    """What results.json says of a run's privacy; None where it has none.
+
+    Parameters
+    ----------
+    opened
+        Rounds that were sent to clients, each time one was: all of them count.
+    finished
+        Those of them that the model went through.
+    """
     privacy = config.privacy
     if privacy.clip is None:
         return None
-    found = epsilon(privacy.noise_multiplier, config.round.fraction, rounds, privacy.delta)
+    found = epsilon(privacy.noise_multiplier, config.round.fraction, opened, privacy.delta)
     return {
         "epsilon": found,
         "delta": privacy.delta,
@@ -195,8 +234,9 @@ def spent(config: Config, rounds: int) -> dict[str, Any] | None:
         "clip": privacy.clip,
         "noise_multiplier": privacy.noise_multiplier,
         "sampling_rate": config.round.fraction,
-        "rounds": rounds,
-        "covers": "the model after every round; not metrics.jsonl, not the report",
+        "rounds": opened,
+        "repeated": opened - finished,
+        "covers": COVERS,
         "reproducible": False,
     }
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fed_diffusion.federation.aggregate import UpdateError
+from fed_diffusion.federation.aggregate import DivergedError, UpdateError
+from fed_diffusion.federation.divergence import FIRST_LOSS
 from fed_diffusion.federation.wire import Payload
 
 MEASURED_LIMIT = 2.0**53
 """Above any loss, time or count that a worker can have measured."""
 EXAMPLES_LIMIT = 2**24
-"""Above any number of images on one client; as a weight it must leave room for its values."""
+"""Above any number of images on one client: the heaviest weight that the exact sums allow for."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class RoundSummary:
     """Clients that are left out for having sent bad updates repeatedly."""
     absent: list[int] = field(default_factory=list)
     """Clients whose nodes were not there when the round began."""
+    outliers: list[int] = field(default_factory=list)
+    """Clients whose loss or held-out loss is left out of the round's (`divergence.usual_mean`)."""
     coverage: dict[str, int] = field(default_factory=dict)
     """|N_r^i| -> how many coordinates have so many trainers."""
     theory: dict[str, Any] | None = None
@@ -106,8 +110,17 @@ def measurements(numbers: Mapping[str, Any]) -> dict[str, Any]:
         }
         if "holdout_loss" in numbers:
             measured["holdout_loss"] = float(numbers["holdout_loss"])
+        first = float(numbers.get(FIRST_LOSS, math.nan))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UpdateError(f"measurement missing or not a number: {error}") from error
+    losses = {key: measured[key] for key in ("loss", "holdout_loss") if key in measured}
+    if FIRST_LOSS in numbers:
+        raise DivergedError(
+            f"its training diverged: the loss was {first:.4g} in its first step and "
+            f"{measured['loss']:.4g} over all"
+        )
+    if odd := {key: value for key, value in losses.items() if not value <= MEASURED_LIMIT}:
+        raise DivergedError(f"its losses are not finite or out of range: {odd}")
     # NaN fails every comparison; a limit on each keeps one client from owning the sums
     legal = all(0 <= value <= MEASURED_LIMIT for value in measured.values())
     if not legal or not 1 <= measured["examples"] <= EXAMPLES_LIMIT:

@@ -31,10 +31,12 @@ class RobustMean(MaskedMean):
         The current parameters; coordinates that nobody trained keep them.
     trim
         Part of the values left out at either end, from 0 to 1/2.
+    workers
+        The most updates that will be added, as for `MaskedMean`.
     """
 
-    def __init__(self, theta: Mapping[str, Tensor], trim: float):
-        super().__init__(theta)
+    def __init__(self, theta: Mapping[str, Tensor], trim: float, workers: int = 1024):
+        super().__init__(theta, workers)
         self._trim = trim
         self._updates: list[tuple[dict[str, Tensor], dict[str, Tensor | Block]]] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +25,7 @@ from fed_diffusion.diffusion.loss import DSMLoss, Network
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation import diagnostics
 from fed_diffusion.federation.coordinator import eta_of
+from fed_diffusion.federation.divergence import FIRST_LOSS, exploded
 from fed_diffusion.federation.privacy import clipped
 from fed_diffusion.federation.probe import measure_budget
 from fed_diffusion.federation.records import Task, Update
@@ -33,7 +35,7 @@ from fed_diffusion.masks.recipes import Masks, Numbers
 from fed_diffusion.models.build import build_network, channel_layout, parameters_of, skeleton
 from fed_diffusion.models.slim import resized
 from fed_diffusion.models.unet import UNet
-from fed_diffusion.rng import Purpose, generator, torch_generator, torch_seed
+from fed_diffusion.rng import Purpose, generator, seed_torch, torch_generator
 from fed_diffusion.theory.estimates import second_moment
 
 
@@ -94,7 +96,7 @@ class Worker:
     def _run(self, task: Task) -> Update:
         began = time.perf_counter()
         config, seed = self.config, self.config.seed
-        torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, task.round, task.client))
+        seed_torch(seed, Purpose.DROPOUT, task.round, task.client)
         recipe, masks, start = decode_task(task.payload, self._shapes, self._layout, config)
         train, holdout = split_holdout(self._images_of(task.client), config, task.client)
         measured, sketches = diagnostics.measure(self, start, task)
@@ -103,7 +105,10 @@ class Worker:
         if len(holdout):
             numbers["holdout_loss"] = self._holdout_loss(network, forward, holdout, task.client)
         batches = self._batches(task, train, self.steps(len(train)))
-        numbers["loss"] = self._train(network, forward, fast, task, batches, masks)
+        loss, first = self._train(network, forward, fast, task, batches, masks)
+        numbers["loss"] = loss
+        if exploded(loss, first):
+            numbers[FIRST_LOSS] = first
         numbers["images"] = sum(map(len, batches))
         numbers["examples"] = len(train)
         numbers["seconds"] = time.perf_counter() - began
@@ -133,7 +138,7 @@ class Worker:
             size = min(size, len(train))
 
         def loss(index: Tensor, seed: int) -> Tensor:
-            noise = torch.Generator(self.device).manual_seed(seed)
+            noise = torch_generator(seed, Purpose.DIAGNOSTIC, device=self.device)
             images, labels = self._batch(index, noise)
             return self.loss(forward, images, noise, labels)
 
@@ -223,11 +228,16 @@ class Worker:
         task: Task,
         batches: list[np.ndarray],
         masks: Masks,
-    ) -> float:
+    ) -> tuple[float, float]:
         """S steps of (7) on the simple loss; the gradient is masked, so what is dropped stays 0.
 
-        Returns the mean loss per image: a smaller last batch of an epoch counts for its images.
         Where whole channels are dropped, the network is small and there is nothing to mask.
+
+        Returns
+        -------
+        loss, first
+            The mean per image (a smaller last batch of an epoch counts for its images), and the
+            loss of the first step.
         """
         config = self.config
         noise = torch_generator(
@@ -236,7 +246,7 @@ class Worker:
         optimizer = self._optimizer(network, task.round)
         adjust = _Adjustment(network, masks, config.local.prox)
         network.train()
-        total = torch.zeros((), device=self.device)
+        total, first = torch.zeros((), device=self.device), None
         weight = 0.0
         indices = torch.from_numpy(np.concatenate(batches)).to(self.device)  # once, not per step
         for batch in indices.split([len(batch) for batch in batches]):
@@ -251,7 +261,8 @@ class Worker:
             share = len(batch) / config.local.batch  # 1 of a full batch, to the bit
             total += loss.detach() * share
             weight += share
-        return float(total) / weight
+            first = loss.detach() if first is None else first
+        return float(total) / weight, math.nan if first is None else float(first)
 
     def _optimizer(self, network: nn.Module, round: int) -> torch.optim.Optimizer:
         eta = eta_of(self.config, round)

@@ -14,7 +14,7 @@ from fed_diffusion.masks.levels import keep_ratios
 from fed_diffusion.models.layout import Layout, layout_of
 from fed_diffusion.models.slim import resized
 from fed_diffusion.models.unet import UNet, reset
-from fed_diffusion.rng import Purpose, torch_seed
+from fed_diffusion.rng import Purpose, seed_torch
 
 
 def build_network(config: Config) -> nn.Module:
@@ -31,7 +31,7 @@ def build_network(config: Config) -> nn.Module:
         Names model.name or model.widths and what does not fit.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(config.seed, Purpose.INIT))
+        seed_torch(config.seed, Purpose.INIT)
         if ":" in config.model.name:
             if config.pruning.baseline == "small":
                 raise ConfigError(

@@ -337,9 +337,15 @@ def _privacy(record: Record) -> str:
     found = mapping(record.results.get("privacy"))
     if not found:
         return ""
+    repeated = found.get("repeated")
+    again = (
+        f" ({number(repeated)} of them opened again, after a stop or below quorum)"
+        if repeated
+        else ""
+    )
     text = (
         f"({number(found.get('epsilon'))}, {number(found.get('delta'))})-differential privacy of "
-        f"clients after {number(found.get('rounds'))} rounds: differences clipped to "
+        f"clients after {number(found.get('rounds'))} rounds{again}: differences clipped to "
         f"{number(found.get('clip'))}, noise of {number(found.get('sigma'))} on their sum, each "
         f"client drawn with probability {number(found.get('sampling_rate'))}. It covers "
         f"{plain(found.get('covers'))}. The noise is the operating system's: this run cannot be "

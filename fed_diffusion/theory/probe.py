@@ -18,6 +18,7 @@ from fed_diffusion.federation.worker import Worker
 from fed_diffusion.masks.plan import plan_round
 from fed_diffusion.masks.recipes import Masks, Recipe, pruning_error
 from fed_diffusion.models.build import build_network, parameters_of
+from fed_diffusion.rng import Purpose, torch_generator
 from fed_diffusion.theory.bound import Data, Training, to_F_scale
 from fed_diffusion.theory.estimates import (
     Estimate,
@@ -163,7 +164,7 @@ def stand_in(config: Config, M2: float | None = None) -> tuple[ImageSet, tuple[s
         )
     level = math.sqrt((d if M2 is None else M2) / d)
     n = max(config.clients * config.local.batch, 256)
-    random = torch.Generator().manual_seed(config.seed)
+    random = torch_generator(config.seed, Purpose.PROBE)
     signs = torch.randint(0, 2, (n, *shape), generator=random) * 2 - 1
     images = ((signs * level + 1) * 127.5).round().to(torch.uint8)
     classes = class_count(config.data)

@@ -234,3 +234,62 @@ def test_values_of_another_precision_count_as_what_they_are(dtype):
     mean = MaskedMean({"w": torch.zeros(3)})
     mean.add({"w": torch.tensor([1.5, -2.0, 0.25], dtype=dtype)})
     assert mean.result()["w"].tolist() == [1.5, -2.0, 0.25]
+
+
+HEAVY = 2**24
+
+
+@pytest.mark.parametrize("workers", [1, 2, 10, 1000, 100_000])
+def test_every_number_of_workers_leaves_room_for_values_up_to_64_at_every_weight(workers):
+    for weight in (1, 50, 60_000, HEAVY):
+        mean = MaskedMean({"w": torch.zeros(3)}, workers, HEAVY)
+        mean.add({"w": torch.tensor([63.9, -63.9, 0.05])}, weight=weight)
+        # a value is rounded once, to 2^(s - 41) / w, and again to float32
+        rounding = 64 * HEAVY * workers * 2.0 ** (18 - 64 + 1) / weight
+        expected = torch.tensor([63.9, -63.9, 0.05])
+        assert (mean.result()["w"] - expected).abs().max() <= rounding + 4e-6
+        # as many as announced can do the same, and the sums stay below 2^63
+        assert int(mean._sums["w"].abs().max()) * workers < 2**63
+
+
+weighted = st.lists(
+    st.tuples(st.floats(-64, 64, width=32), st.integers(1, HEAVY)), min_size=1, max_size=8
+)
+
+
+@given(updates=weighted, workers=st.sampled_from([8, 10, 300, 5000]), order=st.randoms())
+def test_means_weighted_by_examples_are_exact_to_one_rounding_in_any_order(updates, workers, order):
+    def mean_of(updates):
+        mean = MaskedMean({"w": torch.zeros(1)}, workers, HEAVY)
+        for value, weight in updates:
+            mean.add({"w": torch.tensor([value])}, weight=weight)
+        return mean.result()["w"]
+
+    total = sum(weight for _, weight in updates)
+    exact = float(sum(Fraction(value) * weight for value, weight in updates) / total)
+    shift = math.ceil(math.log2(workers * HEAVY * 64 / 2**23))
+    rounding = len(updates) * 2.0 ** (shift - 41) / total
+    ulp = float(np.spacing(np.float32(abs(exact))))
+    first = mean_of(updates)
+    assert abs(float(first) - exact) <= rounding + ulp
+    assert torch.equal(first, mean_of(order.sample(updates, len(updates))))
+
+
+def test_a_limit_of_ours_is_told_apart_from_a_fault_of_the_client():
+    def refused(value, **keywords):
+        mean = MaskedMean({"w": torch.zeros(1)}, workers=4, **keywords)
+        with pytest.raises(UpdateError) as caught:
+            mean.add({"w": torch.tensor([value])})
+        return caught.value.strike, caught.value.diverged
+
+    assert refused(3e6) == (False, True)  # beyond a quarter of the range, within the whole
+    assert refused(1e7) == (True, True)
+    assert refused(math.nan) == (True, True)
+    full = MaskedMean({"w": torch.zeros(1)}, workers=1)
+    full.add({"w": torch.zeros(1)})
+    with pytest.raises(UpdateError, match="no room") as caught:
+        full.add({"w": torch.zeros(1)})
+    assert not caught.value.strike
+    with pytest.raises(UpdateError, match="names differ") as caught:
+        MaskedMean({"w": torch.zeros(1)}).add({})
+    assert caught.value.strike

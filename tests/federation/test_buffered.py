@@ -10,6 +10,7 @@ from fed_diffusion.federation.coordinator import Coordinator
 from fed_diffusion.federation.simulate import run_in_process
 from fed_diffusion.federation.wire import decode_update
 from fed_diffusion.federation.worker import Worker
+from fed_diffusion.masks.recipes import Recipe
 from fed_diffusion.models.build import build_network, parameters_of
 from fed_diffusion.runs import RunDir
 
@@ -52,7 +53,7 @@ def test_a_buffer_of_all_clients_is_the_synchronous_round_bit_for_bit(
 
 
 def test_a_buffer_of_one_moves_theta_by_each_update_as_it_comes(tiny, digits):
-    """Fully asynchronous, by an independent loop: theta <- theta + (theta_end - theta_start)."""
+    """Fully asynchronous, by an independent loop; an update that stands alone is damped as well."""
     config = tiny(**SMALL, round__mode="buffered", round__buffer=1, clients=3)
     coordinator = BufferedCoordinator(config, parameters_of(build_network(config)))
     worker = Worker(config, digits)
@@ -64,7 +65,8 @@ def test_a_buffer_of_one_moves_theta_by_each_update_as_it_comes(tiny, digits):
         update = worker.run(tasks[client])
         began = {name: torch.zeros_like(value) for name, value in theta.items()}
         change = decode_update(update.payload.arrays, began, {}, config)
-        theta = {name: value + change[name] for name, value in theta.items()}
+        damped = (1 + expected) ** -0.5
+        theta = {name: value + damped * change[name] for name, value in theta.items()}
         assert coordinator.receive(update)
         assert coordinator.enough()
         assert coordinator.close_round().staleness == expected
@@ -74,7 +76,7 @@ def test_a_buffer_of_one_moves_theta_by_each_update_as_it_comes(tiny, digits):
 
 
 def test_a_stale_update_counts_less_per_coordinate(tiny, digits):
-    """Two updates in a buffer, one of them a move of theta late: weights 1 and 2^-a."""
+    """Two updates in a buffer, one of them a move of theta late: factors 1 and 2^-a, over 2."""
     config = tiny(**SMALL, clients=3, round__mode="buffered", round__buffer=2, round__staleness=1.0)
     coordinator = BufferedCoordinator(config, parameters_of(build_network(config)))
     worker = Worker(config, digits)
@@ -92,8 +94,43 @@ def test_a_stale_update_counts_less_per_coordinate(tiny, digits):
     late = decode_update(first[2].payload.arrays, zeros, {}, config)
     fresh = decode_update(second[0].payload.arrays, zeros, {}, config)
     for name, value in theta.items():
-        expected = value + (0.5 * late[name] + fresh[name]) / 1.5
+        expected = value + (0.5 * late[name] + fresh[name]) / 2
         torch.testing.assert_close(coordinator.theta[name], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_theta_moves_as_in_fedbuff_per_coordinate_by_those_who_trained_it(tiny, digits, weighting):
+    """theta + sum of w_k Delta_k / (1 + s_k)^a over the sum of w_k, in float64, under masks."""
+    settings = SMALL | {"clients": 5, "method": "R-FedDM-S", "data__partition": "dirichlet"}
+    settings |= {"round__mode": "buffered", "round__buffer": 2, "round__staleness": 0.7}
+    config = tiny(**settings, round__weighting=weighting)
+    coordinator = BufferedCoordinator(config, parameters_of(build_network(config)))
+    worker, out, seen = Worker(config, digits), {}, set()
+    for pair in ((3, 1), (1, 4), (3, 0), (2, 1)):
+        for task in coordinator.tasks(coordinator.round + 1):
+            out[task.client] = task.round, worker.run(task)
+        before = {name: value.double() for name, value in coordinator.theta.items()}
+        top, below = ({n: torch.zeros_like(v) for n, v in before.items()} for _ in range(2))
+        for client in pair:
+            began, update = out.pop(client)
+            stale, numbers = coordinator.round + 1 - began, update.payload.numbers
+            seen.add(stale)
+            weight = numbers["examples"] if weighting == "examples" else 1
+            masks = Recipe.from_metrics(numbers).mask(coordinator.theta)
+            zeros = {name: torch.zeros_like(value) for name, value in coordinator.theta.items()}
+            change = decode_update(update.payload.arrays, zeros, masks, config)
+            for name, value in change.items():
+                kept = masks.get(name, torch.ones_like(before[name], dtype=torch.bool))
+                top[name][kept] += weight * value.double().flatten() * (1 + stale) ** -0.7
+                below[name][kept] += weight
+            assert coordinator.receive(update)
+        coordinator.close_round()
+        for name, value in before.items():
+            expected = value + torch.where(below[name] > 0, top[name] / below[name], 0.0)
+            torch.testing.assert_close(
+                coordinator.theta[name].double(), expected, rtol=1e-6, atol=1e-7
+            )
+    assert seen == {0, 1, 2, 3}
 
 
 def test_a_worker_trains_once_on_each_theta(tiny, digits):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fed_diffusion.checkpoint import load_checkpoint
 from fed_diffusion.config import ConfigError
 from fed_diffusion.experiment import Experiment, RunStopped
+from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.codecs import Packed
 from fed_diffusion.federation.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.federation.records import Update
@@ -142,7 +143,11 @@ def play_schedule(tiny, digits, schedule, always):
             experiment.train(lambda round: exchange(experiment, run, round))
         except RunStopped as stopped:
             finished, why = False, str(stopped)
-        assert finished or "fed-diffusion resume" in why
+        if not finished and "diverged: of" in why:  # more than half of those asked
+            last = [schedule.get((experiment.coordinator.round + 1, c), always) for c in range(4)]
+            assert sum(fault in ("nan", "infinite", "nan loss") for fault in last) >= 2
+        else:
+            assert finished or "fed-diffusion resume" in why
         coordinator = experiment.coordinator
         for value in coordinator.theta.values():
             assert bool(torch.isfinite(value).all())
@@ -292,3 +297,45 @@ def test_robust_averages_withstand_a_liar_that_the_mean_does_not(tiny, digits, a
 def test_robust_averages_and_weights_do_not_go_together(tiny):
     with pytest.raises(ConfigError, match="knows no weights"):
         tiny(round__aggregation="median", round__weighting="examples")
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "buffered"])
+def test_clients_with_the_most_examples_that_there_can_be_count_in_every_round(tiny, digits, mode):
+    """Weights of 2^24 in a run of five; buffered rounds weigh the same."""
+    more = {"round__mode": "buffered", "round__buffer": 5} if mode == "buffered" else {}
+    config = small(tiny, round__weighting="examples", wire__differences=True, rounds=3, **more)
+    experiment_of = BufferedCoordinator if more else Coordinator
+    coordinator = experiment_of(config, parameters_of(build_network(config)))
+    worker = Worker(config, digits)
+    for round in (1, 2, 3):
+        for task in coordinator.tasks(round):
+            update = worker.run(task)
+            update.payload.numbers["examples"] = 2**24 - task.client
+            assert coordinator.receive(update)
+        assert coordinator.close_round().gamma == 5
+    assert coordinator.strikes == {}
+
+
+def test_a_limit_of_the_servers_bans_nobody(tiny, digits):
+    """Values that one client alone could send, beyond the share of one among five."""
+    config = small(tiny, round__ban_after=1)
+    coordinator = Coordinator(config, parameters_of(build_network(config)))
+    worker = Worker(config, digits)
+    for task in coordinator.tasks(1):
+        update = worker.run(task)
+        name, packed = next(iter(update.payload.arrays.items()))
+        if task.client < 2:
+            values = np.full(packed.shape, 3e6 if task.client else math.nan, np.float32)
+            update.payload.arrays[name] = Packed(packed.dtype, packed.shape, values.tobytes())
+        assert coordinator.receive(update) == (task.client > 1)
+    summary = coordinator.close_round()
+    assert {entry["client"] for entry in summary.rejected} == {0, 1}
+    assert summary.banned == [0]
+
+
+def test_a_round_without_any_reachable_client_is_below_its_quorum(tiny):
+    config = small(tiny)
+    coordinator = Coordinator(config, parameters_of(build_network(config)))
+    assert list(coordinator.tasks(1, set())) == []
+    with pytest.raises(BelowQuorum, match="No reply came"):
+        coordinator.close_round()

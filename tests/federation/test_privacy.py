@@ -2,6 +2,10 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fed_diffusion.config import ConfigError
+from fed_diffusion.experiment import Experiment
 from fed_diffusion.federation.aggregate import UpdateError
 from fed_diffusion.federation.codecs import kept_of
 from fed_diffusion.federation.coordinator import Coordinator
@@ -21,11 +26,15 @@ from fed_diffusion.federation.privacy import (
     epsilon,
     event,
     gaussian,
+    spent,
 )
-from fed_diffusion.federation.simulate import simulate
+from fed_diffusion.federation.simulate import run_in_process, simulate
 from fed_diffusion.models.build import build_network, parameters_of
+from fed_diffusion.models.layout import Block
 from fed_diffusion.report.html import write_report
+from fed_diffusion.runs import RunDir
 from fed_diffusion.schema import PrivacyConfig
+from tests.federation.conftest import TINY
 
 SILENT = 1e-12  # a noise multiplier that leaves the sums as they are
 SHAPES = {"a": (3, 4), "b": (5,)}
@@ -236,6 +245,90 @@ def test_a_private_run_says_its_epsilon_and_is_not_repeated(tiny, tmp_path, kind
     assert "differential privacy of clients after 2 rounds" in (
         write_report(tmp_path / "run").read_text()
     )
+
+
+DRIVER = """
+import os, signal, sys
+from fed_diffusion.config import load_config
+from fed_diffusion.federation.simulate import simulate
+from fed_diffusion.federation.worker import Worker
+
+train, calls = Worker._train, []
+
+def dying(*arguments):
+    calls.append(1)
+    if len(calls) == 8:  # in the second round of five clients
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train(*arguments)
+
+Worker._train = dying
+simulate(load_config("digits", eval(sys.argv[2])), sys.argv[1], processes=1)
+"""
+
+
+def test_rounds_that_are_repeated_after_a_kill_are_in_epsilon(tmp_path):
+    """Checkpoints are rare, so both rounds come again: 5 were sent where the model took 3."""
+    path = tmp_path / "run"
+    private_run = {"privacy.clip": 0.1, "wire.differences": True, "model.widths": [8], "rounds": 3}
+    private_run |= {"round.checkpoint_every": 5, "local.steps": 1, "evaluation.every": 0}
+    killed = subprocess.run([sys.executable, "-c", DRIVER, str(path), repr(TINY | private_run)])
+    assert killed.returncode == -signal.SIGKILL
+    assert RunDir(path).opened(0) == 2
+    results = run_in_process(Experiment.resume(path), processes=1)
+    stated = results["privacy"]
+    assert (stated["rounds"], stated["repeated"]) == (5, 2)
+    assert stated["epsilon"] == epsilon(1.0, 1.0, 5, 1e-5) > epsilon(1.0, 1.0, 3, 1e-5)
+    assert "after 5 rounds (2 of them opened again" in write_report(path).read_text()
+
+
+def test_a_round_is_on_record_before_the_first_client_is_sent_anything(tiny, tmp_path):
+    experiment = Experiment(tiny(privacy__clip=1.0, wire__differences=True), tmp_path / "run")
+    next(iter(experiment.tasks(1)))
+    assert experiment.run.opened(0) == 1
+    next(iter(experiment.tasks(1)))  # tried again, below its quorum say
+    assert experiment.run.opened(1) == 2
+    (experiment.run.path / "privacy.jsonl").open("a").write('{"rou')  # cut off by a crash
+    assert experiment.run.opened(1) == 3
+    assert experiment.run.opened(4) == 6  # rounds that the ledger lacks were opened at least once
+
+
+def test_what_is_not_covered_is_named(tiny):
+    covers = spent(tiny(privacy__clip=1.0, wire__differences=True), 1)["covers"]
+    for name in ("generated images", "loss, holdout_loss", "FID", "memorisation", "budgets.json"):
+        assert name in covers
+    for name in ("metrics.jsonl", "numbers of images", "took part", "report.html", "state.json"):
+        assert name in covers
+
+
+@given(seed=st.integers(0, 10**6), clients=st.integers(1, 9), rate=st.sampled_from([1.0, 0.3]))
+@settings(max_examples=20)
+def test_denominators_are_counted_one_mask_at_a_time_and_to_the_bit(seed, clients, rate):
+    draw, theta = np.random.default_rng(seed), {"a": torch.zeros(3, 4), "b": torch.zeros(5)}
+    seen, expected = [], {n: torch.zeros(s, dtype=torch.float64) for n, s in SHAPES.items()}
+
+    def masks():
+        for _ in range(clients):
+            kept = {n: torch.from_numpy(draw.random(s) < 0.6) for n, s in SHAPES.items()}
+            if draw.random() < 0.3:
+                kept["a"] = Block((3, 4), (((0, 1), (2, 3)), ((1, 3),)))
+            for name in [name for name in kept if draw.random() < 0.3]:
+                del kept[name]
+            for name, count in expected.items():
+                mask = kept.get(name)
+                dense = mask.dense() if isinstance(mask, Block) else mask
+                count += 1 if dense is None else dense
+            if isinstance(kept.get("b"), torch.Tensor):
+                seen.append(weakref.ref(kept["b"]))
+            yield kept
+            del kept, mask, dense
+            assert sum(mask() is not None for mask in seen) <= 1  # the one that is being counted
+
+    mean = private(theta, masks(), clip=5, rate=rate)
+    mean.add({name: torch.ones_like(value) for name, value in theta.items()})
+    for name, moved in mean.result().items():
+        below = rate * expected[name]
+        step = torch.where(below > 0, 1 / below.clamp(min=1e-9), 0.0)
+        assert torch.equal(moved, step.float())
 
 
 def test_a_run_without_privacy_says_nothing_of_it(tiny, tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fed_diffusion.federation.aggregate import UpdateError
+from fed_diffusion.federation.coordinator import Coordinator
 from fed_diffusion.federation.robust import RobustMean
 from fed_diffusion.models.layout import Block
 
@@ -71,3 +72,13 @@ def test_bad_updates_and_weights_are_refused():
     with pytest.raises(UpdateError, match="know no weights"):
         mean.add({"w": torch.zeros(2)}, weight=2)
     assert torch.equal(mean.result()["w"], torch.zeros(2))
+
+
+def test_there_is_room_for_as_many_updates_as_the_round_has_clients(tiny):
+    config = tiny(clients=1100, round__aggregation="median", model__widths=[8])
+    coordinator = Coordinator(config, {"w": torch.zeros(2)})
+    next(coordinator.tasks(1))
+    mean = coordinator._open.mean
+    for value in range(1100):
+        mean.add({"w": torch.full((2,), float(value))})
+    assert mean.result()["w"].tolist() == [549.5, 549.5]
