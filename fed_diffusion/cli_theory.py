@@ -209,7 +209,8 @@ def _nats(value: float) -> str:
 
 def _apply(config: Config, probed: Probe, plan: Plan, path: Path) -> None:
     """The preset with the plan's diffusion, and its eta where the theorem covers the optimiser."""
-    from fed_diffusion.runs import sampler_partition, write_atomic
+    from fed_diffusion.runfiles import write_atomic
+    from fed_diffusion.runs import sampler_partition
 
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"preset"})
     settings["diffusion"] = {

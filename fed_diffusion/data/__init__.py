@@ -5,6 +5,7 @@ from __future__ import annotations
 from fed_diffusion.data.datasets import (
     ImageSet,
     class_count,
+    content_hash,
     image_shape,
     load_dataset,
     to_uint8,
@@ -16,6 +17,7 @@ from fed_diffusion.data.partition import partition, split_holdout
 __all__ = [
     "ImageSet",
     "class_count",
+    "content_hash",
     "image_shape",
     "load_dataset",
     "load_own",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import importlib
 import os
 import socket
@@ -110,6 +111,18 @@ def _check_indices(name: str, values: torch.Tensor | None, n: int, limit: int | 
             f"{name} must count from 0{'' if limit is None else f' to {limit - 1}'}, found "
             f"{int(values.min())} to {int(values.max())}"
         )
+
+
+def content_hash(dataset: ImageSet) -> str:
+    """SHA-256 over the images' shape and bytes, their labels and their client folders."""
+    digest = hashlib.sha256(repr(tuple(dataset.images.shape)).encode())
+    digest.update(dataset.images.contiguous().numpy().data)
+    if dataset.labels is not None:
+        digest.update(dataset.labels.contiguous().numpy().data)
+    if dataset.folder_of is not None:
+        digest.update(repr(dataset.folders).encode())
+        digest.update(dataset.folder_of.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
