@@ -112,20 +112,6 @@ def test_a_run_is_free_again_when_it_has_ended_or_was_dropped(run, tmp_path):
     assert not list((tmp_path / "new").glob(".run*"))
 
 
-def test_a_process_that_is_told_the_token_holds_the_run_beside_its_owner(tmp_path):
-    owner, said = another_process(tmp_path)
-    assert said == "False"
-    token = json.loads((tmp_path / ".run.1.lock").read_text())["token"]
-    process, said = another_process(tmp_path, **{LOCK_TOKEN: token})
-    assert said == "True"
-    end(owner)
-    with pytest.raises(RunBusy):  # the one that joined may still write
-        RunDir(tmp_path).lock()
-    end(process)
-    with RunDir(tmp_path).locked():
-        pass
-
-
 def test_one_that_joined_leaves_the_run_to_its_owner(tmp_path, monkeypatch):
     owner = RunDir.create(tmp_path / "run", CONFIG, data="abc")
     identity = owner.identity()
