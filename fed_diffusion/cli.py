@@ -16,7 +16,7 @@ from fed_diffusion import cli_evaluation, cli_theory
 from fed_diffusion.cli_deploy import add_deploy_commands
 from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
 from fed_diffusion.locks import LockLost
-from fed_diffusion.output import make_printable, why_unprinted
+from fed_diffusion.output import OutputError, make_printable, say
 from fed_diffusion.runfiles import check_writable, in_words
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(str(Path.cwd()))  # for data.name and model.name of one's own
     try:
         code: int = arguments.command(arguments)
-        sys.stdout.flush()
         return code
     except ConfigError as error:
         console.print(f"[bold red]refused:[/] {_escape(str(error))}", soft_wrap=True)
@@ -45,13 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted")
         return INTERRUPTED
-    except OSError as error:  # a full disk, no permission, a broken pipe
-        why = why_unprinted() or in_words(error, Path.cwd())
-        console.print(f"[bold red]failed:[/] {_escape(why)}", soft_wrap=True)
-        return 1
-    except LockLost as error:
-        console.print(f"[bold red]failed:[/] {_escape(str(error))}", soft_wrap=True)
-        return 1
+    except (OutputError, LockLost) as error:
+        problem = str(error)
+    except OSError as error:  # a full disk, no permission
+        problem = in_words(error)
+    console.print(f"[bold red]failed:[/] {_escape(problem)}", soft_wrap=True)
+    return 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -196,7 +194,7 @@ def _train(
             console.print(f"interrupted{_escape(how)}", soft_wrap=True)
             return INTERRUPTED
     _print_results(path)
-    print(path, flush=True)
+    say(path)
     return 0
 
 
@@ -220,7 +218,7 @@ def sample_command(arguments: argparse.Namespace) -> int:
         guidance=arguments.guidance,
     )
     save_grid(images, arguments.out)
-    print(arguments.out.resolve(), flush=True)
+    say(arguments.out.resolve())
     return 0
 
 
@@ -271,12 +269,12 @@ def sweep_command(arguments: argparse.Namespace) -> int:
         console.print(f"interrupted; go on with: {_escape(f'{command} {again}')}", soft_wrap=True)
         return INTERRUPTED
     table = write_outputs(runs, out, command, arguments.report)
-    print(table or "No run is finished yet.")
+    say(table or "No run is finished yet.")
     for name, why in outcome.failed.items():
         console.print(f"[bold red]failed:[/] {_escape(f'{name}: {why}')}", soft_wrap=True)
     for name, who in outcome.elsewhere.items():
         console.print(f"left to others: {_escape(f'{name}: {who}')}", soft_wrap=True)
-    print(out, flush=True)
+    say(out)
     return 1 if outcome.failed else 0
 
 

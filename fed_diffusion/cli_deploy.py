@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_diffusion.config import ConfigError
+from fed_diffusion.output import say
 from fed_diffusion.superlink import EngineError
 
 
@@ -95,7 +96,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     except EngineError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
-    print(arguments.out, flush=True)
+    say(arguments.out)
     return 0
 
 
@@ -117,5 +118,5 @@ def init_command(arguments: argparse.Namespace) -> int:
     made = init(arguments.directory, wanted)
     text = (made / "COMMANDS.md").read_text("utf-8")
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
-    print(made, flush=True)
+    say(made)
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fed_diffusion.config import ConfigError, build_config
+from fed_diffusion.output import say
 from fed_diffusion.runfiles import check_writable
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     run = RunDir.open(arguments.run)
     with run.locked():
         quality = _measure_again(run, arguments)
-    print(json.dumps(quality, indent=2))
+    say(json.dumps(quality, indent=2))
     return 0
 
 
@@ -102,6 +103,6 @@ def features_train_command(arguments: argparse.Namespace) -> int:
     check_device(config)
     network, header = train_features(config.data, arguments.epochs, config.seed, device_of(config))
     save_features(out, network, header)
-    print(json.dumps(header.to_dict(), indent=2))
-    print(out.resolve())
+    say(json.dumps(header.to_dict(), indent=2))
+    say(out.resolve())
     return 0

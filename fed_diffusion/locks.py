@@ -37,6 +37,9 @@ MOST_COMMAND = 300
 """Characters of a holder's command line that are written down."""
 logger = logging.getLogger(__name__)
 
+_held: set[str] = set()
+"""Tokens of the locks that this process holds: it may live on with one that it could not remove."""
+
 
 class LockLost(RuntimeError):
     """This process was stopped for so long that another one took over what it was at."""
@@ -97,6 +100,7 @@ class FileLock:
     def _hold(self, path: Path) -> None:
         self._mine, self._pid = path, os.getpid()
         self._released.clear()
+        _held.add(self.token)
         threading.Thread(target=self._beat, args=(path,), daemon=True).start()
 
     def held(self) -> bool:
@@ -115,6 +119,8 @@ class FileLock:
                     self._path(number).unlink(missing_ok=True)
             except OSError as error:  # a file system that became read-only: it is left over
                 logger.warning("the lock %s could not be removed: %s", self._mine, error)
+        if not self.joined:
+            _held.discard(self.token)
         self._mine = None
 
     def holder(self) -> str:
@@ -137,8 +143,10 @@ class FileLock:
     def _left_over(self, path: Path) -> bool:
         holder, here = _read(path), _this_process()
         if all(holder.get(key) == here[key] for key in ("host", "pids")):
-            both = (holder, holder.get("joined") or {})
-            return not any(_lives(one["pid"], one["started"]) for one in both if one)
+            both = [one for one in (holder, holder.get("joined")) if one]
+            ours = [one["pid"] == here["pid"] and holder.get("token") not in _held for one in both]
+            lives = [_lives(one["pid"], one["started"]) for one in both]
+            return not any(live and not mine for live, mine in zip(lives, ours, strict=True))
         try:
             touched = path.stat().st_mtime
         except FileNotFoundError:

@@ -30,16 +30,23 @@ def _readable(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.backslashreplace_errors(error)
 
 
-def why_unprinted() -> str | None:
-    """Why standard output cannot be written to, and None where it can.
+class OutputError(OSError):
+    """Standard output cannot be written to: it is a full disk, or nobody reads it any more."""
 
-    What was not printed is thrown away then: Python would try again at its end, and complain.
+
+def say(text: object) -> None:
+    """Print what a command has made.
+
+    Raises
+    ------
+    OutputError
+        Standard output cannot be written to.
     """
     try:
-        sys.stdout.flush()
+        print(text, flush=True)
     except OSError as error:
+        # what is left of it is thrown away: Python would try again at its end, and complain
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-        return f"standard output cannot be written: {error.strerror or error}."
-    return None
+        raise OutputError(f"standard output cannot be written: {error.strerror}.") from error

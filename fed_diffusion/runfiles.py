@@ -132,7 +132,7 @@ def check_writable(path: Path, what: str) -> None:
         ) from error
 
 
-def in_words(error: OSError, folder: Path) -> str:
+def in_words(error: OSError, folder: Path | None = None) -> str:
     """What the operating system says, in a sentence.
 
     Parameters
@@ -141,4 +141,6 @@ def in_words(error: OSError, folder: Path) -> str:
         Where it was, if the error of a disk does not say: a failed write names no file.
     """
     where = error.filename or (folder if error.errno in DISK_ERRORS else None)
-    return f"{where}: {error.strerror}." if where else f"{type(error).__name__}: {error}."
+    if where is not None and error.strerror:
+        return f"{where}: {error.strerror}."
+    return f"{type(error).__name__}: {error}."
