@@ -120,7 +120,8 @@ def _kinds(record: type) -> dict[str, type | tuple[type, ...]]:
 
 
 _ROUND_KINDS = _kinds(RoundSummary)
-_CLIENT_KINDS = {key: kind for key, kind in _kinds(ClientRound).items() if key != "client"}
+_DRAWN_KINDS = {"w2": _kinds(ClientRound)["w2"]}
+"""The value of a client that goes into a figure; the others are shown as they are."""
 
 
 def _checked(entry: Any) -> dict[str, Any]:
@@ -137,7 +138,10 @@ def _checked(entry: Any) -> dict[str, Any]:
     for client in entry.get("clients") or []:
         if not isinstance(client, dict):
             raise ValueError("a client is no mapping")
-        _check_kinds(client, _CLIENT_KINDS)
+        _check_kinds(client, _DRAWN_KINDS)
+    for trainers, coordinates in (entry.get("coverage") or {}).items():
+        if not trainers.isdecimal() or type(coordinates) is not int:
+            raise ValueError("coverage does not count")
     return entry
 
 

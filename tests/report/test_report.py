@@ -416,7 +416,8 @@ def test_a_line_with_a_value_of_another_kind_is_left_out_and_counted(
     tmp_path: Path, wrong: Any
 ) -> None:
     damaged = [a_round(number + 2, **{key: wrong}) for number, key in enumerate(NUMBERS)]
-    damaged += [a_round(20, clients=[client(0, seconds=wrong)]), a_round(21, rejected=7)]
+    damaged += [a_round(20, clients=[client(0, w2=wrong)]), a_round(21, rejected=7)]
+    damaged += [a_round(24, coverage={"many": 1}), a_round(25, coverage={"2": wrong})]
     damaged += [a_round(22, clients=["nobody"]), a_round(23, round=wrong)]
     run = write_run(tmp_path, [a_round(1), *damaged, a_round(30)])
     with (run / "metrics.jsonl").open("ab") as file:
