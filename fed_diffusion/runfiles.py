@@ -78,7 +78,7 @@ def save_tensors(
     from safetensors.torch import save_file
 
     try:
-        save_file(dict(tensors), path, metadata)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
