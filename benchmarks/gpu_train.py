@@ -189,8 +189,8 @@ def opened(config: Config, dataset: ImageSet, run: Path, kept: Path) -> Experime
             coordinator.theta[name].copy_(value)
             coordinator.ema[name].copy_(value)
         coordinator.round = int(state["round"])
-        experiment.history = RunDir(kept).read_rounds(coordinator.round)
-        experiment.run.rewrite_metrics(experiment.history)
+        experiment.history, _ = RunDir(kept).read_rounds(coordinator.round)
+        experiment.run.begin_again(experiment.history)
     return experiment
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,11 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from fed_diffusion.runfiles import save_tensors, sync
 
 NEWEST, PREVIOUS = "checkpoint", "checkpoint-previous"
 STATE = "state.json"
+VERSION = 1
+"""Raised when a state means something else than before, or when a run goes on otherwise from it."""
 logger = logging.getLogger(__name__)
 
 
@@ -56,19 +59,16 @@ def save_checkpoint(
         Plain values, as JSON takes them.
     """
     fresh = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=run))
-    hashes = {}
-    for name, group in tensors.items():
-        path = fresh / f"{name}.safetensors"
-        save_file(dict(group), path)
-        sync(path)
-        hashes[path.name] = _hash_of(path)
-    sealed = json.loads(json.dumps(dict(state) | {"sha256": hashes}))  # as it will be read
-    (fresh / STATE).write_text(json.dumps(sealed | {"seal": _seal(sealed)}), "utf-8")
-    sync(fresh / STATE)
-    sync(fresh)
-    fresh.chmod(0o755)
+    try:
+        _write(fresh, tensors, state)
+        _swap(run, fresh)
+    finally:  # after an error, as of a full disk, what is half written takes no room
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(run: Path, fresh: Path) -> None:
+    """Put the new checkpoint in its place; whenever it is cut off, one of the two is whole."""
     newest, previous, old = run / NEWEST, run / PREVIOUS, run / ".checkpoint-old"
-    # whenever it is cut off, `newest` or `previous` is whole
     shutil.rmtree(old, ignore_errors=True)
     if newest.exists():
         if previous.exists():
@@ -79,6 +79,22 @@ def save_checkpoint(
     shutil.rmtree(old, ignore_errors=True)
     for left in run.glob(".checkpoint-*"):  # of a process that was killed while it wrote one
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _write(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> None:
+    hashes = {}
+    for name, group in tensors.items():
+        path = folder / f"{name}.safetensors"
+        save_tensors(path, group)
+        sync(path)
+        hashes[path.name] = _hash_of(path)
+    sealed = json.loads(json.dumps(dict(state) | {"sha256": hashes}))  # as it will be read
+    (folder / STATE).write_text(json.dumps(sealed | {"seal": _seal(sealed)}), "utf-8")
+    sync(folder / STATE)
+    sync(folder)
+    folder.chmod(0o755)
 
 
 def load_checkpoint(run: Path) -> Checkpoint:
@@ -107,6 +123,8 @@ def _read(folder: Path) -> Checkpoint:
         state = json.loads((folder / STATE).read_text("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{folder / STATE} is damaged: {error}") from error
     if not isinstance(state, dict) or state.pop("seal", None) != _seal(state):
@@ -114,7 +132,11 @@ def _read(folder: Path) -> Checkpoint:
     tensors = {}
     for name, digest in state.pop("sha256").items():
         path = folder / name
-        if not path.is_file() or _hash_of(path) != digest:
+        try:
+            whole = path.is_file() and _hash_of(path) == digest
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        if not whole:
             raise CheckpointError(f"{path} is missing, truncated or altered")
         tensors[path.stem] = load_file(path)
     return Checkpoint(tensors, state)
@@ -127,12 +149,3 @@ def _seal(state: Mapping[str, Any]) -> str:
 def _hash_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have the operating system bring a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fed_diffusion import cli_evaluation, cli_theory
 from fed_diffusion.cli_deploy import add_deploy_commands
 from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
+from fed_diffusion.locks import LockLost
+from fed_diffusion.output import OutputError, make_printable, say
+from fed_diffusion.runfiles import check_writable, in_words
 from fed_diffusion.terminal import console, tell
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fed_diffusion.experiment import Experiment
+    from fed_diffusion.rundir import RunDir
 
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: done; 1: the run failed; 2: refused before it began; 130: interrupted."""
+    make_printable()
     arguments = parser().parse_args(argv)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for data.name and model.name of one's own
@@ -36,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         tell("interrupted")
         return INTERRUPTED
+    except (OutputError, LockLost) as error:
+        problem = str(error)
+    except OSError as error:  # a full disk, no permission
+        problem = in_words(error)
+    tell(problem, "failed:")
+    return 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +69,11 @@ def parser() -> argparse.ArgumentParser:
     resume = commands.add_parser("resume", help="go on with a run that was stopped or killed")
     resume.add_argument("run", type=Path, metavar="RUN")
     resume.add_argument("--engine", choices=("local", "flower"), default="local")
+    resume.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="let through rounds, evaluation.*, worker.* that were changed in RUN/config.yaml",
+    )
     resume.set_defaults(command=resume_command)
 
     sample = commands.add_parser("sample", help="generate images from a trained run")
@@ -94,57 +112,89 @@ def parser() -> argparse.ArgumentParser:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Train a preset on the chosen engine; the run directory is the last line of the output."""
-    from fed_diffusion.experiment import check
-    from fed_diffusion.runs import new_run_path
+    from fed_diffusion.data import content_hash
+    from fed_diffusion.experiment import Experiment, check
+    from fed_diffusion.rundir import RunDir
 
     config = load_config(arguments.preset, parse_pairs(arguments.set))
-    path = (arguments.out or new_run_path(config)).resolve()
-    if (path / "metrics.jsonl").exists():
-        raise ConfigError(f"--out {path} holds a run already; give another directory.")
-    if arguments.engine == "flower":
-        check(config)
-    return _train(config, path, arguments.engine, resume=False)
+    if arguments.out is not None:
+        RunDir(arguments.out).refuse_existing()  # before the data are loaded
+
+    def begin() -> Experiment | RunDir:
+        if arguments.engine == "local":
+            return Experiment(config, arguments.out)
+        dataset = check(config)
+        assert dataset is not None
+        return RunDir.create(arguments.out, config, content_hash(dataset))
+
+    return _train(config, begin)
 
 
 def resume_command(arguments: argparse.Namespace) -> int:
     """Go on from a run's last checkpoint; it ends with the bits it would have ended with."""
-    from fed_diffusion.runs import RunDir
+    from fed_diffusion.experiment import Experiment, check_resume
+    from fed_diffusion.rundir import RunDir
 
     run = RunDir.open(arguments.run)
-    if run.finished():
-        raise ConfigError(f"{run.path} is finished; there is nothing to resume.")
-    return _train(run.config(), run.path, arguments.engine, resume=True)
+    accept = arguments.accept_changes
+
+    def begin() -> Experiment | RunDir:
+        if arguments.engine == "local":
+            return Experiment.resume(run.path, accept_changes=accept)
+        run.lock()
+        check_resume(run, accept)
+        return run
+
+    return _train(run.config(), begin, resume=True, accept_changes=accept)
 
 
-def _train(config: Config, path: Path, engine: str, *, resume: bool) -> int:
-    """Run a new or stopped run on an engine to its end."""
+def _train(
+    config: Config,
+    begin: Callable[[], Experiment | RunDir],
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+) -> int:
+    """Run a new or stopped run to its end.
+
+    Parameters
+    ----------
+    begin
+        Claims the run directory: returns the experiment, for this process, or for the Flower
+        engine the directory.
+    """
     from fed_diffusion.experiment import Experiment
-    from fed_diffusion.runs import RunDir, resume_command
+    from fed_diffusion.origin import resume_command
     from fed_diffusion.superlink import stop_signals_interrupt
 
+    path = made = None
     with _live_progress(config) as report, stop_signals_interrupt():
         try:
-            if engine == "flower":
-                from fed_diffusion.flower_engine import run_on_flower
-
-                run_on_flower(config, path, progress=report, resume=resume)
-            else:
+            made = begin()
+            if isinstance(made, Experiment):
                 from fed_diffusion.federation.simulate import run_in_process
 
-                made = Experiment.resume(path) if resume else Experiment(config, path)
+                path = made.run.path
                 run_in_process(made, progress=report)
+            else:
+                from fed_diffusion.flower_engine import run_on_flower
+
+                path = made.path
+                run_on_flower(
+                    config, made, progress=report, resume=resume, accept_changes=accept_changes
+                )
         except ConfigError:
             raise
-        except (RuntimeError, OSError) as error:  # below quorum; a worker died; no disk
-            if engine == "local" and RunDir(path).metrics.parent.is_dir():
-                RunDir(path).write_status("stopped", str(error))
+        except RuntimeError as error:  # below quorum; a worker died; no disk
             tell(str(error), "failed:")
             return 1
         except KeyboardInterrupt:
-            tell(f"interrupted; go on with: {resume_command(path, engine)}")
+            engine = "local" if isinstance(made, Experiment) else "flower"
+            how = f"; go on with: {resume_command(path, engine=engine)}" if path else ""
+            tell(f"interrupted{how}")
             return INTERRUPTED
     _print_results(path)
-    print(path, flush=True)
+    say(path)
     return 0
 
 
@@ -157,6 +207,7 @@ def sample_command(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--num = {arguments.num} is not allowed; at least 1.")
     if arguments.steps is not None and arguments.steps < 1:
         raise ConfigError(f"--steps = {arguments.steps} is not allowed; at least 1.")
+    check_writable(arguments.out, "--out")
     sampler = Sampler.from_run(arguments.run)
     images = sampler.sample(
         arguments.num,
@@ -167,7 +218,7 @@ def sample_command(arguments: argparse.Namespace) -> int:
         guidance=arguments.guidance,
     )
     save_grid(images, arguments.out)
-    print(arguments.out.resolve())
+    say(arguments.out.resolve())
     return 0
 
 
@@ -218,12 +269,12 @@ def sweep_command(arguments: argparse.Namespace) -> int:
         tell(f"interrupted; go on with: {command} {again}")
         return INTERRUPTED
     table = write_outputs(runs, out, command, arguments.report)
-    print(table or "No run is finished yet.")
+    say(table or "No run is finished yet.")
     for name, why in outcome.failed.items():
         tell(f"{name}: {why}", "failed:")
     for name, who in outcome.elsewhere.items():
         tell(f"left to others: {name}: {who}")
-    print(out, flush=True)
+    say(out)
     return 1 if outcome.failed else 0
 
 
@@ -263,7 +314,7 @@ class _live_progress:
 
 
 def _print_results(path: Path) -> None:
-    from fed_diffusion.runs import RunDir
+    from fed_diffusion.rundir import RunDir
 
     results = RunDir(path).results()
     quality, seconds = results["quality"], results["seconds"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_diffusion.config import ConfigError
+from fed_diffusion.output import say
 from fed_diffusion.superlink import EngineError
 
 
@@ -95,7 +96,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     except EngineError as error:
         tell(str(error), "failed:")
         return 1
-    print(arguments.out, flush=True)
+    say(arguments.out)
     return 0
 
 
@@ -116,5 +117,5 @@ def init_command(arguments: argparse.Namespace) -> int:
     made = init(arguments.directory, wanted)
     text = (made / "COMMANDS.md").read_text("utf-8")
     tell(text)
-    print(made, flush=True)
+    say(made)
     return 0

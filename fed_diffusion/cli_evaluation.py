@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fed_diffusion.config import ConfigError, build_config
 from fed_diffusion.files import absolute
+from fed_diffusion.output import say
+from fed_diffusion.runfiles import check_writable
+
+if TYPE_CHECKING:
+    from fed_diffusion.rundir import RunDir
 
 
 def add_commands(commands: Any) -> None:
@@ -44,12 +49,21 @@ def add_commands(commands: Any) -> None:
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """Measure quality again, write it to results.json and the report, and print it."""
+    from fed_diffusion.runs import RunDir
+
+    run = RunDir.open(arguments.run)
+    with run.locked():
+        quality = _measure_again(run, arguments)
+    say(json.dumps(quality, indent=2))
+    return 0
+
+
+def _measure_again(run: RunDir, arguments: argparse.Namespace) -> dict[str, Any]:
     from fed_diffusion.evaluation.checks import OWN_DATA, check_evaluation
     from fed_diffusion.experiment import measure
     from fed_diffusion.report.html import write_report
-    from fed_diffusion.runs import RunDir, Sampler
+    from fed_diffusion.runs import Sampler
 
-    run = RunDir.open(arguments.run)
     results, settings = run.results(), run.config().to_dict()
     names = ("samples", "reference", "extractor", "weights")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
@@ -61,11 +75,10 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     config = build_config(settings)
     check_evaluation(config)
     sampler = Sampler(config, run.load_theta(ema=True))
-    results["quality"] = measure(sampler, sampler.sample(config.evaluation.samples), None)
-    run.write_results(results)
+    quality = measure(sampler, sampler.sample(config.evaluation.samples), None)
+    run.write_results(results | {"quality": quality})
     write_report(run.path)
-    print(json.dumps(results["quality"], indent=2))
-    return 0
+    return quality
 
 
 def features_train_command(arguments: argparse.Namespace) -> int:
@@ -75,6 +88,7 @@ def features_train_command(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--epochs = {arguments.epochs} is not allowed; at least 1.")
     if out.suffix != ".safetensors" or not out.absolute().parent.is_dir():
         raise ConfigError(f"--out = {out} is not a .safetensors file in a folder that exists.")
+    check_writable(out, "--out")
     data = {
         "name": arguments.dataset,
         "dir": arguments.data_dir,
@@ -93,6 +107,6 @@ def features_train_command(arguments: argparse.Namespace) -> int:
     check_device(config)
     network, header = train_features(config.data, arguments.epochs, config.seed, device_of(config))
     save_features(out, network, header)
-    print(json.dumps(header.to_dict(), indent=2))
-    print(out.resolve())
+    say(json.dumps(header.to_dict(), indent=2))
+    say(out.resolve())
     return 0

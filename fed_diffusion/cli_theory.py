@@ -13,6 +13,8 @@ import yaml
 from rich.table import Table
 
 from fed_diffusion.config import Config, ConfigError, build_config, load_config, parse_pairs
+from fed_diffusion.output import say
+from fed_diffusion.runfiles import check_writable
 from fed_diffusion.terminal import plain_console
 
 if TYPE_CHECKING:
@@ -53,6 +55,9 @@ def plan_command(arguments: argparse.Namespace) -> int:
     from fed_diffusion.theory.probe import probe
 
     check_training(config)
+    for name in ("plot", "apply"):
+        if (path := getattr(arguments, name)) is not None:
+            check_writable(path, f"--{name}")
     probed = probe(config, *_images(config, arguments.data_moment))
     if arguments.data_moment is not None:  # exactly, not as the stand-in's bytes have it
         probed = replace(probed, data=replace(probed.data, M2=arguments.data_moment))
@@ -81,10 +86,10 @@ def plan_command(arguments: argparse.Namespace) -> int:
         from fed_diffusion.report.theory import moves_figure  # matplotlib takes seconds to import
 
         moves_figure(moves).savefig(arguments.plot, dpi=150)
-        print(arguments.plot.resolve())
+        say(arguments.plot.resolve())
     if arguments.apply is not None:
         _apply(config, probed, plan, arguments.apply)
-        print(arguments.apply.resolve())
+        say(arguments.apply.resolve())
     return 0
 
 
@@ -209,7 +214,8 @@ def _nats(value: float) -> str:
 
 def _apply(config: Config, probed: Probe, plan: Plan, path: Path) -> None:
     """The preset with the plan's diffusion, and its eta where the theorem covers the optimiser."""
-    from fed_diffusion.runs import sampler_partition, write_atomic
+    from fed_diffusion.runfiles import write_atomic
+    from fed_diffusion.runs import sampler_partition
 
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"preset"})
     settings["diffusion"] = {

@@ -15,10 +15,17 @@ from typing import Any
 
 import torch
 
-from fed_diffusion.checkpoint import NEWEST, Checkpoint
+from fed_diffusion.checkpoint import NEWEST
 from fed_diffusion.compute import device_of, pinned_threads
 from fed_diffusion.config import Config, ConfigError, method_name
-from fed_diffusion.data import ImageSet, load_dataset, partition, tell, with_class_names
+from fed_diffusion.data import (
+    ImageSet,
+    content_hash,
+    load_dataset,
+    partition,
+    tell,
+    with_class_names,
+)
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.evaluation import check_evaluation, no_quality
 from fed_diffusion.evaluation.reference import reference_set
@@ -29,10 +36,30 @@ from fed_diffusion.federation.privacy import spent
 from fed_diffusion.federation.records import RoundSummary, Task, Update
 from fed_diffusion.masks.plan import check_pruning
 from fed_diffusion.models.build import build_network, channel_layout, parameters_of, skeleton
+from fed_diffusion.origin import (
+    Standing,
+    check_same_data,
+    note_where,
+    origin_of,
+    resume_command,
+    standing,
+)
 from fed_diffusion.report.grids import save_grid
 from fed_diffusion.rng import Purpose
-from fed_diffusion.runs import RunDir, Sampler, resume_command, sampler_partition
+from fed_diffusion.rundir import RunDir
+from fed_diffusion.runs import Sampler, sampler_partition
+from fed_diffusion.stopping import RunDiverged, RunStopped, ending
 from fed_diffusion.theory.measured import measured
+
+__all__ = [
+    "Experiment",
+    "Progress",
+    "RunStopped",
+    "check",
+    "check_device",
+    "check_resume",
+    "measure",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +118,17 @@ def check_device(config: Config) -> None:
         )
 
 
-class RunStopped(RuntimeError):
-    """The run cannot go on now; its last checkpoint is there, the message says how to resume."""
+def check_resume(run: RunDir, accept_changes: bool = False) -> None:
+    """All that `Experiment.resume` refuses, for a command that has another process resume a run.
+
+    Raises
+    ------
+    ConfigError
+        See `Experiment.resume`.
+    """
+    found = standing(run, accept_changes)
+    dataset = check(found.config)
+    check_same_data(run, found, None if dataset is None else content_hash(dataset))
 
 
 class Experiment:
@@ -101,68 +137,105 @@ class Experiment:
     An engine calls `train` with a function that carries one round's `tasks` to the clients and
     hands back what comes of each, by `receive` or `reject`.
 
+    It holds the run directory's lock until `train` returns or raises, or until `close`.
+
     Parameters
     ----------
     path
-        The run directory.
+        The run directory; None: a new one under runs/.
     dataset, needs_data
         See `check`.
+    run
+        The run directory, where it is claimed already.
     """
 
     def __init__(
         self,
         config: Config,
-        path: str | Path,
+        path: str | Path | None = None,
         dataset: ImageSet | None = None,
         needs_data: bool = True,
         run: RunDir | None = None,
     ):
         self.dataset = check(config, dataset, needs_data)
         self.config = config = with_class_names(config, self.dataset)
-        self.run = RunDir.create(path, config) if run is None else run
-        kind = BufferedCoordinator if config.round.mode == "buffered" else Coordinator
-        self.coordinator: Coordinator = kind(config, parameters_of(build_network(config)))
         self.engine = "local"
         """What carries this run; the command that resumes it depends on it."""
-        self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "total": 0.0}
-        self.history: list[RoundSummary] = []
-        self._written = self._saved = 0
-        self._began = self._round_began = time.perf_counter()
+        self._data = None if self.dataset is None else content_hash(self.dataset)
+        self.run = RunDir.create(path, config, self._data) if run is None else run
+        try:
+            kind = BufferedCoordinator if config.round.mode == "buffered" else Coordinator
+            self.coordinator: Coordinator = kind(config, parameters_of(build_network(config)))
+            self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "total": 0.0}
+            self.history: list[RoundSummary] = []
+            self.origin = origin_of(config, self._data, self.run)
+            """What the run depends on; see `fed_diffusion.origin`."""
+            self._written = self._saved = 0
+            self._guarded = False
+            self._began = self._round_began = time.perf_counter()
+            if not self.run.has_checkpoint():
+                self._checkpoint()  # of round 0: from now on a run without one has lost it
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def resume(
-        cls, path: str | Path, dataset: ImageSet | None = None, needs_data: bool = True
+        cls,
+        path: str | Path,
+        dataset: ImageSet | None = None,
+        needs_data: bool = True,
+        accept_changes: bool = False,
     ) -> Experiment:
         """A run that was stopped or killed, at its last checkpoint (or at its start).
+
+        Everything is checked before anything is written.
+
+        Parameters
+        ----------
+        accept_changes
+            See `fed_diffusion.origin.standing`.
 
         Raises
         ------
         ConfigError
-            No run is there, or it is finished, or its checkpoint is another model's.
+            No run is there, or it is finished, or another process is at it, or it is no longer
+            what it was: its settings, images, checkpoint or record have changed.
         """
         run = RunDir.open(path)
-        if run.finished():
-            raise ConfigError(f"{run.path} is finished; there is nothing to resume.")
-        rounds: list[RoundSummary] = []
-        checkpoint = run.load_checkpoint() if run.has_checkpoint() else None
-        if checkpoint is not None:
-            rounds = run.read_rounds(int(checkpoint.state["round"]))
-        run.rewrite_metrics(rounds)
-        experiment = cls(run.config(), run.path, dataset, needs_data, run)
-        if checkpoint is not None:
-            experiment._restore(checkpoint, rounds)
+        run.lock()
+        try:
+            found = standing(run, accept_changes)
+            experiment = cls(found.config, run.path, dataset, needs_data, run)
+            experiment._go_on(found)
+        except BaseException:
+            run.unlock()
+            raise
         return experiment
 
-    def _restore(self, checkpoint: Checkpoint, rounds: list[RoundSummary]) -> None:
-        tensors, state = checkpoint.tensors, checkpoint.state
-        try:
-            self.coordinator.restore(tensors, state["coordinator"])
-        except ValueError as error:
-            raise ConfigError(f"{self.run.path} cannot be resumed: {error}.") from error
-        self.seconds = dict(state["seconds"])
-        self.history = rounds
-        self._written = self._saved = self.coordinator.round
-        self.coordinator.losses = [summary.loss for summary in rounds if summary.clients]
+    def _go_on(self, found: Standing) -> None:
+        check_same_data(self.run, found, self._data)
+        if found.checkpoint is not None:
+            state = found.checkpoint.state
+            try:
+                self.coordinator.restore(found.checkpoint.tensors, state["coordinator"])
+            except ValueError as error:
+                raise ConfigError(f"{self.run.path} cannot be resumed: {error}.") from error
+            then = state["origin"]
+            note_where(self.run, then["made_by"], self.origin["made_by"])
+            self.origin |= {"id": then["id"], "changes": found.changes}
+            self.origin["data"] = self.origin["data"] or then["data"]
+            self.seconds = dict(state["seconds"])
+            self.history = found.rounds
+            self._written = self._saved = self.coordinator.round
+            self.coordinator.losses = [line.loss for line in found.rounds if line.clients]
+        self.run.begin_again(found.rounds)
+        if found.changed:
+            self._checkpoint()  # from here on the run is one with the new settings
+
+    def close(self) -> None:
+        """Free the run directory for others."""
+        self.run.unlock()
 
     def train(
         self, exchange: Callable[[int], None], progress: Progress | None = None
@@ -180,17 +253,30 @@ class Experiment:
         Raises
         ------
         RunStopped
-            A round stayed below its quorum, or training diverged.
+            A round stayed below its quorum, training diverged, the disk is full, ...; the message
+            says how to resume, where that helps.
         """
-        try:
+        with self.guarded():
             while self.coordinator.round < self.config.rounds:
                 summary = self._round(exchange)
                 if progress is not None:
                     progress(summary.to_dict())
-        except BaseException as error:
-            self._stop(error)
-            raise
-        return self.finish()
+            return self.finish()
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Whatever ends a run in here: its last round is saved, status.json says why, and the
+        directory is freed. The outermost of several blocks does it."""
+        if self._guarded:
+            yield
+            return
+        self._guarded = True
+        try:
+            with ending(self.run, self._save_last, self.how_to_resume):
+                yield
+        finally:
+            self._guarded = False
+            self.close()
 
     def _round(self, exchange: Callable[[int], None]) -> RoundSummary:
         """One round, tried again while it is below its quorum."""
@@ -200,26 +286,22 @@ class Experiment:
             try:
                 return self.close_round()
             except Diverged as error:  # to resume would bring it again
-                raise RunStopped(f"{error} {self._last_good()}") from error
+                raise RunDiverged(f"{error} {self._last_good()}") from error
             except BelowQuorum as error:
                 problem = error
                 logger.warning("%s (attempt %d)", error, attempt + 1)
         raise RunStopped(
-            f"{problem} It was tried {self.config.round.retries + 1} times. {self.how_to_resume()}"
+            f"{problem} It was tried {self.config.round.retries + 1} times."
         ) from problem
 
-    def _stop(self, error: BaseException) -> None:
-        """Whatever ends a run early, its last finished round is not lost."""
+    def _save_last(self) -> None:
         if self._written > self._saved and self._written == self.coordinator.round:
             self._checkpoint()
-        name = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
-        reason = str(error) if isinstance(error, RunStopped) else f"{name}: {error}"
-        self.run.write_status("stopped", reason)
 
     def how_to_resume(self) -> str:
-        last = max(self._saved, self._written)
+        last = self._saved
         where = f"The last checkpoint is of round {last}" if last else "No round was finished yet"
-        return f"{where}; go on with: {resume_command(self.run.path, self.engine)}"
+        return f"{where}; go on with: {resume_command(self.run.path, engine=self.engine)}"
 
     def _last_good(self) -> str:
         """What is left of a run that diverged, and what to do."""
@@ -289,6 +371,7 @@ class Experiment:
         state = {
             "round": self.coordinator.round,
             "preset": self.config.preset,
+            "origin": self.origin,
             "coordinator": self.coordinator.state(),
             "seconds": self.seconds,
         }
@@ -349,7 +432,14 @@ class Experiment:
         if self.dataset is not None:
             results["data"] = self.dataset.facts()
         privacy = spent(config, self.run.opened(last.round), last.round)
-        return results if privacy is None else results | {"privacy": privacy}
+        if privacy is not None:
+            results["privacy"] = privacy
+        recorded = {s.round for s in self.history}
+        if lost := sorted(set(range(1, last.round + 1)) - recorded):
+            results["rounds_not_recorded"] = lost
+        if self.origin["changes"]:
+            results["changes"] = self.origin["changes"]
+        return results
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -17,13 +17,17 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fed_diffusion.config import Config, conf_dir
 from fed_diffusion.hardware import usable_cores
+from fed_diffusion.runfiles import in_words
 from fed_diffusion.superlink import EngineError, SuperLink, stop_signals_interrupt
+
+if TYPE_CHECKING:
+    from fed_diffusion.rundir import RunDir
 
 __all__ = ["EngineError", "run_on_flower", "stage_app"]
 
@@ -39,16 +43,26 @@ POLL_S = 0.2
 
 
 def run_on_flower(
-    config: Config, run_dir: Path, *, progress: Progress | None = None, resume: bool = False
+    config: Config,
+    run_dir: Path | RunDir,
+    *,
+    progress: Progress | None = None,
+    resume: bool = False,
+    accept_changes: bool = False,
 ) -> int:
     """Run the whole experiment on Flower's simulation engine, in a SuperLink of its own.
+
+    This process holds the run directory's lock to the end, and the ServerApp joins it.
 
     Parameters
     ----------
     run_dir
-        Where the ServerApp writes; made if it is not there.
+        Where the ServerApp writes: a path, made if it is not there, or a directory that is locked
+        already.
     resume
         Go on with the run that is there.
+    accept_changes
+        See `fed_diffusion.origin.standing`.
     progress
         Called with each round's line of metrics.jsonl as it appears.
 
@@ -64,19 +78,35 @@ def run_on_flower(
     KeyboardInterrupt
         SIGINT, SIGTERM or SIGHUP; as in every other case nothing is left running.
     """
-    run_dir = Path(run_dir).resolve()
+    from fed_diffusion.rundir import LOCK_TOKEN, RunDir  # torch takes seconds to import
+
+    if isinstance(run_dir, RunDir):
+        run = run_dir
+    elif resume:
+        run = RunDir.open(run_dir)
+        run.lock()
+    else:
+        run = RunDir.create(run_dir, config)
+    run_config: dict[str, str | bool] = {"preset": PRESET}
+    run_config["resume" if resume else "run-dir"] = str(run.path)
+    if accept_changes:
+        run_config["accept-changes"] = "yes"
     own_modules = ":" in config.data.name or ":" in config.model.name
-    with stop_signals_interrupt(), short_temp_dir() as stage:
-        stage_app(stage, config)
-        return _run_app(
-            stage,
-            {"preset": PRESET, "resume" if resume else "run-dir": str(run_dir)},
-            _federation(config),
-            run_dir,
-            progress,
-            modules=Path.cwd() if own_modules else None,
-            ray_address=config.flower.ray_address,
-        )
+    try:
+        with stop_signals_interrupt(), short_temp_dir() as stage:
+            stage_app(stage, config)
+            return _run_app(
+                stage,
+                run_config,
+                _federation(config),
+                run.path,
+                progress,
+                modules=Path.cwd() if own_modules else None,
+                ray_address=config.flower.ray_address,
+                environment={LOCK_TOKEN: run.token},
+            )
+    finally:
+        run.unlock()
 
 
 def _run_app(
@@ -88,6 +118,7 @@ def _run_app(
     *,
     modules: Path | None = None,
     ray_address: str | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Run any Flower app that keeps to metrics.jsonl and status.json; see `run_on_flower`."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -96,7 +127,7 @@ def _run_app(
     with (
         stop_signals_interrupt(),
         short_temp_dir() as home,
-        SuperLink(home, modules, ray_address) as superlink,
+        SuperLink(home, modules, ray_address, environment) as superlink,
     ):
         try:
             superlink.start()
@@ -104,7 +135,10 @@ def _run_app(
             superlink.submit(app_dir, to_toml(run_config), size)
             _follow(superlink, run_dir, lines, progress)
         except EngineError as error:
-            log = superlink.keep_log(run_dir / "flower.log")
+            try:
+                log = superlink.keep_log(run_dir / "flower.log")
+            except OSError as second:
+                raise EngineError(f"{error}\n{in_words(second, run_dir)}") from None
             raise EngineError(f"{error}\nThe full log is in {log}.") from None
     return 0
 
@@ -134,8 +168,11 @@ def _status(run_dir: Path) -> dict[str, Any] | None:
         text = (run_dir / "status.json").read_text("utf-8")
     except FileNotFoundError:
         return None
-    status: dict[str, Any] = json.loads(text)
-    return status
+    try:
+        status = json.loads(text)
+        return {"state": str(status["state"]), "reason": status.get("reason")}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise EngineError(f"{run_dir / 'status.json'} is damaged: {error!r}") from error
 
 
 class MetricsTail:
@@ -163,7 +200,16 @@ class MetricsTail:
         self._offset += len(whole)
         fresh = [line for line in whole.splitlines() if line and line not in self._seen]
         self._seen.update(fresh)
-        return [json.loads(line) for line in fresh]
+        return list(_objects(fresh))
+
+
+def _objects(lines: list[bytes]) -> Iterator[dict[str, Any]]:
+    """The JSON objects; a damaged line is nothing to show, and the record says what it lacks."""
+    for line in lines:
+        with suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
 
 
 # --- the app as it is submitted -----------------------------------------------------------------

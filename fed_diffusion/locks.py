@@ -5,15 +5,22 @@ made with O_EXCL, which network file systems keep atomic; flock and fcntl locks 
 process but are, on many of those, seen by one machine only. What a file cannot do, vanish with its
 process, is made up for: a lock whose process is gone, or on another machine has not touched its
 file for `STALE_S`, is taken over by making the next number, so of several that try one succeeds.
+
+A process may hand its lock to one that it starts: the second one joins by the lock's token, and the
+lock is left over only when both are gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
+import logging
 import os
 import re
+import shlex
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -26,10 +33,20 @@ BEAT_S = 20.0
 """Seconds between two touches of a held lock's file."""
 STALE_S = 180.0
 """Age of the last touch from which a lock is left over: network file systems show it late."""
+MOST_COMMAND = 300
+"""Characters of a holder's command line that are written down."""
+logger = logging.getLogger(__name__)
+
+_held: set[str] = set()
+"""Tokens of the locks that this process holds: it may live on with one that it could not remove."""
+
+
+class LockLost(RuntimeError):
+    """This process was stopped for so long that another one took over what it was at."""
 
 
 class FileLock:
-    """One lock, held by at most one process.
+    """One lock, held by at most one process, and by those that it lets join.
 
     Parameters
     ----------
@@ -41,8 +58,12 @@ class FileLock:
 
     def __init__(self, folder: Path, name: str):
         self._folder, self._name = folder, name
-        self._token = uuid.uuid4().hex
+        self.token = uuid.uuid4().hex
+        """Who knows it may `join`."""
         self._mine: Path | None = None
+        self.joined = False
+        """Whether this process holds the lock beside the one that took it."""
+        self._pid = 0
         self._released = threading.Event()
 
     def acquire(self) -> bool:
@@ -51,35 +72,65 @@ class FileLock:
         number = max(self._numbers(), default=0)
         if number and not self._left_over(self._path(number)):
             return False
+        path = self._path(number + 1)
         try:
-            file = os.open(self._path(number + 1), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False  # somebody else was faster
-        with os.fdopen(file, "w", encoding="utf-8") as stream:
-            json.dump(_this_process() | {"token": self._token}, stream)
-        self._mine = self._path(number + 1)
-        self._released.clear()
-        threading.Thread(target=self._beat, args=(self._mine,), daemon=True).start()
+        try:
+            with os.fdopen(file, "w", encoding="utf-8") as stream:
+                json.dump(_this_process() | {"token": self.token}, stream)
+        except OSError:  # no space: an empty lock would keep everybody out for STALE_S
+            path.unlink(missing_ok=True)
+            raise
+        self._hold(path)
         return True
+
+    def join(self, token: str) -> bool:
+        """Hold the lock beside the process that took it and told this one its token."""
+        path = self._path(max(self._numbers(), default=0))
+        found = _read(path)
+        if not token or found.get("token") != token:
+            return False
+        self.token, self.joined = token, True
+        _replace(path, found | {"joined": _this_process()})
+        self._hold(path)
+        return True
+
+    def _hold(self, path: Path) -> None:
+        self._mine, self._pid = path, os.getpid()
+        self._released.clear()
+        _held.add(self.token)
+        threading.Thread(target=self._beat, args=(path,), daemon=True).start()
 
     def held(self) -> bool:
         """Whether the lock is still ours: one that was stopped for long may have lost it."""
         if self._mine is None or self._path(max(self._numbers(), default=0)) != self._mine:
             return False
-        return _read(self._mine).get("token") == self._token
+        return _read(self._mine).get("token") == self.token
 
     def release(self) -> None:
-        """Free the lock, with what others left over before."""
+        """Free the lock, with what others left over before; one that was joined is only left."""
         self._released.set()
-        if self._mine is not None and self.held():
-            for number in sorted(self._numbers()):  # ours, the highest, last
-                self._path(number).unlink(missing_ok=True)
+        ours = self._mine is not None and self._pid == os.getpid()  # not a forked child's
+        if ours and not self.joined and self.held():
+            try:
+                for number in sorted(self._numbers()):  # ours, the highest, last
+                    self._path(number).unlink(missing_ok=True)
+            except OSError as error:  # a file system that became read-only: it is left over
+                logger.warning("the lock %s could not be removed: %s", self._mine, error)
+        if not self.joined:
+            _held.discard(self.token)
         self._mine = None
 
     def holder(self) -> str:
-        """Who holds it, in words."""
+        """Who holds the lock, in words."""
         found = _read(self._path(max(self._numbers(), default=0)))
-        return f"process {found.get('pid', '?')} on {found.get('host', 'some machine')}"
+        words = f"process {found.get('pid', '?')} on {found.get('host', 'some machine')}"
+        if "since" in found:
+            began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["since"]))
+            words += f" (since {began}: {found.get('command', 'an unknown command')})"
+        return words
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{self._name}.{number}.lock"
@@ -92,7 +143,10 @@ class FileLock:
     def _left_over(self, path: Path) -> bool:
         holder, here = _read(path), _this_process()
         if all(holder.get(key) == here[key] for key in ("host", "pids")):
-            return not _lives(holder["pid"], holder["started"])
+            both = [one for one in (holder, holder.get("joined")) if one]
+            ours = [one["pid"] == here["pid"] and holder.get("token") not in _held for one in both]
+            lives = [_lives(one["pid"], one["started"]) for one in both]
+            return not any(live and not mine for live, mine in zip(lives, ours, strict=True))
         try:
             touched = path.stat().st_mtime
         except FileNotFoundError:
@@ -101,7 +155,7 @@ class FileLock:
 
     def _now(self) -> float:
         """The time by the folder's own clock, which another machine's may differ from."""
-        probe = self._folder / f".{self._token}"
+        probe = self._folder / f".{self.token}"
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink()
@@ -113,6 +167,8 @@ class FileLock:
                 os.utime(path)
             except FileNotFoundError:
                 return  # lost; `held` says so
+            except OSError:
+                logger.debug("%s cannot be touched", path, exc_info=True)  # it may be again later
 
 
 def wait_for(lock: FileLock, every_s: float = 0.2) -> None:
@@ -121,14 +177,30 @@ def wait_for(lock: FileLock, every_s: float = 0.2) -> None:
         time.sleep(every_s)
 
 
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    """Write a lock's file anew; whoever reads it sees the old content or the new one."""
+    file, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(file, "w", encoding="utf-8") as stream:
+            json.dump(content, stream)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
 def _this_process() -> dict[str, Any]:
     """What tells this process from all others: a pid means something within its namespace only."""
     namespace = Path("/proc/self/ns/pid")
+    process = psutil.Process()
     return {
         "host": socket.gethostname(),
         "pids": namespace.stat().st_ino if namespace.exists() else 0,
         "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
+        "started": process.create_time(),
+        "since": time.time(),
+        "command": shlex.join(process.cmdline())[:MOST_COMMAND],
     }
 
 

@@ -1,42 +1,14 @@
-"""The run directory: what is written where, and how a trained model is read back.
-
-config.yaml          the resolved configuration: enough to repeat the run
-metrics.jsonl        one line per round
-checkpoint/          theta.safetensors, ema.safetensors, state.json; checkpoint-previous/ is the one
-                     before it
-samples/             round-0005.png ..., final.png
-results.json         the figures of a finished run
-report.html          all of it on one page
-privacy.jsonl        under privacy one line for each round that was opened, again or not
-budgets.json         what each client's node can carry, where nodes say it (pruning.budget)
-status.json          how the run ended: finished, or stopped or failed and why
-"""
+"""A trained model read back from its run directory (see `fed_diffusion.rundir`), that samples."""
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import tempfile
-import time
-from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fed_diffusion.checkpoint import (
-    NEWEST,
-    PREVIOUS,
-    Checkpoint,
-    CheckpointError,
-    load_checkpoint,
-    save_checkpoint,
-    sync,
-)
 from fed_diffusion.compute import device_of, kernels, pinned_threads
 from fed_diffusion.config import Config, ConfigError, build_config
 from fed_diffusion.data import class_count, image_shape, to_uint8
@@ -44,188 +16,17 @@ from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.diffusion.process import Score, per_image, sigma
 from fed_diffusion.diffusion.samplers import SAMPLERS
 from fed_diffusion.federation.probe import peak_memory
-from fed_diffusion.federation.records import RoundSummary
 from fed_diffusion.federation.worker import evaluator, network_with
-from fed_diffusion.files import read_yaml
 from fed_diffusion.hardware import usable_cores
 from fed_diffusion.masks.budget import MARGIN, memory_allowed
 from fed_diffusion.rng import Purpose, torch_generator
+from fed_diffusion.rundir import DEFAULT_ROOT, RunDir
 from fed_diffusion.schema import LARGEST
 
-DEFAULT_ROOT = "runs"
+__all__ = ["DEFAULT_ROOT", "RunDir", "Sampler", "batches_at_once", "sampler_partition"]
+
 FEW = 16
 """Images that are tried to see how much memory a whole batch will take."""
-
-
-def new_run_path(config: Config, root: str | Path = DEFAULT_ROOT) -> Path:
-    """runs/<preset>-<time>, with a number behind it where that exists already."""
-    stem = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    candidates = (
-        Path(root) / (stem + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 100)))
-    )
-    return next(path for path in candidates if not path.exists()).resolve()
-
-
-def resume_command(path: Path, engine: str = "local") -> str:
-    """What to type to go on with a run, quoted for a shell.
-
-    Parameters
-    ----------
-    engine
-        local, flower, or deployment: a SuperLink that the run was submitted to.
-    """
-    if engine == "deployment":
-        return f"flwr run ... --run-config {shlex.quote(f'resume={json.dumps(str(path))}')}"
-    words = ["fed-diffusion", "resume", str(path)]
-    return shlex.join([*words, "--engine", engine] if engine != "local" else words)
-
-
-class RunDir:
-    """The files of one run."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path).resolve()
-
-    @classmethod
-    def create(cls, path: str | Path, config: Config) -> RunDir:
-        """Make the directory and write config.yaml.
-
-        Raises
-        ------
-        ConfigError
-            The directory holds a run already: nothing is ever overwritten.
-        """
-        run = cls(path)
-        if run.metrics.exists():
-            raise ConfigError(f"{run.path} holds a run already; give another directory (--out).")
-        (run.path / "samples").mkdir(parents=True, exist_ok=True)
-        write_atomic(run.path / "config.yaml", config.to_yaml())
-        return run
-
-    @classmethod
-    def open(cls, path: str | Path) -> RunDir:
-        """An existing run; `ConfigError` where there is none."""
-        run = cls(path)
-        if not (run.path / "config.yaml").is_file():
-            raise ConfigError(f"{run.path} is no run directory: it has no config.yaml.")
-        return run
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    def config(self) -> Config:
-        path = self.path / "config.yaml"
-        settings = read_yaml(path, "configuration")
-        try:
-            return build_config(settings)
-        except ConfigError as error:
-            raise ConfigError(f"{path} cannot be used: {error}") from error
-
-    def append_metrics(self, line: Mapping[str, Any]) -> None:
-        _append(self.metrics, line)
-
-    def note_opened(self, round: int) -> None:
-        """Bring to disk that a round is about to be sent to clients: privacy counts each time."""
-        _append(self.path / "privacy.jsonl", {"round": round})
-
-    def opened(self, finished: int) -> int:
-        """How many rounds were opened, repeated ones each time; at least once all up to a last one.
-
-        A line that cannot be read counts as well: it errs on the safe side.
-        """
-        path, named = self.path / "privacy.jsonl", set()
-        lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
-        for line in lines:
-            with suppress(ValueError, KeyError, TypeError):
-                named.add(json.loads(line)["round"])
-        return len(lines) + len(set(range(1, finished + 1)) - named)
-
-    def write_results(self, results: Mapping[str, Any]) -> None:
-        write_atomic(self.path / "results.json", json.dumps(results, indent=2) + "\n")
-
-    def results(self) -> dict[str, Any]:
-        path = self.path / "results.json"
-        if not path.is_file():
-            raise ConfigError(f"{self.path} has no results.json: the run did not finish.")
-        loaded: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return loaded
-
-    def write_budgets(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
-        write_atomic(self.path / "budgets.json", json.dumps(budgets, indent=2) + "\n")
-
-    def write_status(self, state: str, reason: str | None = None) -> None:
-        """The last thing a server writes: finished, or failed with the reason."""
-        write_atomic(self.path / "status.json", json.dumps({"state": state, "reason": reason}))
-
-    def finished(self) -> bool:
-        """Whether the run has come to its end."""
-        path = self.path / "status.json"
-        return path.is_file() and json.loads(path.read_text("utf-8"))["state"] == "finished"
-
-    def budgets(self) -> dict[int, dict[str, float]]:
-        """What write_budgets wrote; empty where it wrote nothing."""
-        path = self.path / "budgets.json"
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        return {int(client): budget for client, budget in found.items()}
-
-    def has_checkpoint(self) -> bool:
-        return any((self.path / folder).exists() for folder in (NEWEST, PREVIOUS))
-
-    def save_checkpoint(
-        self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> None:
-        """Write checkpoint/; see `fed_diffusion.checkpoint`."""
-        save_checkpoint(self.path, tensors, state)
-
-    def load_checkpoint(self) -> Checkpoint:
-        """The newest whole checkpoint; `ConfigError` where there is none."""
-        try:
-            return load_checkpoint(self.path)
-        except CheckpointError as error:
-            raise ConfigError(f"{self.path} cannot be read as a trained run: {error}.") from error
-
-    def load_theta(self, *, ema: bool) -> dict[str, Tensor]:
-        return self.load_checkpoint().tensors["ema" if ema else "theta"]
-
-    def read_rounds(self, last: int) -> list[RoundSummary]:
-        """The lines of metrics.jsonl up to round `last`; of a repeated round the last one."""
-        rounds: dict[int, RoundSummary] = {}
-        for line in self.metrics.read_text("utf-8").splitlines() if self.metrics.exists() else ():
-            try:
-                summary = RoundSummary.from_dict(json.loads(line))
-            except (ValueError, TypeError, KeyError):
-                continue  # cut off in the middle of a line
-            if summary.round <= last:
-                rounds[summary.round] = summary
-        return [rounds[number] for number in sorted(rounds)]
-
-    def rewrite_metrics(self, rounds: Iterable[RoundSummary]) -> None:
-        """Leave only these rounds in metrics.jsonl: what came after the checkpoint comes again."""
-        write_atomic(self.metrics, "".join(json.dumps(r.to_dict()) + "\n" for r in rounds))
-
-
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    """Add a line of JSON to a file; it is on disk when this returns."""
-    fresh = not path.exists()
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    if fresh:
-        sync(path.parent)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the whole new one."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-    ) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).chmod(0o644)
-    os.replace(file.name, path)
 
 
 def batches_at_once(device: torch.device, count: int) -> ThreadPoolExecutor:

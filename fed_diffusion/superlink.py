@@ -19,7 +19,7 @@ import sysconfig
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -57,13 +57,21 @@ class SuperLink:
         An empty directory with a short path. FLWR_HOME, Ray's session and the logs go there.
     modules
         A directory to import the user's own modules from, after the app's.
+    environment
+        Variables that every process of the run gets.
     """
 
-    def __init__(self, home: Path, modules: Path | None = None, ray_address: str | None = None):
+    def __init__(
+        self,
+        home: Path,
+        modules: Path | None = None,
+        ray_address: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ):
         self.home = home
         self._mark = uuid.uuid4().hex
         self._port = _free_port()
-        self._env = self._environment(modules) | self._ray(ray_address)
+        self._env = self._environment(modules) | self._ray(ray_address) | dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._client: subprocess.Popen[bytes] | None = None
         self._watch: subprocess.Popen[bytes] | None = None

@@ -31,8 +31,8 @@ from fed_diffusion.experiment import Experiment, Progress, check
 from fed_diffusion.federation.simulate import run_in_process
 from fed_diffusion.files import read_yaml
 from fed_diffusion.hardware import usable_cores
-from fed_diffusion.locks import FileLock
-from fed_diffusion.runs import DEFAULT_ROOT, RunDir
+from fed_diffusion.locks import FileLock, LockLost
+from fed_diffusion.rundir import DEFAULT_ROOT, RunBusy, RunDir
 from fed_diffusion.schema import LARGEST, DataConfig, Section, as_numbers
 
 MACHINES = "machines.txt"
@@ -66,6 +66,9 @@ class Run:
     def finished(self) -> bool:
         return RunDir(self.path).finished()
 
+    def results(self) -> dict[str, Any]:
+        return RunDir(self.path).results()
+
 
 @dataclass
 class Outcome:
@@ -76,10 +79,6 @@ class Outcome:
     """Run -> why."""
     elsewhere: dict[str, str] = field(default_factory=dict)
     """Run -> the process that is at it."""
-
-
-class LockLost(RuntimeError):
-    """This process was stopped for so long that another one took over its run."""
 
 
 def sweeps() -> list[str]:
@@ -255,11 +254,11 @@ def run_sweep(
     for number, run in enumerate(runs, 1):
         where = f"[{number}/{len(runs)}] {run.name}"
         lock = FileLock(out / "locks", run.name)
-        if not run.finished() and not lock.acquire():
-            outcome.elsewhere[run.name] = lock.holder()
-            say(f"{where}: {lock.holder()} is at it")
-            continue
         try:
+            if not run.finished() and not lock.acquire():
+                outcome.elsewhere[run.name] = lock.holder()
+                say(f"{where}: {lock.holder()} is at it")
+                continue
             if not run.finished():  # asked again: it may have been, just before it was ours
                 with progress(run.config) as shown:
                     _do(
@@ -267,11 +266,12 @@ def run_sweep(
                     )
             outcome.finished.append(run)
             say(f"{where}: finished")
+        except RunBusy as error:  # by a resume of this one run
+            outcome.elsewhere[run.name] = str(error)
+            say(f"{where}: {error}")
         except Exception as error:
             logger.debug("%s", run.name, exc_info=True)
             outcome.failed[run.name] = f"{type(error).__name__}: {error}"
-            if lock.held() and run.path.is_dir():
-                RunDir(run.path).write_status("stopped", outcome.failed[run.name])
             say(f"{where}: failed: {outcome.failed[run.name]}")
         finally:
             lock.release()
@@ -286,15 +286,16 @@ def _do(
     where: str,
     say: Callable[[str], None],
 ) -> None:
-    """One run from where it is to its end."""
+    """One run from where it is to its end; it writes its own status."""
     if (run.path / "config.yaml").exists():
         experiment = Experiment.resume(run.path, dataset)
         say(f"{where}: goes on after round {experiment.coordinator.round}")
     else:
         experiment = Experiment(run.config, run.path, dataset)
         say(f"{where}: begins")
-    _note_machine(run)
-    run_in_process(experiment, processes=processes, progress=progress)
+    with experiment.guarded():
+        _note_machine(run)
+        run_in_process(experiment, processes=processes, progress=progress)
 
 
 def _guarded(progress: Progress, lock: FileLock) -> Progress:

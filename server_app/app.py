@@ -20,7 +20,9 @@ from fed_diffusion.config import (
 )
 from fed_diffusion.evaluation.checks import OWN_DATA
 from fed_diffusion.experiment import Experiment, RunStopped
-from fed_diffusion.runs import RunDir, new_run_path
+from fed_diffusion.locks import LockLost
+from fed_diffusion.rundir import RunDir, RunTaken
+from fed_diffusion.runfiles import in_words
 from fed_diffusion.superlink import MARK
 from server_app.strategy import FedDiffusion
 
@@ -52,39 +54,70 @@ def config_of(run_config: UserConfig) -> Config:
     return load_config(str(run_config["preset"]), overrides | pairs)
 
 
-def _experiment(run_config: UserConfig, path: Path | None) -> Experiment:
+def _experiment(run_config: UserConfig) -> Experiment:
     """A new run, or with `resume` the one that a run directory holds."""
     resumed = str(run_config.get("resume", ""))
     if resumed:
         stored = RunDir.open(resumed).config()
-        return Experiment.resume(resumed, needs_data=stored.evaluation.reference in OWN_DATA)
+        accept = str(run_config.get("accept-changes", "")).lower() in ("yes", "true")
+        needs_data = stored.evaluation.reference in OWN_DATA
+        return Experiment.resume(resumed, needs_data=needs_data, accept_changes=accept)
     config = config_of(run_config)
-    path = path or new_run_path(config)
-    if (path / "metrics.jsonl").exists():
-        raise FileExistsError(f"run-dir {path} holds a run already; give another directory")
+    path = _run_dir(run_config)
+    if path is not None:
+        RunDir(path).refuse_existing()  # before anything is loaded
     # in a deployment the server has images only if it is to compare with them
     return Experiment(config, path, needs_data=config.evaluation.reference in OWN_DATA)
+
+
+def _run_dir(run_config: UserConfig) -> Path | None:
+    """Where a new run is to be; None: a new directory under runs/."""
+    given = str(run_config.get("run-dir", ""))
+    return Path(given) if given else None
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run; however it ends, status.json in the run directory says so."""
-    given = str(context.run_config.get("run-dir", ""))
-    path = Path(given) if given else None
+    experiment = None
     try:
-        experiment = _experiment(context.run_config, path)
+        experiment = _experiment(context.run_config)
         experiment.engine = "flower" if MARK in os.environ else "deployment"
-        path = experiment.run.path
         FedDiffusion(experiment).run(grid)
-    except FileExistsError:
+    except RunTaken:
         raise  # the run that is there keeps its status
     except (RunStopped, KeyboardInterrupt):
         traceback.print_exc()
         raise  # its status says that it was stopped, and how to resume
     except BaseException as error:
         traceback.print_exc()  # Flower prints it only after Ray is down
-        if path is not None:
-            path.mkdir(parents=True, exist_ok=True)
-            RunDir(path).write_status("failed", f"{type(error).__name__}: {error}")
+        run = experiment.run if experiment else _unbegun(context.run_config)
+        _note_failure(run, error)
         raise
+    finally:
+        if experiment is not None:
+            experiment.close()
     print(experiment.run.path, flush=True)
+
+
+def _unbegun(run_config: UserConfig) -> RunDir | None:
+    """The directory of a run that was refused; a run that is there keeps its status."""
+    path = _run_dir(run_config)
+    if path is None or run_config.get("resume"):
+        return None
+    run = RunDir(path)
+    try:
+        run.refuse_existing()
+    except RunTaken:
+        return None
+    return run
+
+
+def _note_failure(run: RunDir | None, error: BaseException) -> None:
+    if run is None or isinstance(error, LockLost):
+        return
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.write_status("failed", f"{type(error).__name__}: {error}")
+    except OSError as second:  # a full disk: it must not hide the first error
+        error.add_note(f"Then: {in_words(second, run.path)}")

@@ -11,8 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from fed_diffusion.cli import main
 from fed_diffusion.config import load_config
 from fed_diffusion.federation.simulate import simulate
 from fed_diffusion.flower_engine import run_on_flower
@@ -68,6 +70,38 @@ def test_small_networks_in_int8_are_the_same_bits_on_flower(tmp_path):
     here, there = (RunDir(tmp_path / name).results() for name in ("local", "flower"))
     assert (here["bytes_up"], here["bytes_down"]) == (there["bytes_up"], there["bytes_down"])
     assert here["rejected"] == there["rejected"] == 0
+
+
+@pytest.mark.slow
+def test_a_flower_run_is_its_own_until_every_process_of_it_has_ended(tmp_path, capsys):
+    run = tmp_path / "run"
+    settings = TINY | {"method": "T-FedDM-M", "theory.every": 1, "flower.supernodes": 2}
+    pairs = [f"--set={key}={value}" for key, value in (settings | {"rounds": 40}).items()]
+    command = [sys.executable, "-m", "fed_diffusion.cli", "run", "digits", "--engine", "flower"]
+    process = subprocess.Popen([*command, "--out", str(run), *pairs])
+    try:
+        while not (run / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        assert main(["resume", str(run)]) == 2
+        assert f"in use by process {process.pid} on " in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.wait()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["rounds"] = RunDir(run).load_checkpoint().state["round"] + 8
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    again = ["resume", str(run), "--engine", "flower"]
+    for _ in range(100):  # the ServerApp outlives the command by a moment, and holds the run
+        assert main(again) == 2
+        if "--accept-changes" in (said := capsys.readouterr().err):
+            break
+        assert "in use by" in said
+        time.sleep(0.2)
+    assert main([*again, "--accept-changes"]) == 0
+    rounds = RunDir(run).results()["rounds"]
+    simulate(config_of(method="T-FedDM-M", theory__every=1, rounds=rounds), tmp_path / "local")
+    assert same_bits(tmp_path / "local", run)
 
 
 @pytest.mark.slow

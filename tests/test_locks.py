@@ -1,5 +1,6 @@
 """Locks as files: one holder at a time, and what a killed process leaves is taken over."""
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,8 @@ HOLD = """
 import sys
 from pathlib import Path
 from fed_diffusion.locks import FileLock
-print(FileLock(Path(sys.argv[1]), "run").acquire(), flush=True)
+lock = FileLock(Path(sys.argv[1]), "run")
+print(lock.join(sys.argv[2]) if sys.argv[2:] else lock.acquire(), flush=True)
 sys.stdin.read()
 """
 
@@ -57,6 +59,42 @@ def test_a_lock_of_a_living_process_is_not_taken(tmp_path, other):
     lock = FileLock(tmp_path, "run")
     assert not lock.acquire()
     assert f"process {other.pid} on " in lock.holder()
+    assert "since 20" in lock.holder()
+    assert "from fed_diffusion.locks import" in lock.holder()  # its command line
+
+
+def test_who_knows_the_token_holds_the_lock_beside_its_owner_and_beyond_its_end(tmp_path, other):
+    token = json.loads((tmp_path / "run.1.lock").read_text())["token"]
+    command = [sys.executable, "-c", HOLD, str(tmp_path), token]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as second:
+        assert second.stdout.readline() == b"True\n"
+        other.kill()
+        other.wait()
+        lock = FileLock(tmp_path, "run")
+        assert not lock.acquire()
+        second.kill()
+    assert lock.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize("token", ["", "another"])
+def test_without_the_token_nobody_joins(tmp_path, token):
+    lock = FileLock(tmp_path, "run")
+    assert not lock.join(token)
+    assert lock.acquire()
+    assert not FileLock(tmp_path, "run").join(token)
+    lock.release()
+
+
+def test_a_lock_that_finds_no_room_leaves_nothing_that_keeps_others_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(json, "dump", no_room)
+    with pytest.raises(OSError, match="No space"):
+        FileLock(tmp_path, "run").acquire()
+    assert list(tmp_path.iterdir()) == []
+
+
+def no_room(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, other):

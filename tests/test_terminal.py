@@ -5,7 +5,7 @@ import shlex
 import pytest
 from rich.table import Table
 
-from fed_diffusion.runs import resume_command
+from fed_diffusion.origin import resume_command
 from fed_diffusion.terminal import plain_console, tell
 
 HOSTILE = [
@@ -39,11 +39,11 @@ def test_a_text_in_a_table_or_its_title_is_shown_as_it_is(text, capsys):
 )
 @pytest.mark.parametrize("engine", ["local", "flower"])
 def test_the_command_that_resumes_a_run_is_one_word_for_its_path(name, engine, tmp_path):
-    words = shlex.split(resume_command(tmp_path / name, engine))
+    words = shlex.split(resume_command(tmp_path / name, engine=engine))
     assert words[:3] == ["fed-diffusion", "resume", str(tmp_path / name)]
     assert words[3:] == ([] if engine == "local" else ["--engine", engine])
 
 
 def test_a_run_on_a_deployment_is_resumed_where_it_was_submitted(tmp_path):
-    words = shlex.split(resume_command(tmp_path / "my run", "deployment"))
+    words = shlex.split(resume_command(tmp_path / "my run", engine="deployment"))
     assert words == ["flwr", "run", "...", "--run-config", f'resume="{tmp_path / "my run"}"']

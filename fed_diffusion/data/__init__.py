@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fed_diffusion.data.datasets import (
     class_count,
+    content_hash,
     image_shape,
     load_dataset,
     tell,
@@ -18,6 +19,7 @@ from fed_diffusion.data.partition import partition, split_holdout
 __all__ = [
     "ImageSet",
     "class_count",
+    "content_hash",
     "image_shape",
     "load_dataset",
     "load_own",

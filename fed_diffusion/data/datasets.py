@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import importlib
 import logging
 import os
@@ -52,6 +53,18 @@ KNOWN = {
 }
 DOWNLOADED = ("cifar10", "svhn", "fashion_mnist")
 """Sets with a test split of their own."""
+
+
+def content_hash(dataset: ImageSet) -> str:
+    """SHA-256 over the images' shape and bytes, their labels and their client folders."""
+    digest = hashlib.sha256(repr(tuple(dataset.images.shape)).encode())
+    digest.update(dataset.images.contiguous().numpy().data)
+    if dataset.labels is not None:
+        digest.update(dataset.labels.contiguous().numpy().data)
+    if dataset.folder_of is not None:
+        digest.update(repr(dataset.folders).encode())
+        digest.update(dataset.folder_of.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 from fed_diffusion.config import ConfigError
-from fed_diffusion.data.datasets import ImageSet, to_unit
+from fed_diffusion.data.datasets import ImageSet, content_hash, to_unit
 from fed_diffusion.hardware import usable_cores
 from fed_diffusion.rng import Purpose, seed_torch, torch_generator
 
@@ -209,12 +209,8 @@ class Fingerprinted:
 
 
 def fingerprint(reference: ImageSet) -> Fingerprinted:
-    """The key of a reference set: a SHA-256 over shape, images and labels."""
-    digest = hashlib.sha256(repr(tuple(reference.images.shape)).encode())
-    digest.update(reference.images.contiguous().numpy().data)
-    if reference.labels is not None:
-        digest.update(reference.labels.contiguous().numpy().data)
-    return Fingerprinted(digest.hexdigest(), reference)
+    """The key of a reference set: the hash of what is in it."""
+    return Fingerprinted(content_hash(reference), reference)
 
 
 def weights_hash(network: nn.Module) -> str:

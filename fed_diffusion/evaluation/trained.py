@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity import register_feature_extractor
 
@@ -31,6 +31,7 @@ from fed_diffusion.evaluation.features import (
 from fed_diffusion.evaluation.weights import KEY, Header, check_features
 from fed_diffusion.files import expanded
 from fed_diffusion.rng import Purpose, generator, torch_generator
+from fed_diffusion.runfiles import save_tensors
 from fed_diffusion.schema import DataConfig
 
 RESNET = "fed-diffusion-resnet"
@@ -164,7 +165,7 @@ def save_features(path: Path, network: ResNet, header: Header) -> None:
     """Write the network with its header, whole or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(network.state_dict(), unfinished, {KEY: json.dumps(header.to_dict())})
+        save_tensors(unfinished, network.state_dict(), {KEY: json.dumps(header.to_dict())})
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from fed_diffusion.federation.aggregate import DivergedError, UpdateError
 from fed_diffusion.federation.divergence import FIRST_LOSS
 from fed_diffusion.federation.wire import Payload
@@ -95,8 +97,11 @@ class RoundSummary:
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> RoundSummary:
-        """The inverse of `to_dict`, for a line of metrics.jsonl."""
-        return cls(**(dict(line) | {"clients": [ClientRound(**c) for c in line["clients"]]}))
+        """The inverse of `to_dict`, for a line of metrics.jsonl; `ValueError` where it is none."""
+        return _SUMMARY.validate_python(line)
+
+
+_SUMMARY = TypeAdapter(RoundSummary)
 
 
 def measurements(numbers: Mapping[str, Any]) -> dict[str, Any]:

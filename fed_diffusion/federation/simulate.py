@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import multiprocessing
+import os
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -16,11 +22,13 @@ import torch
 from fed_diffusion.compute import device_of
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import ImageSet
-from fed_diffusion.experiment import Experiment, Progress
+from fed_diffusion.experiment import Experiment, Progress, RunStopped
 from fed_diffusion.federation.buffered import BufferedCoordinator
 from fed_diffusion.federation.records import Task, Update
 from fed_diffusion.federation.worker import Worker
 from fed_diffusion.hardware import usable_cores
+
+logger = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -64,11 +72,12 @@ def run_in_process(
         processes = max(1, usable_cores() // config.worker.threads)
         if (device := device_of(config)).type == "cuda":
             processes = 1 if device.index is not None else torch.cuda.device_count()
-    announce_budgets(experiment)
-    with task_runner(config, experiment.dataset, min(processes, config.clients)) as run:
-        if config.round.mode == "buffered":
-            return experiment.train(BufferedExchange(experiment, run), progress)
-        return experiment.train(lambda round: exchange(experiment, run, round), progress)
+    with experiment.guarded():
+        announce_budgets(experiment)
+        with task_runner(config, experiment.dataset, min(processes, config.clients)) as run:
+            if config.round.mode == "buffered":
+                return experiment.train(BufferedExchange(experiment, run), progress)
+            return experiment.train(lambda round: exchange(experiment, run, round), progress)
 
 
 def exchange(experiment: Experiment, run: Runner, round: int) -> None:
@@ -156,14 +165,11 @@ def task_runner(config: Config, dataset: ImageSet, processes: int) -> Iterator[R
     if processes == 1:
         yield _InTurn(Worker(config, dataset))
         return
-    # spawn, not fork: torch's threads do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    devices = context.SimpleQueue()
-    for process in range(processes):
-        devices.put(_device_of_process(config, process))
-    start = (_start_process, (config.to_dict(), devices))
-    with ProcessPoolExecutor(processes, context, *start) as pool:
-        yield _InProcesses(pool, processes)
+    runner = _InProcesses(config, processes)
+    try:
+        yield runner
+    finally:
+        runner.close()
 
 
 class _InTurn:
@@ -181,26 +187,90 @@ class _InTurn:
 
 
 class _InProcesses:
-    """A pool of processes, each with its resident model; at most one task ahead of each."""
+    """A pool of processes, each with its resident model; at most one task ahead of each.
 
-    def __init__(self, pool: ProcessPoolExecutor, processes: int):
-        self._pool = pool
-        self._ahead = 2 * processes
+    When one of them is killed (the system is out of memory, as a rule), the pool is useless; a new
+    one does the lost tasks again, once in a round, and comes to the same bits.
+    """
+
+    def __init__(self, config: Config, processes: int):
+        self._config, self._processes = config, processes
+        self._pool = _new_pool(config, processes)
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Update | Exception]]:
         waiting: dict[Future[Update], Task] = {}
-        remaining = iter(tasks)
+        lost: list[Task] = []
+        remaining, broken, renewed = iter(tasks), False, False
         while True:
-            while len(waiting) < self._ahead and (task := next(remaining, None)) is not None:
-                waiting[self._pool.submit(_run_task, task)] = task
-            if not waiting:
+            while not broken and len(waiting) < 2 * self._processes:
+                task = lost.pop() if lost else next(remaining, None)
+                if task is None:
+                    break
+                try:
+                    waiting[self._submit(task)] = task
+                except BrokenProcessPool:
+                    lost.append(task)
+                    broken = True
+            if not waiting and not broken:
                 return
+            if not waiting:
+                self._renew(lost[0].round, renewed)
+                broken, renewed = False, True
+                continue
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
                 task, error = waiting.pop(future), future.exception()
-                if error is not None and not isinstance(error, Exception):
+                if isinstance(error, BrokenProcessPool):
+                    lost.append(task)
+                    broken = True
+                elif error is not None and not isinstance(error, Exception):
                     raise error
-                yield task, error if error is not None else future.result()
+                else:
+                    yield task, error if error is not None else future.result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _submit(self, task: Task) -> Future[Update]:
+        with _main_module_hidden():
+            return self._pool.submit(_run_task, task)
+
+    def _renew(self, round: int, renewed: bool) -> None:
+        problem = (
+            f"round {round}: a worker process ended before its task did. It was killed, or the "
+            "machine is out of memory (fewer processes at once need less), or it could not start "
+            "(its own words are above)."
+        )
+        if renewed:
+            raise RunStopped(f"{problem} That was the second time in this round.")
+        logger.warning("%s New ones take over.", problem)
+        self._pool.shutdown()
+        self._pool = _new_pool(self._config, self._processes)
+
+
+def _new_pool(config: Config, processes: int) -> ProcessPoolExecutor:
+    # spawn, not fork: torch's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    devices = context.SimpleQueue()
+    for process in range(processes):
+        devices.put(_device_of_process(config, process))
+    return ProcessPoolExecutor(processes, context, _start_process, (config.to_dict(), devices))
+
+
+@contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Start processes that do not run the user's script again.
+
+    A spawned process imports the main module, so a script that calls `simulate` without
+    `if __name__ == "__main__":` would begin the same run in every worker. Workers need nothing of
+    it.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 _worker: Worker | None = None
@@ -215,8 +285,17 @@ def _device_of_process(config: Config, process: int) -> str:
 
 def _start_process(settings: dict[str, Any], devices: SimpleQueue[str]) -> None:
     global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     settings["worker"]["device"] = devices.get()
     _worker = Worker(Config.model_validate(settings))
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its workers, which would wait for a task for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_task(task: Task) -> Update:

@@ -28,6 +28,9 @@ if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("the wire format is little-endian and this machine is not")
 
 MASK_PREFIX = "mask:"
+VERSION = 1
+"""Raised when a payload would be read otherwise, or when the same settings make another one: runs
+that were begun before would not end with the bits they would have ended with."""
 
 
 @dataclass(frozen=True)

@@ -129,11 +129,13 @@ def _headline(record: Record) -> str:
         for label, value, note in facts
     )
     state = ""
-    if not results:
+    if not results and "results.json" not in record.damaged:
         reached = f"round {number(last.get('round'))} was" if record.rounds else "no round was"
         state = warning(f"This run is not finished: {reached} its last; there is no results.json.")
     if record.unreadable:
         state += warning(f"{record.unreadable} lines of metrics.jsonl could not be read.")
+    for name in record.damaged:
+        state += warning(f"{name} is damaged and could not be read.")
     return (
         f"<header><h1>{escape(_title(record))}</h1>"
         f'<p class="soft">{escape(record.name)}, seed {plain(record.fact("seed"))}</p>'

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from fed_diffusion.config import ConfigError, build_config
+from fed_diffusion.federation.records import ClientRound, RoundSummary
 from fed_diffusion.files import read_yaml
+from fed_diffusion.runfiles import read_object
 from fed_diffusion.schema import as_numbers
 
 _ROUND = re.compile(r"round-(\d+)\.png")
@@ -26,13 +30,15 @@ class Record:
     rounds
         metrics.jsonl, one mapping per round in order; of a repeated round the last one.
     unreadable
-        Lines of metrics.jsonl that are no JSON, as the last one of a killed run.
+        Lines of metrics.jsonl that are damaged, as the last one of a killed run.
     budgets
         budgets.json: what each client's node said it can carry; empty where none was asked.
     results
         results.json; empty for a run that has not finished.
     final, timeline
         The grids in samples/, the latter as (round, file) in order.
+    damaged
+        Names of other files that are there and cannot be read.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Record:
     results: dict[str, Any]
     final: Path | None
     timeline: list[tuple[int, Path]]
+    damaged: list[str] = field(default_factory=list)
 
     def fact(self, key: str) -> Any:
         """A value of the results, else of the settings, else None."""
@@ -72,15 +79,17 @@ def read_record(run_dir: Path) -> Record:
     samples = run_dir / "samples"
     found = ((_ROUND.fullmatch(path.name), path) for path in samples.glob("round-*.png"))
     final = samples / "final.png"
+    damaged: list[str] = []
     return Record(
         name=run_dir.resolve().name,
         settings=settings,
         rounds=rounds,
         unreadable=unreadable,
-        budgets=_read_mapping(run_dir / "budgets.json"),
-        results=_read_mapping(run_dir / "results.json"),
+        budgets=_read_mapping(run_dir / "budgets.json", damaged),
+        results=_read_mapping(run_dir / "results.json", damaged),
         final=final if final.is_file() else None,
         timeline=sorted((int(match[1]), path) for match, path in found if match),
+        damaged=damaged,
     )
 
 
@@ -90,16 +99,65 @@ def _read_rounds(path: Path) -> tuple[list[dict[str, Any]], int]:
     unreadable = 0
     for line in filter(str.strip, lines):
         try:
-            entry = json.loads(line)
-            rounds[int(entry["round"])] = entry
-        except (ValueError, KeyError, TypeError):
+            entry = _checked(json.loads(line))
+        except (ValueError, RecursionError):
             unreadable += 1
+        else:
+            rounds[entry["round"]] = entry
     return [rounds[number] for number in sorted(rounds)], unreadable
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _kinds(record: type) -> dict[str, type | tuple[type, ...]]:
+    """What JSON holds for each field of a record; a field that may be anything is left out."""
+    kinds: dict[str, type | tuple[type, ...]] = {}
+    for name, hint in get_type_hints(record).items():
+        members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        bare = {get_origin(member) or member for member in members}
+        if bare & {int, float}:
+            kinds[name] = (int, float)
+        elif bare & {list, dict}:
+            kinds[name] = list if list in bare else dict
+    return kinds
+
+
+_ROUND_KINDS = _kinds(RoundSummary)
+_DRAWN_KINDS = {"w2": _kinds(ClientRound)["w2"]}
+"""The value of a client that goes into a figure; the others are shown as they are."""
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl of which every value, where there is one, is of its kind.
+
+    Raises
+    ------
+    ValueError
+        It is no such line.
+    """
+    if not isinstance(entry, dict) or type(entry.get("round")) is not int:
+        raise ValueError("it has no round")
+    _check_kinds(entry, _ROUND_KINDS)
+    for client in entry.get("clients") or []:
+        if not isinstance(client, dict):
+            raise ValueError("a client is no mapping")
+        _check_kinds(client, _DRAWN_KINDS)
+    for trainers, coordinates in (entry.get("coverage") or {}).items():
+        if not trainers.isdecimal() or type(coordinates) is not int:
+            raise ValueError("coverage does not count")
+    return entry
+
+
+def _check_kinds(entry: dict[str, Any], kinds: Mapping[str, type | tuple[type, ...]]) -> None:
+    for key, kind in kinds.items():
+        value = entry.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{key} is {value!r}")
+
+
+def _read_mapping(path: Path, damaged: list[str]) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return read_object(path)
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except ConfigError:
+        damaged.append(path.name)
+        return {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fed_diffusion.config import ConfigError
 from fed_diffusion.locks import FileLock, wait_for
 from fed_diffusion.report.paper import TABLE_2
 from fed_diffusion.report.records import Record, read_record
 from fed_diffusion.report.sweep_figures import save_loss_figure, save_samples_figure
-from fed_diffusion.runs import write_atomic
+from fed_diffusion.runfiles import write_atomic
 from fed_diffusion.sweep import MACHINES, Run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,16 @@ class Row:
 
 
 def finished(runs: Iterable[Run]) -> list[tuple[Run, Record]]:
-    return [(run, read_record(run.path)) for run in runs if run.finished()]
+    """The finished runs; one whose files are damaged is left out, with a warning."""
+    done = []
+    for run in runs:
+        try:
+            if run.finished():
+                run.results()
+                done.append((run, read_record(run.path)))
+        except ConfigError as error:
+            logger.warning("%s is left out of the tables: %s", run.name, error)
+    return done
 
 
 def rows_of(done: Sequence[tuple[Run, Record]]) -> list[Row]:

@@ -54,8 +54,10 @@ def _curves(axes: Axes, done: Done) -> None:
         _colours(done), dict.fromkeys(run.method for run, _ in done), strict=False
     ):
         runs = [record for run, record in done if run.method == method]
-        losses = np.array([[line["loss"] for line in record.rounds] for record in runs])
-        rounds = np.array([line["round"] for line in runs[0].rounds])
+        known = [{line["round"]: line.get("loss") for line in record.rounds} for record in runs]
+        # a damaged line of one run's record costs its round, not the figure
+        rounds = np.array([r for r in known[0] if all(k.get(r) is not None for k in known)])
+        losses = np.array([[one[number] for number in rounds] for one in known])
         mean = losses.mean(axis=0)
         marker = "o" if len(rounds) <= FEW else ""
         axes.plot(rounds, mean, color=colour, label=method, lw=1.6, marker=marker, ms=2.5)

@@ -161,12 +161,12 @@ def coverage_figure(rounds: Sequence[Round]) -> Figure:
 
 def w2_figure(rounds: Sequence[Round]) -> Figure:
     """w² of every worker under a mask, and w² N / Gamma, over the rounds."""
-    workers: dict[int, list[tuple[int, float]]] = {}
+    workers: dict[str, list[tuple[int, float]]] = {}
     for entry in rounds:
         for client in mappings(entry.get("clients")):
             if float(client.get("w2") or 0) > 0:
                 point = (int(entry["round"]), float(client["w2"]))
-                workers.setdefault(int(client["client"]), []).append(point)
+                workers.setdefault(str(client.get("client")), []).append(point)
     figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     axes = _axes(figure, "round", "w²")
     marker = "o" if len(rounds) <= FEW else ""

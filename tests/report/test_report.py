@@ -403,3 +403,50 @@ def test_the_bounds_factor_is_stated_where_it_is_known(tmp_path: Path) -> None:
         in page_of(write_run(tmp_path, rounds)).text
     )
     assert "as it stands in the bound" not in page_of(write_run(tmp_path, [a_round(1)])).text
+
+
+# --- damaged runs -------------------------------------------------------------------------------
+
+NUMBERS = ("loss", "holdout_loss", "gamma", "trained", "w2_max", "bytes_up", "seconds", "images")
+WRONG: tuple[Any, ...] = ("much", [], {}, True)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_a_line_with_a_value_of_another_kind_is_left_out_and_counted(
+    tmp_path: Path, wrong: Any
+) -> None:
+    damaged = [a_round(number + 2, **{key: wrong}) for number, key in enumerate(NUMBERS)]
+    damaged += [a_round(20, clients=[client(0, w2=wrong)]), a_round(21, rejected=7)]
+    damaged += [a_round(24, coverage={"many": 1}), a_round(25, coverage={"2": wrong})]
+    damaged += [a_round(22, clients=["nobody"]), a_round(23, round=wrong)]
+    run = write_run(tmp_path, [a_round(1), *damaged, a_round(30)])
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe{"round": 31}\n[1, 2]\n"text"\n' + b"[" * 100_000 + b"\n")
+    record = read_record(run)
+    assert [entry["round"] for entry in record.rounds] == [1, 30]
+    assert record.unreadable == len(damaged) + 4
+    assert f"{len(damaged) + 4} lines of metrics.jsonl could not be read" in page_of(run).text
+
+
+@pytest.mark.parametrize("content", [b"", b'{"loss": ', b"[]", b"\xff\xfe", b"null"])
+def test_damaged_results_are_said_to_be_damaged_and_the_rest_is_shown(
+    tmp_path: Path, content: bytes
+) -> None:
+    run = write_finished(tmp_path)
+    for name in ("results.json", "budgets.json"):
+        (run / name).write_bytes(content)
+    text = page_of(run).text
+    assert "results.json is damaged and could not be read" in text
+    assert "budgets.json is damaged" in text
+    assert "not finished" not in text
+    assert "After round 6" in text
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: [", b"\x00"])
+def test_a_configuration_that_cannot_be_read_is_refused_by_name(
+    tmp_path: Path, content: bytes
+) -> None:
+    run = write_finished(tmp_path)
+    (run / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        write_report(run)

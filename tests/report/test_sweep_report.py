@@ -125,3 +125,17 @@ def test_without_a_finished_run_nothing_is_written(runs, tmp_path):
 def test_level_f_and_baselines_belong_beside_every_family():
     methods = ["R-FedDM-S", "T-FedDM-M-literal", "FedDM-F", "FedDM-S-exclusive"]
     assert [family(method) for method in methods] == ["R", "T", None, None]
+
+
+def test_a_run_with_damaged_files_costs_its_own_row_and_no_more(runs, tmp_path, caplog):
+    (runs[0].path / "results.json").write_text("{")
+    (runs[1].path / "status.json").write_text("")
+    with (runs[2].path / "metrics.jsonl").open("r+") as file:
+        file.write("damaged")  # the first round
+    table = write_outputs(runs, tmp_path, "command")
+    assert "| FedDM-F |" in table
+    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
+    assert rows["FedDM-F"]["seeds"] == "2"
+    assert rows["R-FedDM-S"]["seeds"] == "0 1 2"
+    for path in (runs[0].path / "results.json", runs[1].path / "status.json"):
+        assert str(path) in caplog.text
