@@ -51,7 +51,10 @@ MINIBATCHES = 2
 """Of the run's batch size: the fewest that tell noise from gradient."""
 MOST_MINIBATCHES = 32
 SHARE = 0.02
-"""What the minibatches may cost, beyond the fewest: of a worker's steps in the whole run."""
+"""What measuring may cost, beyond the fewest minibatches: of the workers' steps in the run."""
+MINIBATCH_STEPS, CURVATURE_STEPS = 1.2, 12.0
+"""What a minibatch with its sketch, and a curvature, cost in training steps: as measured on digits,
+where the network is small and the sketch takes its largest share."""
 PRODUCTS = 3
 """Hessian products behind a curvature."""
 MOST_WORKERS = 32
@@ -59,6 +62,7 @@ MOST_WORKERS = 32
 MOST_LETTERS = 200
 """Of the reason why a worker could not measure."""
 ASKED, CURVED = "diagnostic.minibatches", "diagnostic.products"
+TOGETHER = "diagnostic.workers"
 GRADIENTS, FAILED = "diagnostic.gradients", "diagnostic.failed"
 LOSS, LOSS_ERROR, M2 = "diagnostic.loss", "diagnostic.loss_error", "diagnostic.M2"
 L, L_ERROR = "diagnostic.L", "diagnostic.L_error"
@@ -110,14 +114,16 @@ def measure(
     return numbers, arrays
 
 
-def minibatches(config: Config, steps: int, most: int = MOST_MINIBATCHES) -> int:
+def minibatches(config: Config, steps: int, workers: int, most: int = MOST_MINIBATCHES) -> int:
     """How many minibatches a worker with so many steps a round measures in a diagnostic round.
 
-    As many as SHARE of its steps in the whole run pay for, at a training step each.
+    As many as SHARE of its steps in the whole run pay for, beside its part in the one curvature
+    that the workers measure.
     """
     due = sum(is_due(config, round) for round in range(1, config.rounds + 1))
-    affordable = int(SHARE * steps * config.rounds / max(due, 1))
-    return max(MINIBATCHES, min(affordable, most, MOST_MINIBATCHES))
+    affordable = SHARE * steps * config.rounds / max(due, 1) - CURVATURE_STEPS / max(workers, 1)
+    count = math.floor(affordable / MINIBATCH_STEPS + 1e-9)
+    return max(MINIBATCHES, min(count, most, MOST_MINIBATCHES))
 
 
 def _gradients(
@@ -125,7 +131,8 @@ def _gradients(
 ) -> tuple[Numbers, dict[str, Packed]]:
     """Losses and sketched gradients of independent minibatches."""
     config = worker.config
-    count = minibatches(config, worker.steps(worker.examples(task.client)), most)
+    workers = int(task.payload.numbers.get(TOGETHER, 1))  # type: ignore[arg-type]
+    count = minibatches(config, worker.steps(worker.examples(task.client)), workers, most)
     parameters, network, drawn = worker.minibatches(
         dict(theta), task.client, task.round, count, config.local.batch
     )
@@ -226,7 +233,7 @@ class Diagnostics:
         """What a task asks of its client beside training."""
         if self._open is None or client not in self._open.asked:
             return {}
-        numbers: Numbers = {ASKED: MOST_MINIBATCHES}
+        numbers: Numbers = {ASKED: MOST_MINIBATCHES, TOGETHER: len(self._open.asked)}
         if products := self._open.asked[client]:
             numbers[CURVED] = products
         return numbers

@@ -34,7 +34,7 @@ from fed_diffusion.masks.channels import ordered
 from fed_diffusion.models.layout import Layout
 from fed_diffusion.models.slim import resized
 from fed_diffusion.models.unet import UNet, reset
-from fed_diffusion.theory.curvature import gradient, saved_bytes
+from fed_diffusion.theory.curvature import gradient, images_within, saved_bytes
 
 STEPS = 3
 """Steps of a probe; the median counts, so that the first one is warm-up."""
@@ -108,12 +108,12 @@ def demand(config: Config, network: UNet, measures: bool = False) -> Demand:
     bytes_each, activations = BYTES_PER_PARAMETER, kept()
     if measures and any(is_due(config, round) for round in range(1, config.rounds + 1)):
         bytes_each = max(bytes_each, DIAGNOSTIC_BYTES)
-        # parts of a minibatch are as large as a step allows, but never less than one image
         one = None if labels is None else labels[:1]
         with saved_bytes(own) as kept, sdpa_kernel(SDPBackend.MATH):
             loss = network(images[:1], u[:1], one).square().mean()
             gradient(own, loss, create_graph=True)
-        activations = max(activations, kept())
+        at_once = images_within(activations, kept(), len(images))
+        activations = max(activations, at_once * kept())
     return Demand(
         parameters=bytes_each * sum(p.numel() for p in own),
         activations=activations,

@@ -18,20 +18,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fed_diffusion.diffusion.loss import Network, NoisyBatch
 from fed_diffusion.theory.estimates import Estimate
 
+ROOM = 64 << 20
+"""Bytes that a product may take in any case: small parts cost small networks twice the time."""
+
 
 def curvature(
-    parameters: Sequence[Tensor], network: Network, batch: NoisyBatch, products: int
+    parameters: Sequence[Tensor],
+    network: Network,
+    batch: NoisyBatch,
+    products: int,
+    room: int = ROOM,
 ) -> Estimate:
     """||H|| of a minibatch's loss by power iteration, from the gradient.
 
     The gradient leans towards the largest eigenvalues. The memory is about a training step's on
-    the same minibatch, or that of one image's product where this is more.
+    the same minibatch; `room`, or that of one image's product, where this is more.
     """
 
     def loss_of(part: NoisyBatch) -> Callable[[], Tensor]:
         return lambda: part.loss(network) * (len(part) / len(batch))
 
-    parts = batch.split(images_at_once(parameters, network, batch))
+    parts = batch.split(images_at_once(parameters, network, batch, room))
     product = hessian_vector(parameters, [loss_of(part) for part in parts])
     # no name here holds the gradient: vectors of its size are the memory that counts
     return largest_curvature(product, _flat(gradient(parameters, batch.loss(network))), products)
@@ -50,8 +57,10 @@ def gradient(
     )
 
 
-def images_at_once(parameters: Sequence[Tensor], network: Network, batch: NoisyBatch) -> int:
-    """How many images a Hessian product may take within a training step's memory on the batch.
+def images_at_once(
+    parameters: Sequence[Tensor], network: Network, batch: NoisyBatch, room: int = ROOM
+) -> int:
+    """How many images a Hessian product may take within a training step's memory, or `room`.
 
     Both are measured on the first image, by the bytes that autograd keeps. At least one image.
     """
@@ -60,7 +69,12 @@ def images_at_once(parameters: Sequence[Tensor], network: Network, batch: NoisyB
         gradient(parameters, one.loss(network))
     with saved_bytes(parameters) as twice, sdpa_kernel(SDPBackend.MATH):
         gradient(parameters, one.loss(network), create_graph=True)
-    return max(1, min(len(batch), int(len(batch) * once() / max(twice(), 1))))
+    return images_within(once() * len(batch), twice(), len(batch), room)
+
+
+def images_within(step: float, product: float, images: int, room: int = ROOM) -> int:
+    """How many images there is memory for, of a step of all of them and a product of one."""
+    return max(1, min(images, int(max(step, room) / max(product, 1))))
 
 
 @contextmanager

@@ -136,10 +136,12 @@ class Sketch:
     Coordinate i is added to the bucket h(i) with the sign s(i), both from one seeded stream
     (Charikar, Chen & Farach-Colton 2002): S is linear, E <Sx, Sy> = <x, y>, and the variance of
     <Sx, Sy> is at most (||x||^2 ||y||^2 + <x, y>^2) / size. O(D) time, no memory beyond a chunk.
-    Whoever has the same seed has the same S.
+    Whoever has the same seed has the same S. The size is a power of 2.
     """
 
     def __init__(self, seed: int, size: int = SKETCH):
+        if size < 1 or size & (size - 1):
+            raise ValueError(f"a sketch of {size} numbers; it must be a power of 2")
         self.size = size
         self._seed = seed
 
@@ -152,8 +154,8 @@ class Sketch:
             for start in range(0, len(flat), CHUNK):
                 values = flat[start : start + CHUNK].astype(np.float64)
                 words = np.asarray(stream.random_raw(len(values)), dtype=np.uint64)
-                values *= np.where(words >> np.uint64(63), -1.0, 1.0)
-                bucket = ((words & np.uint64(0xFFFFFFFF)) % np.uint64(self.size)).astype(np.int64)
+                values *= 1.0 - 2.0 * (words >> np.uint64(63))
+                bucket = (words & np.uint64(self.size - 1)).view(np.int64)
                 total += np.bincount(bucket, values, minlength=self.size)
         return torch.from_numpy(total)
 

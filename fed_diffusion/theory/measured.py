@@ -98,7 +98,7 @@ def measured(
             {"name": c.name, "holds": c.holds, "ratio": _finite(c.ratio), "says": c.says}
             for c in proved.conditions
         ],
-        "caveats": caveats(config, steps),
+        "caveats": [*caveats(config, steps), *_unresolved(found, training, Z * d)],
         "images": images(config),
         "lemma_4_6": _lemma_4_6(rounds, training, Z * d),
         "says": advice(proved),
@@ -149,6 +149,18 @@ def _sure(found: Estimate) -> float:
     """The lower end of its interval; the value where nothing is known of its noise."""
     ends = found.limits()
     return found.value if ends is None else ends[0]
+
+
+def _unresolved(found: Mapping[str, Estimate], training: Training, scale: float) -> list[str]:
+    """That sigma_2 is lost in noise, where it is: then its term is too, and not 0."""
+    ends = found["sigma2"].limits()
+    if ends is None or ends[0] > 0 or ends[1] <= 0:
+        return []
+    return [
+        f"sigma_2 cannot be told from 0 by so many minibatches: sigma_2 ||theta_R - theta_0|| may "
+        f"be up to {ends[1] * scale * training.drift:.4g} nats. More diagnostic rounds "
+        "(theory.every) narrow that."
+    ]
 
 
 def _ends(found: Mapping[str, Estimate], scale: float) -> list[tuple[str, float, float]]:

@@ -11,10 +11,12 @@ from fed_diffusion.federation.probe import demand
 from fed_diffusion.federation.worker import Worker
 from fed_diffusion.models.build import build_network, parameters_of, skeleton
 from fed_diffusion.theory.curvature import (
+    ROOM,
     curvature,
     gradient,
     hessian_vector,
     images_at_once,
+    images_within,
     saved_bytes,
 )
 
@@ -108,7 +110,7 @@ def test_a_curvature_takes_the_memory_of_a_training_step_and_not_several_times_t
     with Kept(parameters) as step:
         gradient(parameters, batch.loss(network))
     with Kept(parameters) as measured:
-        found = curvature(parameters, network, batch, 3)
+        found = curvature(parameters, network, batch, 3, room=0)
     with Kept(parameters) as at_once:
         product = hessian_vector(parameters, lambda: batch.loss(network))
         product(torch.ones(sum(p.numel() for p in parameters)))
@@ -120,7 +122,7 @@ def test_a_curvature_takes_the_memory_of_a_training_step_and_not_several_times_t
 
 def test_as_many_images_go_at_once_as_the_step_has_room_for(minibatch):
     parameters, network, batch = minibatch
-    images = images_at_once(parameters, network, batch)
+    images = images_at_once(parameters, network, batch, room=0)
     assert 1 <= images < len(batch)
 
     def kept(part, twice):
@@ -130,29 +132,37 @@ def test_as_many_images_go_at_once_as_the_step_has_room_for(minibatch):
 
     assert kept(batch[:images], True) < 1.2 * kept(batch, False)
     assert kept(batch[: images + 2], True) > kept(batch, False)
-    assert images_at_once(parameters, network, batch[:1]) == 1
+    assert images_at_once(parameters, network, batch[:1], room=0) == 1
+    # a small network is not worth the time that small parts cost
+    assert images_at_once(parameters, network, batch) == len(batch)
+    assert images_within(step=5e8, product=1e8, images=256) == 5
 
 
-def test_a_budget_counts_the_curvature_where_it_needs_more_than_a_step():
-    """One image's product, where a minibatch is too small to be split as far as it takes."""
+def test_a_budget_counts_what_the_curvature_needs_beyond_a_step():
+    """Of tiny networks the room that a product may take in any case, else a step's memory."""
 
-    def needs(batch, every=None, measures=True):
-        settings = SETTINGS | {"local.batch": batch, "theory.every": every}
+    def needs(batch, every=None, measures=True, **changes):
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        settings = SETTINGS | {"local.batch": batch, "theory.every": every} | changes
         config = load_config("digits", settings)
         return demand(config, skeleton(config), measures)
 
-    for batch, more in ((1, True), (64, False)):
-        plain, measuring = needs(batch, measures=False), needs(batch)
-        assert (measuring.activations > plain.activations) == more
-        assert measuring.parameters == pytest.approx(1.2 * plain.parameters)
-        assert measuring.work == plain.work
-        assert needs(batch, every=0) == plain
-    # what it counts is what a product of one image keeps
-    config = load_config("digits", SETTINGS | {"local.batch": 1})
+    plain, measuring = needs(4, measures=False), needs(4)
+    assert measuring.activations > 2 * plain.activations
+    assert measuring.parameters == pytest.approx(1.2 * plain.parameters)
+    assert measuring.work == plain.work
+    assert needs(4, every=0) == plain
+    assert needs(4).activations == pytest.approx(4 * needs(1).activations, rel=0.01)
+    wide = {"model__widths": [256, 512], "model__attention": []}  # a step takes more than the room
+    step = needs(64, measures=False, **wide).activations
+    assert step > ROOM
+    assert needs(64, **wide).activations == pytest.approx(step, rel=1e-9)
+    # what it counts is what the products keep
+    config = load_config("digits", SETTINGS | {"local.batch": 4})
     worker = Worker(config, load_dataset(config.data))
     parameters, network, batches = worker.minibatches(
-        parameters_of(build_network(config)), 0, 1, 1, 1
+        parameters_of(build_network(config)), 0, 1, 1, 4
     )
     with Kept(parameters) as measured:
         curvature(parameters, network, next(batches), 1)
-    assert measured.peak == pytest.approx(needs(1).activations, rel=0.3)
+    assert measured.peak == pytest.approx(needs(4).activations, rel=0.3)

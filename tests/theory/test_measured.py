@@ -199,3 +199,16 @@ def test_a_secant_over_a_tiny_way_is_noise_and_makes_no_L(run):
     assert found["L_secant"]["value"] > 100 * found["L"]["value"]
     (condition,) = [c for c in theory["conditions"] if c["name"].startswith("eta <=")]
     assert condition["ratio"] < 1
+
+
+def test_a_sigma_2_that_is_lost_in_noise_says_how_large_its_term_may_be(run):
+    config, history, theta = run
+    for value, said in ((-0.01, True), (0.9, False)):
+        square = {"value": value, "error": 0.25, "lower": True}
+        parts = {"distances": dict.fromkeys("012", square)}
+        parts["squares"] = history[0].theory["squares"] | {"sigma2": square}
+        line = replace(history[0], theory=history[0].theory | parts)
+        found = measured(config, [line], theta)
+        (high,) = found["estimates"]["sigma2"]["ends"][1:]
+        most = f"up to {high * found['Z_d'] * found['drift']:.4g} nats"
+        assert any(most in caveat for caveat in found["caveats"]) == said
