@@ -52,7 +52,7 @@ MINIBATCHES = 2
 MOST_MINIBATCHES = 32
 SHARE = 0.02
 """What measuring may cost, beyond the fewest minibatches: of the workers' steps in the run."""
-MINIBATCH_STEPS, CURVATURE_STEPS = 1.2, 12.0
+MINIBATCH_STEPS, CURVATURE_STEPS = 1.15, 12.0
 """What a minibatch with its sketch, and a curvature, cost in training steps: as measured on digits,
 where the network is small and the sketch takes its largest share."""
 PRODUCTS = 3

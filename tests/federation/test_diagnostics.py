@@ -310,7 +310,8 @@ def test_a_worker_measures_as_many_minibatches_as_two_percent_of_its_steps_pay_f
     def of(steps, workers=10, **settings):
         return minibatches(tiny(**settings), steps, workers)
 
-    # 2 % of 600 steps are 6 in each of two rounds; a tenth of a curvature's 12 leaves 4 times 1.2
+    # 2 % of 600 steps are 12, 6 in each of two rounds; a tenth of a curvature takes 1.2 of them,
+    # and a minibatch with its sketch takes 1.15
     assert of(60, rounds=10, theory__every=None) == 4
     assert of(60, workers=2, rounds=10, theory__every=None) == 2
     assert of(60, rounds=10, theory__every=1) == 2  # never fewer than tell noise from gradient
