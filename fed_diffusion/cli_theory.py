@@ -69,6 +69,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
             eps2=arguments.target,
             delta=config.diffusion.delta if arguments.delta is None else arguments.delta,
             K_max=max(K_MAX, config.diffusion.K),
+            settings=probed.settings,
         )
 
     plan = planned(probed.training)
@@ -135,7 +136,11 @@ def _estimates(probed: Probe) -> Table:
     table.add_row("d", f"{probed.data.d:,}", "exact")
     table.add_row("M2, largest worker's", f"{probed.data.M2:.5g}", "exact")
     table.add_row("Z d", f"{scale:.5g}", "exact")
-    names = {"F": "F(theta_0)", "gradient": "||grad F(theta_0)||"}
+    names = {
+        "F": "F(theta_0)",
+        "Fn": "F_n(theta_0), largest worker's",
+        "gradient": "||grad F(theta_0)||",
+    }
     for key, found in probed.estimates.items():
         error = "" if found.error is None else f"{found.error * scale:.2g}"
         table.add_row(names.get(key, key), f"{found.value * scale:.4g}", error)
@@ -150,7 +155,7 @@ def _comparison(config: Config, probed: Probe, plan: Plan) -> Table:
 
     own = config.diffusion
     steps = Steps.of(PARTITIONS[own.partition](own.T, own.delta, own.K))
-    bound = theorem_4_11(probed.data, steps, probed.training)
+    bound = theorem_4_11(probed.data, steps, probed.training, settings=probed.settings)
     table = Table(title=f"{config.preset} and its plan", title_justify="left")
     for name in ("", "preset", "plan"):
         table.add_column(name, justify="right" if name else "left")

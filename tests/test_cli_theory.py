@@ -72,7 +72,7 @@ def test_without_images_the_assumptions_are_named(tmp_path, capsys):
     assert "No images were read: M2 = 16 is given" in text
     assert "is negative" in text  # the remark's T, explained
     assert "adam is not covered" in text
-    assert "L and sigma_2 are lower estimates" in text
+    assert "are of theta_0 alone, and the theorem's are the largest anywhere" in text
     for name in ("keep ratio", "N", "Gamma*", "K"):
         assert f"the bound by {name}" in text
     config = load_config(str(out))

@@ -17,6 +17,43 @@ Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
+class NoisyBatch:
+    """Images with the times and the noise that were drawn for them: its loss is a fixed function.
+
+    Attributes
+    ----------
+    x0, eps
+        Images and noise [n, C, H, W].
+    u
+        Times [n], stratified over the whole batch.
+    labels
+        Labels [n], or None.
+    """
+
+    x0: Tensor
+    u: Tensor
+    eps: Tensor
+    labels: Tensor | None = None
+
+    def loss(self, network: Network) -> Tensor:
+        """The simple loss, a scalar."""
+        x = diffuse(self.x0, self.eps, self.u)
+        return (network(x, self.u, self.labels) - self.eps).square().mean()
+
+    def split(self, images: int) -> list[NoisyBatch]:
+        """The same batch in parts of at most so many images: times are not drawn again."""
+        cuts = range(0, len(self.x0), images)
+        return [self[start : start + images] for start in cuts]
+
+    def __getitem__(self, part: slice) -> NoisyBatch:
+        labels = None if self.labels is None else self.labels[part]
+        return NoisyBatch(self.x0[part], self.u[part], self.eps[part], labels)
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+
+@dataclass(frozen=True)
 class DSMLoss:
     """Monte-Carlo estimator of F_n (5) for a noise-predicting network.
 
@@ -65,6 +102,14 @@ class DSMLoss:
         k = torch.searchsorted(cdf, (strata + jitter) / n * cdf[-1], right=True)
         return u[k.clamp(max=len(cdf) - 1)]
 
+    def draw(
+        self, x0: Tensor, generator: torch.Generator, labels: Tensor | None = None
+    ) -> NoisyBatch:
+        """Draw the times and the noise of a whole batch."""
+        u = self.draw_times(len(x0), generator)
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        return NoisyBatch(x0, u, eps, labels)
+
     def __call__(
         self,
         network: Network,
@@ -73,6 +118,4 @@ class DSMLoss:
         labels: Tensor | None = None,
     ) -> Tensor:
         """The simple loss of one batch, a scalar; multiply by Z d for F_n."""
-        u = self.draw_times(len(x0), generator)
-        eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-        return (network(diffuse(x0, eps, u), u, labels) - eps).square().mean()
+        return self.draw(x0, generator, labels).loss(network)

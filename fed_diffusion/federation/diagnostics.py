@@ -1,16 +1,19 @@
 """Diagnostic rounds: what Theorem 4.11 asks of a run, measured beside training.
 
 In the first and the last round, and every `theory.every` rounds, the server asks workers that hold
-the whole network for their loss and M_2, and for sketches of two stochastic gradients at theta_r;
-one of them for a curvature too. A worker under a mask is not asked: it does not know theta_r.
-Training is not touched: its bits are those of a run without.
+the whole network for their loss and M_2, and for sketches of stochastic gradients at theta_r; one
+of them for a curvature too. A worker under a mask is not asked: it does not know theta_r. Training
+is not touched: its bits are those of a run without, and a worker that cannot measure says why and
+trains.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +26,7 @@ from fed_diffusion.federation.codecs import Packed
 from fed_diffusion.federation.records import MEASURED_LIMIT, Task, Update
 from fed_diffusion.masks.recipes import Numbers
 from fed_diffusion.rng import Purpose, generator
+from fed_diffusion.theory.curvature import curvature
 from fed_diffusion.theory.estimates import (
     SKETCH,
     Estimate,
@@ -30,25 +34,38 @@ from fed_diffusion.theory.estimates import (
     gradient_distance,
     gradient_norm,
     gradient_variance,
-    hessian_vector,
-    largest_curvature,
+    largest,
     mean,
     sampled_gradients,
     secant,
+    shared_spread,
+    worker_distances,
 )
 
 if TYPE_CHECKING:
     from fed_diffusion.federation.worker import Worker
 
+logger = logging.getLogger(__name__)
+
 MINIBATCHES = 2
 """Of the run's batch size: the fewest that tell noise from gradient."""
+MOST_MINIBATCHES = 32
+SHARE = 0.02
+"""What measuring may cost, beyond the fewest minibatches: of the workers' steps in the run."""
+MINIBATCH_STEPS, CURVATURE_STEPS = 1.15, 12.0
+"""What a minibatch with its sketch, and a curvature, cost in training steps: as measured on digits,
+where the network is small and the sketch takes its largest share."""
 PRODUCTS = 3
 """Hessian products behind a curvature."""
 MOST_WORKERS = 32
 """Asked in one round: their sketches are the server's memory, whatever the number of clients."""
+MOST_LETTERS = 200
+"""Of the reason why a worker could not measure."""
 ASKED, CURVED = "diagnostic.minibatches", "diagnostic.products"
-GRADIENTS = "diagnostic.gradients"
-LOSS, M2, L, L_ERROR = "diagnostic.loss", "diagnostic.M2", "diagnostic.L", "diagnostic.L_error"
+TOGETHER = "diagnostic.workers"
+GRADIENTS, FAILED = "diagnostic.gradients", "diagnostic.failed"
+LOSS, LOSS_ERROR, M2 = "diagnostic.loss", "diagnostic.loss_error", "diagnostic.M2"
+L, L_ERROR = "diagnostic.L", "diagnostic.L_error"
 
 
 def is_due(config: Config, round: int) -> bool:
@@ -69,28 +86,85 @@ def is_due(config: Config, round: int) -> bool:
 def measure(
     worker: Worker, theta: Mapping[str, Tensor], task: Task
 ) -> tuple[Numbers, dict[str, Packed]]:
-    """What the task asks for at theta_r, as it travels; nothing where it asks for nothing."""
-    count, products = (int(task.payload.numbers.get(key, 0)) for key in (ASKED, CURVED))  # type: ignore[arg-type]
-    if not count:
+    """What the task asks for at theta_r, as it travels; nothing where it asks for nothing.
+
+    Where something cannot be measured (memory, a network without a second derivative, numbers that
+    are not finite), the reason travels in its place: an update is worth more than its diagnostics.
+    """
+    most, products = (int(task.payload.numbers.get(key, 0)) for key in (ASKED, CURVED))  # type: ignore[arg-type]
+    if not most:
         return {}, {}
-    if not (2 <= count <= 64 and 0 <= products <= 64):
-        raise ValueError(f"the task asks for {count} minibatches and {products} products")
+    numbers: Numbers = {}
+    arrays: dict[str, Packed] = {}
+    try:
+        if not (0 < most <= 64 and 0 <= products <= 64):
+            raise ValueError(f"the task asks for {most} minibatches and {products} products")
+        with torch.random.fork_rng():
+            numbers, arrays = _gradients(worker, theta, task, most)
+            if products:
+                numbers |= _curvature(worker, theta, task, products)
+    except Exception as error:
+        # whatever it is, in code of one's own too: the client's update must not be lost for it
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.warning("client %d, round %d: not measured: %s", task.client, task.round, why)
+        data = why[:MOST_LETTERS].encode("utf-8")
+        arrays = arrays | {FAILED: Packed("uint8", (len(data),), data)}
+    if FAILED in arrays and worker.device.type == "cuda":
+        torch.cuda.empty_cache()  # what a failed try has left is training's
+    return numbers, arrays
+
+
+def minibatches(config: Config, steps: int, workers: int, most: int = MOST_MINIBATCHES) -> int:
+    """How many minibatches a worker with so many steps a round measures in a diagnostic round.
+
+    As many as SHARE of its steps in the whole run pay for, beside its part in the one curvature
+    that the workers measure.
+    """
+    due = sum(is_due(config, round) for round in range(1, config.rounds + 1))
+    affordable = SHARE * steps * config.rounds / max(due, 1) - CURVATURE_STEPS / max(workers, 1)
+    count = math.floor(affordable / MINIBATCH_STEPS + 1e-9)
+    return max(MINIBATCHES, min(count, most, MOST_MINIBATCHES))
+
+
+def _gradients(
+    worker: Worker, theta: Mapping[str, Tensor], task: Task, most: int
+) -> tuple[Numbers, dict[str, Packed]]:
+    """Losses and sketched gradients of independent minibatches."""
     config = worker.config
-    parameters, drawn = worker.minibatches(
+    workers = int(task.payload.numbers.get(TOGETHER, 1))  # type: ignore[arg-type]
+    count = minibatches(config, worker.steps(worker.examples(task.client)), workers, most)
+    parameters, network, drawn = worker.minibatches(
         dict(theta), task.client, task.round, count, config.local.batch
     )
-    losses = list(drawn)
+    losses = (partial(batch.loss, network) for batch in drawn)
     values, gradients = sampled_gradients(parameters, losses, Sketch(config.seed))
-    numbers: Numbers = {LOSS: math.fsum(values) / count, M2: worker.second_moment(task.client)}
-    if products:
-        found = torch.autograd.grad(
-            losses[0](), parameters, materialize_grads=True, allow_unused=True
-        )
-        start = torch.cat([gradient.reshape(-1) for gradient in found])
-        curvature = largest_curvature(hessian_vector(parameters, losses[0]), start, products)
-        numbers |= {L: curvature.value, L_ERROR: curvature.error or 0.0}
-    data = gradients.to(torch.float32).numpy().tobytes()
-    return numbers, {GRADIENTS: Packed("float32", tuple(gradients.shape), data)}
+    data = gradients.to(torch.float32)
+    moment = worker.second_moment(task.client)
+    _check_range(*values, moment, float(data.abs().max()))
+    numbers: Numbers = {
+        LOSS: math.fsum(values) / count,
+        LOSS_ERROR: float(np.std(values, ddof=1)) / math.sqrt(count),
+        M2: moment,
+    }
+    packed = Packed("float32", tuple(data.shape), data.numpy().tobytes())
+    return numbers, {GRADIENTS: packed}
+
+
+def _curvature(worker: Worker, theta: Mapping[str, Tensor], task: Task, products: int) -> Numbers:
+    """L of the first minibatch's loss."""
+    parameters, network, drawn = worker.minibatches(
+        dict(theta), task.client, task.round, 1, worker.config.local.batch
+    )
+    found = curvature(parameters, network, next(drawn), products)
+    numbers: Numbers = {L: found.value, L_ERROR: found.error or 0.0}
+    _check_range(found.value, found.error or 0.0)
+    return numbers
+
+
+def _check_range(*values: float) -> None:
+    # NaN fails every comparison
+    if not all(value <= MEASURED_LIMIT for value in values):
+        raise ValueError("what was measured is not finite or out of range")
 
 
 # --- the server's side --------------------------------------------------------------------------
@@ -102,13 +176,17 @@ class Answer:
 
     Attributes
     ----------
+    loss, loss_error
+        The mean over the minibatches, and its standard error.
     gradients
         Sketches, float64 [m, k].
     curvature
-        L by power iteration, and how far it may be from an eigenvalue.
+        L by power iteration, and how far it may be from an eigenvalue. It is of one minibatch's
+        loss, which is more curved than F_n: no estimate from below.
     """
 
     loss: float
+    loss_error: float
     M2: float
     gradients: Tensor
     curvature: Estimate | None
@@ -123,6 +201,8 @@ class _Open:
     asked: dict[int, int]
     """client -> Hessian products."""
     answers: dict[int, Answer] = field(default_factory=dict)
+    unanswered: dict[int, str] = field(default_factory=dict)
+    """client -> why it could not measure, or not everything."""
 
 
 class Diagnostics:
@@ -153,13 +233,13 @@ class Diagnostics:
         """What a task asks of its client beside training."""
         if self._open is None or client not in self._open.asked:
             return {}
-        numbers: Numbers = {ASKED: MINIBATCHES}
+        numbers: Numbers = {ASKED: MOST_MINIBATCHES, TOGETHER: len(self._open.asked)}
         if products := self._open.asked[client]:
             numbers[CURVED] = products
         return numbers
 
     def split(self, update: Update) -> tuple[dict[str, Packed], Answer | None]:
-        """The update's tensors without the client's answer, and the answer if there is one.
+        """The update's tensors without the client's answer, and the answer or why there is none.
 
         Raises
         ------
@@ -167,9 +247,12 @@ class Diagnostics:
             The answer is not of the agreed shape, or not finite.
         """
         arrays = dict(update.payload.arrays)
-        if self._open is None or update.client not in self._open.asked or GRADIENTS not in arrays:
+        if self._open is None or update.client not in self._open.asked:
             return arrays, None
-        return arrays, _answer(arrays.pop(GRADIENTS), update.payload.numbers)
+        failed, gradients = arrays.pop(FAILED, None), arrays.pop(GRADIENTS, None)
+        if failed is not None:
+            self._open.unanswered[update.client] = _reason(failed)
+        return arrays, None if gradients is None else _answer(gradients, update.payload.numbers)
 
     def add(self, client: int, answer: Answer | None) -> None:
         """Take an answer whose update counts."""
@@ -177,25 +260,33 @@ class Diagnostics:
             self._open.answers[client] = answer
 
     def close(self) -> dict[str, Any] | None:
-        """The round's estimates on the scale of the simple loss; None where nothing was measured.
+        """The round's estimates on the scale of the simple loss; None where nobody was asked.
 
-        sigma_2 and the gradient's norm are of the mean over the workers that answered.
+        sigma_1 and the gradient are of the mean over the workers that answered, sigma_2 and F_n of
+        the worker where it is largest. `squares` and `distances` (of each worker) are before the
+        root, where several rounds are averaged; they are unbiased, and can be below 0.
         """
         state, self._open = self._open, None
-        if state is None or not state.answers:
+        if state is None or not (state.answers or state.unanswered):
             return None
+        unanswered = [
+            {"client": client, "reason": reason}
+            for client, reason in sorted(state.unanswered.items())
+        ]
+        if not state.answers:
+            return {"workers": 0, "unanswered": unanswered, "estimates": {}}
         answers = dict(sorted(state.answers.items()))
         gradients = {client: answer.gradients for client, answer in answers.items()}
-        stacked = torch.stack(list(gradients.values()))
+        squares, distances = self._squares(gradients)
+        F = mean([answer.loss for answer in answers.values()])
         found: dict[str, Estimate] = {
-            "F": mean([answer.loss for answer in answers.values()]),
-            "sigma1": gradient_variance(stacked).root(),
-            "gradient": gradient_norm(stacked).root(),
+            "F": F,
+            "Fn": largest(_losses(answers), F),
+            "sigma1": squares["sigma1"].root(),
+            "gradient": squares["gradient"].root(),
         }
-        if len(answers) > 1:
-            found["sigma2"] = gradient_distance(stacked).root()
-        elif self._config.clients == 1:
-            found["sigma2"] = Estimate(0.0, 0.0)
+        if "sigma2" in squares:
+            found["sigma2"] = largest(list(distances.values()), squares["sigma2"]).root()
         curvatures = [a.curvature for a in answers.values() if a.curvature is not None]
         if curvatures:
             found["L"] = max(curvatures, key=lambda estimate: estimate.value)
@@ -204,10 +295,28 @@ class Diagnostics:
         self._last = state.theta, gradients
         return {
             "workers": len(answers),
+            "minibatches": min(len(part) for part in gradients.values()),
             "M2": max(answer.M2 for answer in answers.values()),
-            "Fn": max(answer.loss for answer in answers.values()),
             "estimates": {name: estimate.to_dict() for name, estimate in found.items()},
+            "squares": {name: square.to_dict() for name, square in squares.items()},
+            "distances": {str(client): part.to_dict() for client, part in distances.items()},
+            "unanswered": unanswered,
         }
+
+    def _squares(
+        self, gradients: Mapping[int, Tensor]
+    ) -> tuple[dict[str, Estimate], dict[int, Estimate]]:
+        """sigma_1^2, sigma_2^2 (means over workers) and ||grad F||^2; and each one's sigma_2^2."""
+        stacked = list(gradients.values())
+        squares = {"sigma1": gradient_variance(stacked), "gradient": gradient_norm(stacked)}
+        if len(stacked) > 1:
+            squares["sigma2"] = gradient_distance(stacked)
+            return squares, dict(zip(gradients, worker_distances(stacked), strict=True))
+        if self._config.clients > 1:
+            return squares, {}
+        return squares | {"sigma2": Estimate(0.0, 0.0)}, dict.fromkeys(
+            gradients, Estimate(0.0, 0.0)
+        )
 
     def _secant(self, theta: Tensor, gradients: Mapping[int, Tensor]) -> Estimate | None:
         """Over the way since the last diagnostic round, by the workers that answered both times.
@@ -222,9 +331,7 @@ class Diagnostics:
         if not both or distance == 0:
             return None
         return secant(
-            torch.stack([before[client] for client in both]),
-            torch.stack([gradients[client] for client in both]),
-            distance,
+            [before[client] for client in both], [gradients[client] for client in both], distance
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -241,22 +348,41 @@ class Diagnostics:
         self._last = None if theta is None else (theta, {int(c): part for c, part in parts.items()})
 
 
-def _answer(packed: Packed, numbers: Mapping[str, Any]) -> Answer:
-    shape = (MINIBATCHES, SKETCH)
-    fits = packed.dtype == "float32" and packed.shape == shape
-    if not fits or len(packed.data) != 4 * math.prod(shape):
+def _losses(answers: Mapping[int, Answer]) -> list[Estimate]:
+    """F_n of each worker; they share the spread of a minibatch's loss, which two tell little of."""
+    every = answers.values()
+    counts = [len(answer.gradients) for answer in every]
+    variances = [answer.loss_error**2 * len(answer.gradients) for answer in every]
+    return shared_spread([answer.loss for answer in every], variances, counts)
+
+
+def _reason(packed: Packed) -> str:
+    """Why a worker could not measure, as text for the record."""
+    if packed.dtype != "uint8" or len(packed.data) > 4 * MOST_LETTERS:
         raise UpdateError(
-            f"{GRADIENTS} is {packed.dtype} {packed.shape} of {len(packed.data)} bytes, "
-            f"not float32 {shape}"
+            f"{FAILED} is {packed.dtype} of {len(packed.data)} bytes, not a text of at most "
+            f"{MOST_LETTERS} letters"
         )
-    gradients = torch.from_numpy(np.frombuffer(packed.data, "<f4").reshape(shape).astype("f8"))
+    text = bytes(packed.data).decode("utf-8", errors="replace")
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _answer(packed: Packed, numbers: Mapping[str, Any]) -> Answer:
+    m = packed.shape[0] if len(packed.shape) == 2 else 0
+    fits = packed.dtype == "float32" and MINIBATCHES <= m <= MOST_MINIBATCHES
+    if not fits or packed.shape != (m, SKETCH) or len(packed.data) != 4 * m * SKETCH:
+        raise UpdateError(
+            f"{GRADIENTS} is {packed.dtype} {packed.shape} of {len(packed.data)} bytes, not "
+            f"float32 (m, {SKETCH}) with m from {MINIBATCHES} to {MOST_MINIBATCHES}"
+        )
+    gradients = torch.from_numpy(np.frombuffer(packed.data, "<f4").reshape(m, SKETCH).astype("f8"))
     try:
-        loss, moment = float(numbers[LOSS]), float(numbers[M2])
+        loss, error, moment = (float(numbers[key]) for key in (LOSS, LOSS_ERROR, M2))
         curved = (float(numbers[L]), float(numbers[L_ERROR])) if L in numbers else ()
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UpdateError(f"diagnostic missing or not a number: {error}") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as problem:
+        raise UpdateError(f"diagnostic missing or not a number: {problem}") from problem
     # NaN fails every comparison
-    legal = all(0 <= value <= MEASURED_LIMIT for value in (loss, moment, *curved))
+    legal = all(0 <= value <= MEASURED_LIMIT for value in (loss, error, moment, *curved))
     if not legal or not bool((gradients.abs() <= MEASURED_LIMIT).all()):
         raise UpdateError("diagnostics are not finite or out of range")
-    return Answer(loss, moment, gradients, Estimate(*curved, lower=True) if curved else None)
+    return Answer(loss, error, moment, gradients, Estimate(*curved) if curved else None)

@@ -13,11 +13,13 @@ from contextlib import contextmanager
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fed_diffusion.config import Config
 from fed_diffusion.data import class_count, image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
+from fed_diffusion.federation.diagnostics import is_due
 from fed_diffusion.masks.budget import (
     BYTES_PER_PARAMETER,
     MB,
@@ -32,9 +34,13 @@ from fed_diffusion.masks.channels import ordered
 from fed_diffusion.models.layout import Layout
 from fed_diffusion.models.slim import resized
 from fed_diffusion.models.unet import UNet, reset
+from fed_diffusion.theory.curvature import gradient, images_within, saved_bytes
 
 STEPS = 3
 """Steps of a probe; the median counts, so that the first one is warm-up."""
+DIAGNOSTIC_BYTES = 24
+"""Of a parameter where a curvature is measured: its value, the value as it arrived, the vector, its
+product, and of the part in hand the gradient and the product: six float32."""
 LOOK_S = 0.002
 """Between looks at the process's memory."""
 
@@ -59,7 +65,10 @@ def measure_budget(
         Not even the smallest fits.
     """
     ladder = sorted(set(config.pruning.ladder))
-    demands = {keep: demand(config, sub_network(whole, layout, keep, "meta")) for keep in ladder}
+    demands = {
+        keep: demand(config, sub_network(whole, layout, keep, "meta"), measures=keep == 1)
+        for keep in ladder
+    }
     allowed = memory_allowed(config.worker.memory_mb)
     if device.type == "cuda":
         allowed = _cuda_memory_allowed(config, device)
@@ -83,27 +92,31 @@ def sub_network(whole: UNet, layout: Layout, keep: float, device: torch.device |
     return resized(whole, layout.shapes_of(blocks), device=device)
 
 
-def demand(config: Config, network: UNet) -> Demand:
-    """What a training step needs by its shapes: nothing is computed, the network is on meta."""
+def demand(config: Config, network: UNet, measures: bool = False) -> Demand:
+    """What a training step needs by its shapes: nothing is computed, the network is on meta.
+
+    Parameters
+    ----------
+    measures
+        Diagnostic rounds are among the worker's: then it is the more of a step and a measurement.
+        Only workers with the whole network are asked.
+    """
     images, u, labels = _batch(config, torch.device("meta"))
-    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with (
-        FlopCounterMode(display=False) as flops,
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-    ):
+    own = list(network.parameters())
+    with FlopCounterMode(display=False) as flops, saved_bytes(own) as kept:
         network(images, u, labels).square().mean().backward()
-    parameters = sum(p.numel() for p in network.parameters())
+    bytes_each, activations = BYTES_PER_PARAMETER, kept()
+    if measures and any(is_due(config, round) for round in range(1, config.rounds + 1)):
+        bytes_each = max(bytes_each, DIAGNOSTIC_BYTES)
+        one = None if labels is None else labels[:1]
+        with saved_bytes(own) as kept, sdpa_kernel(SDPBackend.MATH):
+            loss = network(images[:1], u[:1], one).square().mean()
+            gradient(own, loss, create_graph=True)
+        at_once = images_within(activations, kept(), len(images))
+        activations = max(activations, at_once * kept())
     return Demand(
-        parameters=BYTES_PER_PARAMETER * parameters,
-        activations=sum(kept.values()),
+        parameters=bytes_each * sum(p.numel() for p in own),
+        activations=activations,
         work=flops.get_total_flops() / 2,
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from fed_diffusion.data import (
     split_holdout,
     to_unit,
 )
-from fed_diffusion.diffusion.loss import DSMLoss, Network
+from fed_diffusion.diffusion.loss import DSMLoss, Network, NoisyBatch
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.federation import diagnostics
 from fed_diffusion.federation.coordinator import eta_of
@@ -37,6 +36,9 @@ from fed_diffusion.models.slim import resized
 from fed_diffusion.models.unet import UNet
 from fed_diffusion.rng import Purpose, generator, seed_torch, torch_generator
 from fed_diffusion.theory.estimates import second_moment
+
+MOMENT_IMAGES = 1024
+"""Images that M_{n,2} looks at together: a client's images are not copied whole."""
 
 
 def evaluator(network: Callable[..., Tensor], config: Config, device: torch.device) -> Network:
@@ -120,16 +122,16 @@ class Worker:
 
     def minibatches(
         self, theta: dict[str, Tensor], client: int, round: int, count: int, size: int
-    ) -> tuple[list[nn.Parameter], Iterator[Callable[[], Tensor]]]:
-        """The simple loss at theta on independent minibatches of a client, as training sees them.
+    ) -> tuple[list[nn.Parameter], Network, Iterator[NoisyBatch]]:
+        """Independent minibatches of a client, as training sees them, for the loss at theta.
 
         Dropout is off; images and noise come from a stream of their own. Where training takes
         smaller batches than `size` because the client has fewer images, so are these.
 
         Returns
         -------
-        parameters, losses
-            What to differentiate by; `count` functions, each of which always gives the same loss.
+        parameters, network, batches
+            What to differentiate by; `count` minibatches, whose `loss(network)` does not change.
         """
         network, forward, _ = self._network(theta)
         network.eval()
@@ -137,18 +139,19 @@ class Worker:
         if self.config.local.epochs is not None:
             size = min(size, len(train))
 
-        def loss(index: Tensor, seed: int) -> Tensor:
-            noise = torch_generator(seed, Purpose.DIAGNOSTIC, device=self.device)
-            images, labels = self._batch(index, noise)
-            return self.loss(forward, images, noise, labels)
-
-        def losses() -> Iterator[Callable[[], Tensor]]:
+        def drawn() -> Iterator[NoisyBatch]:
             draw = generator(self.config.seed, Purpose.DIAGNOSTIC, round, client)
             for _ in range(count):
                 index = draw.choice(train, size, replace=size > len(train))
-                yield partial(loss, torch.from_numpy(index).to(self.device), _seed(draw))
+                noise = torch_generator(_seed(draw), Purpose.DIAGNOSTIC, device=self.device)
+                images, labels = self._batch(torch.from_numpy(index).to(self.device), noise)
+                yield self.loss.draw(images, noise, labels)
 
-        return list(network.parameters()), losses()
+        return list(network.parameters()), forward, drawn()
+
+    def examples(self, client: int) -> int:
+        """How many images a client trains on."""
+        return len(split_holdout(self._images_of(client), self.config, client)[0])
 
     def _network(self, theta: dict[str, Tensor]) -> tuple[nn.Module, Network, Network]:
         """A network that holds theta; one of each size stays resident.
@@ -183,8 +186,10 @@ class Worker:
     def second_moment(self, client: int) -> float:
         """M_{n,2} of a client's images, exact; computed once."""
         if client not in self._moments:
-            images = torch.from_numpy(self._images_of(client))
-            self._moments[client] = second_moment(self.dataset.images[images])
+            index = torch.from_numpy(self._images_of(client))
+            parts = ((part, self.dataset.images[part]) for part in index.split(MOMENT_IMAGES))
+            total = math.fsum(len(part) * second_moment(images) for part, images in parts)
+            self._moments[client] = total / len(index)
         return self._moments[client]
 
     def budget(self) -> Budget:

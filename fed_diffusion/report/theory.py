@@ -12,6 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from fed_diffusion.report.curves import BLUE, FEW, INK, ORANGE, Round, styled
 from fed_diffusion.report.markup import (
+    MOST_ROWS,
+    NONE,
     mapping,
     mappings,
     number,
@@ -43,10 +45,11 @@ TERMS = {
 """The terms of Theorem 4.11 as they are drawn; C_1 is not known of a run and left out."""
 NAMES = {
     "F": "F(θ₀) / (Z d)",
+    "Fn": "Fₙ(θ₀) / (Z d), largest worker's",
     "gradient": "‖∇F(θ₀)‖",
-    "sigma1": "σ₁",
-    "sigma2": "σ₂",
-    "L": "L, power iteration",
+    "sigma1": "σ₁, mean over workers and rounds",
+    "sigma2": "σ₂, largest worker's, mean over rounds",
+    "L": "L, power iteration on one minibatch",
     "L_secant": "L, secant between rounds",
 }
 MOST_WORKERS = 40
@@ -61,7 +64,7 @@ def theory_section(record: Record) -> str:
     drawn = _masks(record)
     if found.get("why"):
         text = f'<p class="soft">The bound is not evaluated: {plain(found["why"])}.</p>'
-        return section("Theory", text + drawn)
+        return section("Theory", text + _unanswered(found) + drawn)
     bounds = mapping(found.get("bound"))
     proved, printed = (mapping(bounds.get(v)) for v in ("as_proved", "as_printed"))
     return section(
@@ -69,9 +72,11 @@ def theory_section(record: Record) -> str:
         _said(found, proved, printed)
         + plot(terms_figure(mapping(proved.get("terms"))), "terms of the bound")
         + drawn
-        + plot(gradient_figure(found), "squared gradient norm and Lemma 4.6")
+        + _lemma(found)
         + _estimates(found)
-        + _conditions(found),
+        + _unanswered(found)
+        + _conditions(found)
+        + _images(found),
     )
 
 
@@ -79,8 +84,8 @@ def _said(found: Mapping[str, Any], proved: Mapping[str, Any], printed: Mapping[
     """The bound in words, and what dominates it."""
     text = (
         f"Theorem 4.11 bounds KL(q<sub>δ</sub> ‖ p) by {number(proved.get('total'))} nats as "
-        f"proved, {number(printed.get('total'))} as printed (constant 1, C₁ taken as 0). "
-        f"{plain(found.get('says'))}"
+        f"proved{_between(proved)}, {number(printed.get('total'))} as printed"
+        f"{_between(printed)} (constant 1, C₁ taken as 0). {plain(found.get('says'))}"
     )
     note = ""
     if found.get("infinite"):
@@ -88,6 +93,13 @@ def _said(found: Mapping[str, Any], proved: Mapping[str, Any], printed: Mapping[
     elif not found.get("covered"):
         note = warning("Not every condition of the theorem holds; the number is no guarantee.")
     return f"{note}<p>{text}</p>"
+
+
+def _between(bound: Mapping[str, Any]) -> str:
+    """The interval that those of the estimates imply."""
+    if bound.get("low") is None or bound.get("high") is None:
+        return ""
+    return f" ({number(bound['low'])} to {number(bound['high'])} by the estimates' 95 % intervals)"
 
 
 def _masks(record: Record) -> str:
@@ -106,7 +118,7 @@ def _estimates(found: Mapping[str, Any]) -> str:
         (
             NAMES.get(name, plain(name)),
             number(entry.get("value")),
-            number(entry.get("error")),
+            _interval(entry),
             "from below" if entry.get("lower") else "",
         )
         for name, entry in mapping(found.get("estimates")).items()
@@ -114,12 +126,62 @@ def _estimates(found: Mapping[str, Any]) -> str:
     ]
     text = (
         f"Measured in rounds {pair(found.get('rounds'), ', ')} by "
-        f"{number(found.get('workers'))} workers that held the whole network, on the scale of the "
+        f"{number(found.get('workers'))} workers that held the whole network, on "
+        f"{number(found.get('minibatches'))} minibatches each or more, on the scale of the "
         f"simple loss; F is Z d = {number(found.get('Z_d'))} times as large. w² N / Γ* = "
         f"{number(found.get('w2_n_over_gamma'))}, ‖θ_R – θ₀‖ = {number(found.get('drift'))}, "
-        f"M₂ = {number(found.get('M2'))}."
+        f"M₂ = {number(found.get('M2'))}. From below: what is estimated is at most the largest "
+        "value anywhere, which the theorem asks for; the estimate's noise is in its interval. One "
+        "minibatch's loss is more curved than Fₙ."
     )
-    return f"<p>{text}</p>" + table(("quantity", "value", "95 % interval, ±", ""), rows)
+    return f"<p>{text}</p>" + table(("quantity", "value", "95 % interval", ""), rows)
+
+
+def _interval(entry: Mapping[str, Any]) -> str:
+    value, error, ends = (entry.get(key) for key in ("value", "error", "ends"))
+    if isinstance(ends, list) and len(ends) == 2:
+        return f"{number(ends[0])} to {number(ends[1])}"
+    if not isinstance(value, int | float) or not isinstance(error, int | float):
+        return NONE
+    return "exact" if error == 0 else f"{number(value - error)} to {number(value + error)}"
+
+
+def _unanswered(found: Mapping[str, Any]) -> str:
+    rows = [
+        (number(entry.get("round")), number(entry.get("client")), plain(entry.get("reason")))
+        for entry in mappings(found.get("unanswered"))[:MOST_ROWS]
+    ]
+    if not rows:
+        return ""
+    text = warning("Some workers could not measure everything; their updates count all the same.")
+    return text + table(("round", "worker", "why"), rows, text=(2,))
+
+
+def _lemma(found: Mapping[str, Any]) -> str:
+    """Lemma 4.6: both sides, the left one as it was measured."""
+    lemma = mapping(found.get("lemma_4_6"))
+    if lemma.get("rounds") and lemma.get("right") is not None:
+        allows = (
+            f"Lemma 4.6 allows ‖∇F‖² {number(lemma['right'])} nats² on average over θ₀, …, "
+            f"θ<sub>{number(lemma['rounds'] - 1)}</sub>, as F was last measured at "
+            f"θ<sub>{number(lemma['rounds'])}</sub>."
+        )
+    else:
+        allows = "Lemma 4.6 needs F at two θ, and it was measured at θ₀ only, or Γ* = 0."
+    rows = [
+        (number(point[0]), number(point[1]), _interval({"value": point[1], "error": error}))
+        for point, error in _points(lemma)
+    ]
+    head = ("at the start of round", "‖∇F‖², nats², unbiased: noise can bring it below 0", "95 %")
+    figure = plot(gradient_figure(found), "squared gradient norm and Lemma 4.6")
+    return f"<p>{allows}</p>{figure}{table(head, rows)}"
+
+
+def _points(lemma: Mapping[str, Any]) -> list[tuple[list[Any], float | None]]:
+    """[round, ||grad F||²] and half its interval, of a record of any age."""
+    left = [point for point in lemma.get("left") or [] if isinstance(point, list)]
+    known = [point for point in left if len(point) >= 2 and point[1] is not None]
+    return [(point[:2], point[2] if len(point) > 2 else None) for point in known]
 
 
 def _conditions(found: Mapping[str, Any]) -> str:
@@ -127,7 +189,27 @@ def _conditions(found: Mapping[str, Any]) -> str:
         (plain(c.get("name")), "yes" if c.get("holds") else "no", plain(c.get("says")))
         for c in mappings(found.get("conditions"))
     ]
-    return table(("condition", "holds", "as measured"), rows, text=(2,))
+    caveats = found.get("caveats")
+    beside = caveats if isinstance(caveats, list) else []
+    items = "".join(f"<li>{plain(caveat)}</li>" for caveat in beside)
+    text = f"<p>Whether they hold or not:</p><ul>{items}</ul>" if items else ""
+    return table(("condition", "holds", "in this run"), rows, text=(2,)) + text
+
+
+def _images(found: Mapping[str, Any]) -> str:
+    """Which images the bound is about, and which the run sampled."""
+    images = mapping(found.get("images"))
+    if not images:
+        return ""
+    differences = images.get("differences")
+    differ = differences if isinstance(differences, list) else []
+    rows = [
+        ("the bound is about", plain(images.get("bound"))),
+        ("compared with", plain(images.get("compared_with"))),
+        ("this run sampled", plain(images.get("run"))),
+        ("what differs", plain("; ".join(map(str, differ)) or "nothing")),
+    ]
+    return table(("images", ""), rows, text=(1,))
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -189,17 +271,27 @@ def w2_figure(rounds: Sequence[Round]) -> Figure:
 
 
 def gradient_figure(found: Mapping[str, Any]) -> Figure:
-    """||grad F||² where it was measured, under the right side of Lemma 4.6."""
+    """||grad F||² as it was measured, with its interval, and the right side of Lemma 4.6.
+
+    The axis is logarithmic away from 0, and shows what noise has brought below it.
+    """
     lemma = mapping(found.get("lemma_4_6"))
-    points = [(n, v) for n, v in lemma.get("left") or [] if v and v > 0]
     figure = Figure(figsize=(7.2, 2.5), layout="constrained")
     axes = _axes(figure, "round", "‖∇F‖², nats²")
+    points = _points(lemma)
     if points:
-        axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", label="measured")
-    if lemma.get("right"):
-        axes.axhline(lemma["right"], color=ORANGE, label="Lemma 4.6 allows, on average")
-    axes.set_yscale("log")
-    axes.legend(frameon=False, labelcolor=INK, fontsize="small")
+        rounds, values = zip(*(point for point, _ in points), strict=True)
+        errors = [error or 0.0 for _, error in points]
+        axes.errorbar(rounds, values, errors, color=BLUE, marker="o", capsize=3, label="measured")
+        axes.axhline(0, color=INK, linewidth=0.6)
+    sizes = [abs(point[1]) for point, _ in points if point[1]]
+    right = lemma.get("right")
+    if right is not None:
+        axes.axhline(right, color=ORANGE, label="Lemma 4.6 allows, on average")
+        sizes.append(abs(right))
+    axes.set_yscale("symlog", linthresh=min(filter(None, sizes), default=1.0))
+    if points or right is not None:
+        axes.legend(frameon=False, labelcolor=INK, fontsize="small")
     return figure
 
 

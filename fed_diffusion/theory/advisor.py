@@ -16,6 +16,7 @@ from fed_diffusion.diffusion.partitions import kappa_minimal
 from fed_diffusion.schema import ConfigError
 from fed_diffusion.theory.bound import (
     Bound,
+    Condition,
     Data,
     Steps,
     Training,
@@ -83,6 +84,7 @@ def plan(
     delta: float = 1e-3,
     K_max: int = 1000,
     variant: Variant = "as_proved",
+    settings: tuple[Condition, ...] = (),
 ) -> Plan:
     """T, K, kappa, the partition and the largest eta for a target of eps2 nats.
 
@@ -99,6 +101,8 @@ def plan(
         Where sampling stops early.
     K_max
         The most steps that anyone will take.
+    settings
+        What the theorem asks of the run's settings (`covered.assumptions`).
 
     Raises
     ------
@@ -124,7 +128,7 @@ def plan(
     limits = eta_limits(training, variant)
     eta = min(limits.values())
     chosen = replace(training, eta=eta) if eta > 0 else training
-    bound = theorem_4_11(data, steps, chosen, variant=variant)
+    bound = theorem_4_11(data, steps, chosen, variant=variant, settings=settings)
     notes = [_on_T(data, training, eps2, T), _on_K(wanted, K, K_max, attained)]
     notes += [_on_delta(delta), _on_eta(training, limits, eta), advice(bound)]
     return Plan(

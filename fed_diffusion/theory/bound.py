@@ -50,12 +50,15 @@ class Steps:
         The kappa that the bound is evaluated at.
     needed
         The smallest kappa with gamma_k <= kappa min{1, u_{k+1}} for every k.
+    delta
+        Its end; None where it is not known, and then Remark 4.12's condition on K is not looked at.
     """
 
     T: float
     K: int
     kappa: float
     needed: float
+    delta: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("T", "K", "kappa", "needed"):
@@ -66,7 +69,9 @@ class Steps:
     def of(cls, u: Tensor, kappa: float | None = None) -> Steps:
         """Of a partition [K + 1], at its own kappa unless another is given."""
         needed = partitions.kappa(u)
-        return cls(float(u[0]), len(u) - 1, needed if kappa is None else kappa, needed)
+        return cls(
+            float(u[0]), len(u) - 1, needed if kappa is None else kappa, needed, float(u[-1])
+        )
 
 
 @dataclass(frozen=True)
@@ -310,11 +315,17 @@ def theorem_4_11(
     C1: float = 0.0,
     constant: float = 1.0,
     variant: Variant = "as_proved",
+    settings: tuple[Condition, ...] = (),
 ) -> Bound:
     """The bound on KL(q_{n,delta} || p_{n,t_K}) for one worker.
 
     Infinite, with the reason, where Gamma* = 0 or not everybody takes part. Any other condition
     that fails leaves a number which the theorem does not vouch for: see `Bound.conditions`.
+
+    Parameters
+    ----------
+    settings
+        The conditions that the numbers say nothing of (`covered.assumptions`).
     """
     lemma_4_8(0.0, C1)
     infinite = ""
@@ -329,7 +340,7 @@ def theorem_4_11(
         prior=lemma_4_10(data, steps.T),
         constant=constant,
         variant=variant,
-        conditions=conditions(steps, training),
+        conditions=(*settings, *conditions(steps, training)),
         infinite=infinite,
     )
 
@@ -360,12 +371,27 @@ def conditions(steps: Steps, training: Training) -> tuple[Condition, ...]:
             f"eta = {t.eta:.4g} against {most:.4g} (Lemma 4.6, F's scale)",
         ),
         Condition("T >= 1", 1 / steps.T, f"T = {steps.T:.4g}"),
+        *_enough_steps(steps),
         Condition(
             "gamma_k <= kappa min{1, u_{k+1}}",
             steps.needed / steps.kappa / (1 + 1e-9),  # kappas are compared to this tolerance
             f"the partition needs kappa = {steps.needed:.6g}, the bound has {steps.kappa:.6g}",
         ),
     )
+
+
+def _enough_steps(steps: Steps) -> tuple[Condition, ...]:
+    """Remark 4.12's condition on K, where delta is known."""
+    if steps.delta is None:
+        return ()
+    least = math.log(1 / steps.delta)
+    says = f"K = {steps.K} against {least:.4g}, delta = {steps.delta:.4g} (Remark 4.12)"
+    return (Condition("K >= log(1 / delta)", least / steps.K, says),)
+
+
+def yes_or_no(name: str, holds: bool, says: str) -> Condition:
+    """A condition that is not missed by a factor."""
+    return Condition(name, _yes(holds), says)
 
 
 def _proved(variant: Variant) -> bool:

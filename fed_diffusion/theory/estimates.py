@@ -6,39 +6,44 @@
 | M_{n,2} | `second_moment` | a pass over the bytes | exact |
 | F_n, F | `mean` of `DSMLoss` over minibatches | a forward pass each | Student's interval |
 | sigma_1^2 | `gradient_variance` | m backward passes a worker | Student's, and the sketch's |
-| sigma_2^2 | `gradient_distance` | the same passes | the same |
-| ||grad F||^2 | `gradient_norm` | the same passes | the sketch's, Student's from m = 3 |
-| L at theta | `largest_curvature` | a double backward pass a step | distance to an eigenvalue |
-| L on the path | `secant` | the same passes in two rounds | as ||grad F||^2 |
+| sigma_2^2 | `gradient_distance`, `worker_distances` | the same passes | by `Means` |
+| ||grad F||^2 | `gradient_norm` | the same passes | by `Means` |
+| L at theta | `curvature.curvature` | double backward passes | distance to an eigenvalue |
+| L on the path | `secant` | the passes of two rounds | as ||grad F||^2 |
 
 w^2 is `pruning_error`, Gamma_r `MaskedMean.gamma` and ||theta_R - theta_0|| `norms.difference`: all
 exact. Losses and gradients are those of the simple loss F_n / (Z d), which training minimises;
 `bound.to_F_scale` brings a `Training` made of them to the scale of F, in that one place.
 
-Gradients come as [N, m, k]: m independent minibatches of each of N workers, whole (k = D) or as
-`Sketch`es. Means over workers estimate suprema over workers and rounds from below, and L seen at
-some places the largest L from below: they say so (`lower`).
+Gradients come as m independent minibatches [m, k] of each of N workers (or all as [N, m, k]), whole
+(k = D) or as `Sketch`es. An estimate that is `lower` estimates something that is at most what the
+theorem asks for, such as a mean where the theorem has a largest value; its own noise may still
+bring it above.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fed_diffusion.rng import Purpose, philox
 
 SKETCH = 1024
 """Numbers in a sketch: squared norms to a standard error of sqrt(2 / 1024) = 4.4 %."""
 CHUNK = 1 << 20
+SIGN = np.uint64(1 << 63)
+"""Of a word of the stream, and of a float64."""
 LEVEL = 0.95
+NORMAL = 1.96
+"""Standard errors in half a 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +56,46 @@ class Estimate:
         The estimate and half the width of its 95 % interval: 0 where it is exact, None where
         nothing is known of it.
     lower
-        It estimates from below what the theorem asks for, the largest value anywhere.
+        What it estimates is at most what the theorem asks for, the largest value anywhere.
+    ends
+        The interval where its two sides differ; `error` is the longer side.
     """
 
     value: float
     error: float | None = None
     lower: bool = False
+    ends: tuple[float, float] | None = field(default=None, compare=False)
+
+    @classmethod
+    def between(cls, low: float, value: float, high: float, lower: bool = False) -> Estimate:
+        """With the ends of its interval."""
+        return cls(value, max(value - low, high - value), lower, (low, high))
+
+    def limits(self) -> tuple[float, float] | None:
+        """The ends of its 95 % interval; None where there is none."""
+        if self.ends is not None:
+            return self.ends[0], self.ends[1]
+        return None if self.error is None else (self.value - self.error, self.value + self.error)
 
     def root(self) -> Estimate:
         """Of the square root, 0 where noise has brought an unbiased estimate below 0."""
-        middle = math.sqrt(max(self.value, 0.0))
-        if self.error is None:
+        low, middle, high = (
+            None if end is None else math.sqrt(max(end, 0.0)) for end in self._in_order()
+        )
+        assert middle is not None
+        if low is None or high is None:
             return Estimate(middle, None, self.lower)
-        top = math.sqrt(max(self.value + self.error, 0.0)) - middle
-        bottom = middle - math.sqrt(max(self.value - self.error, 0.0))
-        return Estimate(middle, max(top, bottom), self.lower)
+        return Estimate.between(low, middle, high, self.lower)
+
+    def _in_order(self) -> tuple[float | None, float, float | None]:
+        low, high = self.limits() or (None, None)
+        return low, self.value, high
 
     def scaled(self, by: float) -> Estimate:
-        """Of `by` times the quantity."""
+        """Of `by` times the quantity, by > 0."""
         error = None if self.error is None else self.error * by
-        return Estimate(self.value * by, error, self.lower)
+        ends = None if self.ends is None else (self.ends[0] * by, self.ends[1] * by)
+        return Estimate(self.value * by, error, self.lower, ends)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,16 +113,37 @@ def mean(values: Sequence[float], lower: bool = False) -> Estimate:
     return Estimate(math.fsum(values) / len(values), _student(values), lower)
 
 
+def means(values: Sequence[Sequence[float]]) -> list[Estimate]:
+    """The mean of each group of at least two values, which all groups' values vary about alike."""
+    found = [math.fsum(group) / len(group) for group in values]
+    variances = [float(np.var(group, ddof=1)) for group in values]
+    return shared_spread(found, variances, [len(group) for group in values])
+
+
+def shared_spread(
+    found: Sequence[float], variances: Sequence[float], counts: Sequence[int]
+) -> list[Estimate]:
+    """Means of groups of so many values, with intervals by the variance that they share."""
+    weights = [count - 1 for count in counts]
+    shared = math.fsum(v * w for v, w in zip(variances, weights, strict=True)) / sum(weights)
+    return [
+        Estimate(value, NORMAL * math.sqrt(shared / count))
+        for value, count in zip(found, counts, strict=True)
+    ]
+
+
 class Sketch:
     """S x for vectors x of D numbers: `size` numbers that keep inner products on average.
 
     Coordinate i is added to the bucket h(i) with the sign s(i), both from one seeded stream
     (Charikar, Chen & Farach-Colton 2002): S is linear, E <Sx, Sy> = <x, y>, and the variance of
     <Sx, Sy> is at most (||x||^2 ||y||^2 + <x, y>^2) / size. O(D) time, no memory beyond a chunk.
-    Whoever has the same seed has the same S.
+    Whoever has the same seed has the same S. The size is a power of 2.
     """
 
     def __init__(self, seed: int, size: int = SKETCH):
+        if size < 1 or size & (size - 1):
+            raise ValueError(f"a sketch of {size} numbers; it must be a power of 2")
         self.size = size
         self._seed = seed
 
@@ -110,8 +156,8 @@ class Sketch:
             for start in range(0, len(flat), CHUNK):
                 values = flat[start : start + CHUNK].astype(np.float64)
                 words = np.asarray(stream.random_raw(len(values)), dtype=np.uint64)
-                values *= np.where(words >> np.uint64(63), -1.0, 1.0)
-                bucket = ((words & np.uint64(0xFFFFFFFF)) % np.uint64(self.size)).astype(np.int64)
+                values.view(np.uint64)[:] ^= words & SIGN
+                bucket = (words & np.uint64(self.size - 1)).view(np.int64)
                 total += np.bincount(bucket, values, minlength=self.size)
         return torch.from_numpy(total)
 
@@ -131,125 +177,189 @@ def sampled_gradients(
     return values, torch.stack(sketches)
 
 
-def gradient_variance(gradients: Tensor, sketched: bool = True) -> Estimate:
+def gradient_variance(gradients: Sequence[Tensor] | Tensor, sketched: bool = True) -> Estimate:
     """sigma_1^2 at the minibatches' size: E ||g - E g||^2, the mean over workers.
 
     Of each worker the sample variance, at two minibatches ||g_1 - g_2||^2 / 2; unbiased.
     """
-    spread = gradients.double() - gradients.double().mean(1, keepdim=True)
-    squares = spread.square().sum((1, 2)) / (_minibatches(gradients) - 1)
-    values = squares.tolist()
+    spread = Means(gradients).spread
     # a sum of at most m - 1 squared norms: as far off as one of them, at worst
-    off = math.sqrt(2 / gradients.shape[2]) * float(squares.mean()) if sketched else 0.0
-    return _joined(values, off, lower=True)
+    off = math.sqrt(2 / gradients[0].shape[1]) * float(spread.mean()) if sketched else 0.0
+    return _joined(spread.tolist(), off, lower=True)
 
 
-def gradient_distance(gradients: Tensor, sketched: bool = True) -> Estimate:
-    """sigma_2^2 = ||grad F_n - grad F||^2, the mean over workers, without the minibatches' noise.
+def gradient_distance(gradients: Sequence[Tensor] | Tensor, sketched: bool = True) -> Estimate:
+    """||grad F_n - grad F||^2, the mean over workers, without the minibatches' noise.
 
-    d_i = g_{n,i} - mean over workers of g_{.,i} is independent between minibatches i, so that the
-    mean of <d_i, d_j> over i != j is unbiased (from two halves: <d_1, d_2>). It can be below 0.
+    At most sigma_2^2, which is of every worker. Unbiased, so that it can be below 0.
     """
-    differences = gradients.double() - gradients.double().mean(0)
-    found = [_squared_mean(worker) for worker in differences]
-    off = sum(error for _, error in found) / len(found) if sketched else 0.0
-    return _joined([value for value, _ in found], off, lower=True)
+    n = len(gradients)
+    centred = torch.eye(n, dtype=torch.float64) - 1 / n
+    return replace(Means(gradients, sketched).form(centred @ centred.T / n), lower=True)
 
 
-def gradient_norm(gradients: Tensor, sketched: bool = True) -> Estimate:
+def worker_distances(gradients: Sequence[Tensor] | Tensor, sketched: bool = True) -> list[Estimate]:
+    """||grad F_n - grad F||^2 of each worker, without the minibatches' noise; unbiased."""
+    n, means = len(gradients), Means(gradients, sketched)
+    centred = torch.eye(n, dtype=torch.float64) - 1 / n
+    return [means.form(torch.outer(row, row)) for row in centred]
+
+
+def gradient_norm(gradients: Sequence[Tensor] | Tensor, sketched: bool = True) -> Estimate:
     """||grad F||^2 at one theta, F the mean over workers, without the minibatches' noise.
 
-    Unbiased as `gradient_distance`; the interval is a delete-one jackknife's, from 3 minibatches.
+    Unbiased, so that it can be below 0.
     """
-    return _squared(gradients.double().mean(0), sketched)
+    n = len(gradients)
+    return Means(gradients, sketched).form(torch.full((n, n), n**-2.0, dtype=torch.float64))
 
 
-def secant(before: Tensor, after: Tensor, distance: float, sketched: bool = True) -> Estimate:
+def secant(
+    before: Sequence[Tensor] | Tensor,
+    after: Sequence[Tensor] | Tensor,
+    distance: float,
+    sketched: bool = True,
+) -> Estimate:
     """||grad F(theta') - grad F(theta)|| / ||theta' - theta||, at most L, without the noise.
 
     Parameters
     ----------
     before, after
-        Gradients [N, m, k] at theta and at theta'.
+        Gradients of the same workers at theta and at theta'.
     distance
         ||theta' - theta||, above 0.
     """
-    change = _squared((after.double() - before.double()).mean(0), sketched)
+    n = len(before)
+    signs = torch.cat([torch.full((n,), sign / n, dtype=torch.float64) for sign in (-1, 1)])
+    change = Means([*before, *after], sketched).form(torch.outer(signs, signs))
     return replace(change.scaled(1 / distance**2), lower=True).root()
 
 
-def hessian_vector(
-    parameters: Sequence[Tensor], loss: Callable[[], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """v -> H v, both [D], of a loss that must come out the same each time (fixed noise).
+class Means:
+    """The means mu_g of G groups of vectors, of which each group has m_g noisy copies.
 
-    The loss and its gradient are computed once; each product is one more backward pass.
+    It estimates quadratic forms of the means without the noise: <mu_g, mu_h> of two groups is
+    <x_g, x_h> of the copies' means, and of one group the mean of <x_i, x_j> over i != j.
+
+    The variance of such a form has two parts: of noise with noise, which two groups give by
+    tr(S_g S_h), S their covariances, and of noise with the means. Two copies are too few for a
+    covariance of their own, so the groups share its shape: tr(S_g S_h) is `alike` times tr S_g
+    tr S_h. `alike`, one over the number of dimensions that the noise has, comes from pairs of
+    groups; or, where there are four copies, from the two halves of each.
+
+    Parameters
+    ----------
+    copies
+        [m_g, k] of each group, m_g at least 2.
+    sketched
+        The vectors are sketches, which all share: squared norms are off by sqrt(2 / k) of them. The
+        sketching of the noise shows in the copies like the noise.
+
+    Attributes
+    ----------
+    spread
+        tr S_g [G].
     """
-    with sdpa_kernel(SDPBackend.MATH):  # the only attention with a second derivative
-        found = torch.autograd.grad(
-            loss(), parameters, create_graph=True, materialize_grads=True, allow_unused=True
-        )
-    # where the loss is flat or linear in a tensor, its gradient is a constant
-    curved = [i for i, gradient in enumerate(found) if gradient.requires_grad]
-    sizes = [parameter.numel() for parameter in parameters]
 
-    def product(v: Tensor) -> Tensor:
-        if not curved:
-            return torch.zeros_like(v)
-        parts = v.split(sizes)
-        image = torch.autograd.grad(
-            [found[i] for i in curved],
-            parameters,
-            [parts[i].view(found[i].shape) for i in curved],
-            retain_graph=True,
-            materialize_grads=True,
-            allow_unused=True,
-        )
-        return torch.cat([part.reshape(-1) for part in image])
+    def __init__(self, copies: Sequence[Tensor] | Tensor, sketched: bool = True):
+        groups = [group.double() for group in copies]
+        if min(len(group) for group in groups) < 2:
+            raise ValueError("one minibatch tells nothing of the noise; at least two are needed")
+        self._off = math.sqrt(2 / groups[0].shape[1]) if sketched else 0.0
+        self._counts = torch.tensor([float(len(group)) for group in groups]).double()
+        self._means = torch.stack([group.mean(0) for group in groups])
+        residuals = [group - group.mean(0) for group in groups]
+        self.spread = torch.stack([_spread(residual) for residual in residuals])
+        self._inner = self._means @ self._means.T
+        self._inner.diagonal().sub_(self.spread / self._counts)
+        self._residuals = torch.cat(
+            [r / math.sqrt(len(r) - 1) for r in residuals]
+        )  # R R^T summed is the sum of the covariances
+        alike, pairs = _alike(groups)
+        self._alike = alike
+        self._freedom = min(pairs, float((self._counts - 1).sum()))
 
-    return product
+    def form(self, c: Tensor) -> Estimate:
+        """sum_gh c_gh <mu_g, mu_h> for a symmetric c [G, G], with its 95 % interval."""
+        value = float((c * self._inner).sum())
+        if self._alike is None:
+            return Estimate(value, None)
+        s, m = self.spread, self._counts
+        pairs = torch.outer(s / m, s / m)
+        pairs.diagonal().copy_(s.square() / (m * (m - 1)))
+        noise = 2 * self._alike * float((c.square() * pairs).sum())
+        half = float(stdtrit(self._freedom, (1 + LEVEL) / 2)) * math.sqrt(noise + self._linear(c))
+        return Estimate(value, math.hypot(half, NORMAL * self._off * max(value, 0.0)))
+
+    def _linear(self, c: Tensor) -> float:
+        """sum_g 4 <b_g, S_g b_g> / m_g with b = c mu: the variance by the means' own size.
+
+        The estimated b has noise too, of which the covariance makes tr(S S): it is taken off.
+        """
+        s, m = self.spread, self._counts
+        total = float(s.sum())
+        if total == 0:
+            return 0.0
+        along = (self._residuals @ (c @ self._means).T).square().sum(0) / total
+        along -= (self._alike or 0.0) * (c.square() @ (s / m))
+        return max(float((4 * s / m * along).sum()), 0.0)
 
 
-def largest_curvature(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Estimate:
-    """||H|| by power iteration: ||H v|| of a unit vector v after so many products, never above it.
+def _alike(groups: Sequence[Tensor]) -> tuple[float | None, float]:
+    """tr(S_g S_h) / (tr S_g tr S_h) over independent pairs, and their degrees of freedom."""
+    if all(len(group) >= 4 for group in groups):
+        pairs = [(group[: len(group) // 2], group[len(group) // 2 :]) for group in groups]
+    else:
+        pairs = list(itertools.combinations(groups, 2))
+    both = sizes = freedom = 0.0
+    for one, two in pairs:
+        one, two = one - one.mean(0), two - two.mean(0)
+        dof = (len(one) - 1) * (len(two) - 1)
+        both += float((one @ two.T).square().sum()) / dof
+        sizes += float(_spread(one) * _spread(two))
+        freedom += dof
+    return (both / sizes if sizes else 0.0, freedom) if pairs else (None, 0.0)
 
-    With rho = <v, H v> an eigenvalue is within ||H v - rho v|| of rho; the error is that, and how
-    far |rho| is from ||H v||. That it is the largest eigenvalue is what cannot be told.
+
+def _spread(residuals: Tensor) -> Tensor:
+    return residuals.square().sum() / (len(residuals) - 1)
+
+
+def pooled(found: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates; of squares, it is taken before the root."""
+    value = math.fsum(estimate.value for estimate in found) / len(found)
+    errors = [estimate.error for estimate in found if estimate.error is not None]
+    error = math.hypot(*errors) / len(found) if len(errors) == len(found) else None
+    return Estimate(value, error, any(estimate.lower for estimate in found))
+
+
+def largest(found: Sequence[Estimate], together: Estimate) -> Estimate:
+    """The largest of several quantities that are known with noise.
+
+    The largest of the noisy values would be too large, by the noise. So each is drawn to the mean
+    as far as noise explains their spread (James & Stein 1961); equal quantities give their mean.
+    The interval holds for whatever quantities: the lower ends of the mean and of each of them are
+    below the largest, and so is it below the largest of their upper ends (Bonferroni's).
+
+    Parameters
+    ----------
+    together
+        Of their mean.
     """
-    v = start / torch.linalg.vector_norm(start)
-    value = error = 0.0
-    for _ in range(steps):
-        image = product(v)
-        rho = torch.dot(v, image)
-        value = float(torch.linalg.vector_norm(image))
-        error = float(torch.linalg.vector_norm(image - rho * v)) + abs(value - abs(float(rho)))
-        if value == 0:
-            break
-        v = image / value
-    return Estimate(value, error, lower=True)
-
-
-def _squared(copies: Tensor, sketched: bool) -> Estimate:
-    """||E x||^2 from independent copies [m, k]."""
-    m = len(copies)
-    value, off = _squared_mean(copies)
-    if m < 3:
-        return Estimate(value, None)
-    left_out = [_squared_mean(copies[[j for j in range(m) if j != i]])[0] for i in range(m)]
-    spread = float(np.std(left_out)) * math.sqrt(m - 1)
-    half = float(stdtrit(m - 1, (1 + LEVEL) / 2)) * spread
-    return Estimate(value, math.hypot(half, 1.96 * off if sketched else 0.0))
-
-
-def _squared_mean(copies: Tensor) -> tuple[float, float]:
-    """The mean of <x_i, x_j> over i != j, and a bound on the standard error of sketching it."""
-    m = _minibatches(copies[None])
-    gram = copies @ copies.T
-    squares = gram.diagonal()
-    apart = ~torch.eye(m, dtype=torch.bool)
-    value = float(gram[apart].mean())
-    variance = (squares[:, None] * squares + gram.square()) / copies.shape[1]
-    return value, float(variance.sqrt()[apart].mean())
+    errors = [estimate.error for estimate in found if estimate.error is not None]
+    values = [estimate.value for estimate in found]
+    if len(errors) < len(found) or together.error is None:
+        return Estimate(together.value, None, lower=True)
+    middle = together.value
+    spread = float(np.var(values, ddof=1)) if len(values) > 1 else 0.0
+    noise = math.fsum((error / NORMAL) ** 2 for error in errors) / len(errors)
+    kept = max(1 - noise / spread, 0.0) if spread > 0 else 0.0
+    value = max(middle + kept * (v - middle) for v in values)
+    wider = float(ndtri(1 - (1 - LEVEL) / 2 / len(found))) / NORMAL
+    pairs = list(zip(values, errors, strict=True))
+    high = max(middle + together.error, *(v + wider * error for v, error in pairs), value)
+    low = min(max(middle - together.error, *(v - wider * error for v, error in pairs)), value)
+    return Estimate.between(low, value, high, lower=True)
 
 
 def _joined(values: list[float], sketch_error: float, lower: bool) -> Estimate:
@@ -257,7 +367,7 @@ def _joined(values: list[float], sketch_error: float, lower: bool) -> Estimate:
     found = mean(values, lower)
     if found.error is None:
         return found
-    return Estimate(found.value, math.hypot(found.error, 1.96 * sketch_error), lower)
+    return Estimate(found.value, math.hypot(found.error, NORMAL * sketch_error), lower)
 
 
 def _student(values: Sequence[float]) -> float | None:
@@ -265,9 +375,3 @@ def _student(values: Sequence[float]) -> float | None:
     if n < 2:
         return None
     return float(stdtrit(n - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1) / math.sqrt(n))
-
-
-def _minibatches(gradients: Tensor) -> int:
-    if gradients.shape[1] < 2:
-        raise ValueError("one minibatch tells nothing of the noise; at least two are needed")
-    return gradients.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,18 +20,21 @@ from fed_diffusion.masks.plan import plan_round
 from fed_diffusion.masks.recipes import Masks, Recipe, pruning_error
 from fed_diffusion.models.build import build_network, parameters_of
 from fed_diffusion.rng import Purpose, torch_generator
-from fed_diffusion.theory.bound import Data, Training, to_F_scale
+from fed_diffusion.theory.bound import Condition, Data, Training, to_F_scale
+from fed_diffusion.theory.covered import assumptions
+from fed_diffusion.theory.curvature import curvature
 from fed_diffusion.theory.estimates import (
     Estimate,
     Sketch,
     gradient_distance,
     gradient_norm,
     gradient_variance,
-    hessian_vector,
-    largest_curvature,
+    largest,
     mean,
+    means,
     sampled_gradients,
     second_moment,
+    worker_distances,
 )
 
 HEAVY = 2**30
@@ -66,6 +70,8 @@ class Probe:
         The squared norm of all that a scattered mask may drop.
     estimates
         On the scale of the simple loss, with their errors.
+    settings
+        What the theorem asks of the run's settings.
     notes
         What was assumed, and how much was looked at.
     """
@@ -75,6 +81,7 @@ class Probe:
     Z: float
     theta_norm2: float
     estimates: dict[str, Estimate]
+    settings: tuple[Condition, ...]
     notes: tuple[str, ...]
 
     def at(self, eta: float) -> Training:
@@ -98,8 +105,11 @@ def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Pro
     losses, sketches = [], []
     with torch.random.fork_rng(), pinned_threads(config.worker.threads):
         for client in range(effort.workers):
-            few = worker.minibatches(theta, client, 0, effort.minibatches, effort.images)
-            values, gradients = sampled_gradients(*few, sketch)
+            parameters, network, drawn = worker.minibatches(
+                theta, client, 0, effort.minibatches, effort.images
+            )
+            few = (partial(batch.loss, network) for batch in drawn)
+            values, gradients = sampled_gradients(parameters, few, sketch)
             losses.append(values)
             sketches.append(gradients)
         L = _curvature(worker, theta, effort)
@@ -107,14 +117,16 @@ def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Pro
     gamma, w2, full = _masks(config, theta)
     parts = partition(dataset, config)
     M2 = max(second_moment(dataset.images[part]) for part in parts)
-    local = config.local
-    trained = [len(part) - math.floor(config.data.holdout * len(part)) for part in parts]
-    S = max(local.steps_of(n) for n in trained)
-    share = min(1.0, effort.images / min(local.batch_of(n) for n in trained))
+    sizes = {len(part) - math.floor(config.data.holdout * len(part)) for part in parts}
+    steps = {worker.steps(size) for size in sizes}
+    S = max(steps)
+    share = min(1.0, effort.images / min(config.local.batch_of(size) for size in sizes))
+    F = mean([value for values in losses for value in values])
     found = {
-        "F": mean([value for values in losses for value in values]),
+        "F": F,
+        "Fn": largest(means(losses), F),
         "sigma1": gradient_variance(gradients).scaled(share).root(),
-        "sigma2": gradient_distance(gradients).root(),
+        "sigma2": largest(worker_distances(gradients), gradient_distance(gradients)).root(),
         "gradient": gradient_norm(gradients).root(),
         "L": L,
     }
@@ -130,7 +142,7 @@ def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Pro
         w2=w2,
         gamma_star=gamma,
         F0=found["F"].value,
-        Fn0=max(sum(values) / len(values) for values in losses),
+        Fn0=found["Fn"].value,
         drift=eta * S * config.rounds * found["gradient"].value,
         optimizer=config.local.optimizer,
         full_participation=full,
@@ -141,6 +153,7 @@ def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Pro
         Z=worker.loss.Z,
         theta_norm2=pruning_error(_nothing_kept(config, theta), theta),
         estimates=found,
+        settings=assumptions(config, steps),
         notes=(*notes, _looked_at(config, effort)),
     )
 
@@ -186,12 +199,8 @@ def _effort(config: Config, parameters: int) -> Effort:
 
 
 def _curvature(worker: Worker, theta: dict[str, Tensor], effort: Effort) -> Estimate:
-    """Power iteration from the gradient, which leans towards the largest eigenvalues."""
-    parameters, losses = worker.minibatches(theta, 0, 0, 1, effort.images)
-    loss = next(losses)
-    gradients = torch.autograd.grad(loss(), parameters, materialize_grads=True, allow_unused=True)
-    start = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    return largest_curvature(hessian_vector(parameters, loss), start, effort.products)
+    parameters, network, drawn = worker.minibatches(theta, 0, 0, 1, effort.images)
+    return curvature(parameters, network, next(drawn), effort.products)
 
 
 def _masks(config: Config, theta: dict[str, Tensor]) -> tuple[int, float, bool]:
@@ -220,8 +229,8 @@ def _looked_at(config: Config, effort: Effort) -> str:
     text = (
         f"Probed at theta_0: {effort.workers} of {config.clients} workers, {effort.minibatches} "
         f"minibatches of {effort.images} images each; L from {effort.products} Hessian "
-        f"product{'s' if effort.products > 1 else ''} on one. L and sigma_2 are lower estimates of "
-        "the theorem's, which are the largest anywhere."
+        f"product{'s' if effort.products > 1 else ''} on one minibatch. sigma_1, sigma_2 and L "
+        "are of theta_0 alone, and the theorem's are the largest anywhere."
     )
     if effort.images < config.local.batch:
         text += f" sigma_1 is scaled to the real batch of {config.local.batch}."

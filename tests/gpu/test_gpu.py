@@ -241,6 +241,47 @@ def test_three_network_sizes_are_each_compiled_for_themselves(config, device):
     assert not counters["cache_size_limit"]
 
 
+def peak(device, run) -> float:
+    """Bytes on the device above what was there before; on a CPU what autograd keeps at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        idle = torch.cuda.memory_allocated(device)
+        run()
+        return float(torch.cuda.max_memory_allocated(device) - idle)
+    live = highest = 0
+
+    class Kept:
+        def __init__(self, tensor):
+            nonlocal live, highest
+            self.tensor, self.size = tensor, tensor.nbytes
+            live += self.size
+            highest = max(highest, live)
+
+        def __del__(self):
+            nonlocal live
+            live -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        run()
+    return float(highest)
+
+
+def test_a_diagnostic_round_needs_little_more_memory_than_a_training_step(config, images, device):
+    """The measurements of Theorem 4.11 in the first round, against a later round without them."""
+    settings = config(theory__every=None, rounds=3, clients=1, local__batch=16)
+    coordinator = Coordinator(settings, parameters_of(build_network(settings)))
+    worker = Worker(settings, images)
+    needed = []
+    for round in (1, 2):
+        task = next(iter(coordinator.tasks(round)))
+        updates = []
+        needed.append(peak(device, lambda task=task, kept=updates: kept.append(worker.run(task))))
+        coordinator.receive(updates[0])
+        coordinator.close_round()
+    assert needed[0] < 1.5 * needed[1]
+
+
 def test_a_run_goes_from_digits_to_figures(tmp_path):
     from fed_diffusion.config import load_config
 

@@ -9,6 +9,7 @@ from fed_diffusion.config import load_config
 from fed_diffusion.federation.simulate import simulate
 from fed_diffusion.report.theory import (
     TERMS,
+    _lemma,
     coverage_figure,
     gradient_figure,
     terms_figure,
@@ -39,6 +40,13 @@ def test_the_panel_says_the_bound_what_dominates_it_and_what_would_lower_it(run)
     assert "Not every condition of the theorem holds" in text
     for condition in theory["conditions"]:
         assert condition["says"] in text
+    for caveat in theory["caveats"]:
+        assert caveat in text
+    for key in ("bound", "compared_with", "run"):
+        assert theory["images"][key] in text
+    assert "; ".join(theory["images"]["differences"]) in text
+    proved = theory["bound"]["as_proved"]
+    assert f"({proved['low']:.4g} to {proved['high']:.4g} by the estimates" in text
     assert "by 6 workers that held the whole network" in text
 
 
@@ -87,7 +95,19 @@ def test_the_curves_go_through_what_was_recorded(run):
     recorded = [c["w2"] for line in rounds for c in line["clients"] if c["client"] == 6]
     assert list(workers[0].get_ydata()) == recorded
     assert list(factor.get_ydata()) == [line["w2_n_over_gamma"] for line in rounds]
-    measured, allowed = gradient_figure(results_of(run)).axes[0].lines
+    measured, *_, allowed = gradient_figure(results_of(run)).axes[0].lines
     lemma = results_of(run)["lemma_4_6"]
-    assert list(measured.get_ydata()) == [v for _, v in lemma["left"] if v > 0]
+    assert list(measured.get_ydata()) == [v for _, v, _ in lemma["left"]]
     assert set(allowed.get_ydata()) == {lemma["right"]}
+
+
+def test_a_squared_norm_that_noise_has_brought_below_0_is_drawn_and_told_as_it_is():
+    theory = {"lemma_4_6": {"rounds": 1, "left": [[1, 40.0, 9.0], [2, -0.5, 0.75]], "right": 90.0}}
+    (axes,) = gradient_figure(theory).axes
+    assert list(axes.lines[0].get_ydata()) == [40.0, -0.5]
+    assert axes.get_ylim()[0] < -1.25
+    (whiskers,) = axes.collections
+    assert [[y for _, y in ends] for ends in whiskers.get_segments()] == [[31, 49], [-1.25, 0.25]]
+    assert "<td>-0.5</td><td>-1.25 to 0.25</td>" in _lemma(theory)
+    old = {"lemma_4_6": {"left": [[1, 40.0], [2, 0.0]], "right": 90.0}}  # of an earlier version
+    assert list(gradient_figure(old).axes[0].lines[0].get_ydata()) == [40.0, 0.0]

@@ -13,6 +13,7 @@ from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import kappa_minimal, loss_weights
 from fed_diffusion.diffusion.process import diffuse
 from fed_diffusion.theory import estimates
+from fed_diffusion.theory.curvature import hessian_vector, largest_curvature
 from fed_diffusion.theory.estimates import Estimate, Sketch
 
 D = 12
@@ -65,10 +66,24 @@ def test_sigma_2_is_free_of_the_minibatches_noise():
 
 
 def test_two_halves_are_one_inner_product():
-    gradients, _ = quadratics(3, THETA, minibatches=2)
-    centred = gradients - gradients.mean(0)
-    expected = float((centred[:, 0] * centred[:, 1]).sum(1).mean())
-    assert estimates.gradient_distance(gradients).value == pytest.approx(expected)
+    """And of two workers, whose minibatches are independent, the product of their means."""
+    x = quadratics(3, THETA, workers=3, minibatches=2)[0].numpy()
+    inner = {
+        (n, k): x[n, 0] @ x[n, 1] if n == k else x[n].mean(0) @ x[k].mean(0)
+        for n in range(3)
+        for k in range(3)
+    }
+
+    def squared(n):  # ||mu_n||^2 - 2 <mu_n, mu> + ||mu||^2
+        across = sum(inner[n, k] for k in range(3)) / 3
+        return inner[n, n] - 2 * across + sum(inner.values()) / 9
+
+    gradients = torch.from_numpy(x)
+    each = [squared(n) for n in range(3)]
+    assert [e.value for e in estimates.worker_distances(gradients)] == pytest.approx(each)
+    assert estimates.gradient_distance(gradients).value == pytest.approx(np.mean(each))
+    norm = sum(inner.values()) / 9
+    assert estimates.gradient_norm(gradients).value == pytest.approx(norm)
 
 
 def test_the_gradients_norm_is_free_of_the_minibatches_noise():
@@ -107,15 +122,15 @@ def test_power_iteration_finds_the_largest_curvature_from_below():
     def loss():
         return theta @ HESSIAN @ theta / 2 - 3 * spare.square().sum()
 
-    product = estimates.hessian_vector([theta, spare], loss)
+    product = hessian_vector([theta, spare], loss)
     start = torch.randn(D + 1, generator=seeded(1), dtype=torch.float64)
     for steps in (1, 3, 100):
-        found = estimates.largest_curvature(product, start, steps)
+        found = largest_curvature(product, start, steps)
         assert found.value <= 6 + 1e-12
         assert found.lower
     assert found.value == pytest.approx(6, rel=1e-6)
     eigenvalues = torch.cat([HESSIAN.diagonal(), torch.tensor([6.0])])
-    few = estimates.largest_curvature(product, start, 2)
+    few = largest_curvature(product, start, 2)
     assert float((eigenvalues - few.value).abs().min()) <= few.error
 
 
@@ -129,7 +144,7 @@ def test_a_hessian_vector_product_is_the_gradients_difference():
     def loss():
         return network(x).square().mean()
 
-    product = estimates.hessian_vector(parameters, loss)
+    product = hessian_vector(parameters, loss)
     v = torch.randn(sum(p.numel() for p in parameters), generator=seeded(3), dtype=torch.float64)
     exact = product(v)
 
@@ -239,3 +254,83 @@ def test_one_minibatch_is_refused_and_one_value_has_no_interval():
     with pytest.raises(ValueError, match="at least two"):
         estimates.gradient_variance(torch.ones(3, 1, 5))
     assert estimates.mean([1.0]) == Estimate(1.0, None)
+
+
+def unequal(seed, minibatches=4, workers=6, noise=0.5, apart=0.3):
+    """Workers of which one is far from the others, and noise in two directions most of all."""
+    means = torch.zeros(workers, D, dtype=torch.float64)
+    means[0, 0] = apart
+    sizes = noise * torch.tensor([3.0, 2.0] + [0.3] * (D - 2), dtype=torch.float64)
+    shape = (workers, minibatches, D)
+    return means[:, None] + sizes * torch.randn(shape, generator=seeded(seed)).double(), means
+
+
+@pytest.mark.parametrize(("workers", "minibatches"), [(2, 2), (2, 4), (3, 2), (10, 2), (10, 6)])
+def test_the_intervals_hold_for_few_workers_and_few_minibatches(workers, minibatches):
+    """With two workers both are equally far from their mean: their spread says nothing."""
+    pairs = {"distance": [], "norm": [], "largest": []}
+    for seed in range(150):
+        gradients, means = unequal(seed, minibatches, workers)
+        exact = (means - means.mean(0)).square().sum(1)
+        distance = estimates.gradient_distance(gradients, sketched=False)
+        each = estimates.worker_distances(gradients, sketched=False)
+        norm = estimates.gradient_norm(gradients, sketched=False)
+        pairs["distance"].append((distance, float(exact.mean())))
+        pairs["norm"].append((norm, float(means.mean(0).square().sum())))
+        pairs["largest"].append((estimates.largest(each, distance), float(exact.max())))
+    for name, found in pairs.items():
+        assert all(e.error is not None for e, _ in found)
+        inside = sum(e.limits()[0] <= exact <= e.limits()[1] for e, exact in found)
+        assert inside >= 0.9 * len(found), name
+
+
+def test_the_largest_of_equal_workers_is_not_what_noise_makes_of_it():
+    values, naive = [], []
+    for seed in SEEDS:
+        gradients, _ = unequal(seed, apart=0.0)
+        each = estimates.worker_distances(gradients, sketched=False)
+        distance = estimates.gradient_distance(gradients, sketched=False)
+        values.append(estimates.largest(each, distance).value)
+        naive.append(max(e.value for e in each))
+    assert np.mean(naive) > 4 * abs(np.mean(values))
+
+
+def test_the_largest_of_clearly_unequal_workers_is_the_largest():
+    found = []
+    for seed in SEEDS:
+        gradients, means = unequal(seed, apart=20.0)
+        each = estimates.worker_distances(gradients, sketched=False)
+        found.append(
+            estimates.largest(each, estimates.gradient_distance(gradients, sketched=False)).value
+        )
+    exact = float((means - means.mean(0)).square().sum(1).max())
+    assert np.mean(found) == pytest.approx(exact, rel=0.02)
+
+
+def test_sketching_widens_an_interval_by_its_share_of_the_value():
+    gradients, _ = unequal(1, apart=20.0)
+    plain = estimates.gradient_distance(gradients, sketched=False)
+    sketched = estimates.gradient_distance(gradients)
+    extra = 1.96 * math.sqrt(2 / D) * plain.value
+    assert sketched.error == pytest.approx(math.hypot(plain.error, extra))
+
+
+def test_pooling_averages_the_squares_and_their_errors():
+    found = estimates.pooled([Estimate(4.0, 3.0), Estimate(-2.0, 4.0)])
+    assert found == Estimate(1.0, 2.5)
+    assert estimates.pooled([Estimate(4.0, 3.0), Estimate(1.0, None)]) == Estimate(2.5, None)
+
+
+def test_an_interval_with_two_sides_is_kept_through_the_root():
+    found = Estimate.between(-1.0, 4.0, 9.0, lower=True).root()
+    assert found.limits() == (0.0, 3.0)
+    assert found == Estimate(2.0, 2.0, lower=True)
+    assert found.scaled(2.0).limits() == (0.0, 6.0)
+    assert Estimate(1.0).limits() is None
+
+
+def test_means_share_the_spread_of_their_values():
+    found = estimates.means([[1.0, 3.0], [5.0, 5.0, 8.0]])
+    shared = (2.0 * 1 + 3.0 * 2) / 3
+    assert [e.value for e in found] == [2.0, 6.0]
+    assert [e.error for e in found] == [pytest.approx(1.96 * math.sqrt(shared / n)) for n in (2, 3)]
