@@ -1,5 +1,6 @@
 """The warm worker: real processes on a real socket, killed by real signals."""
 
+import itertools
 import json
 import os
 import signal
@@ -59,10 +60,12 @@ def wait_until(condition, seconds=60):
 def task(tmp_path):
     """task(**settings) -> the content of a message with the first client's task of round 1."""
 
+    numbers = itertools.count()
+
     def make(**settings):
         given = {key.replace("__", "."): value for key, value in settings.items()}
         config = load_config("digits", TINY | {"evaluation.every": 0} | given)
-        (first, *_) = Experiment(config, tmp_path / f"run-{len(settings)}").tasks(1)
+        (first, *_) = Experiment(config, tmp_path / f"run-{next(numbers)}").tasks(1)
         return to_records(first, json.dumps(config.to_dict()))
 
     return make

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fed_diffusion.compute import device_of, precision_on
 from fed_diffusion.config import Config
 from fed_diffusion.models.build import build_network
 from fed_diffusion.theory.bound import Condition, yes_or_no
@@ -35,7 +36,7 @@ def assumptions(config: Config, steps: Collection[int]) -> tuple[Condition, ...]
     local, rounds, wire, model = config.local, config.round, config.wire, config.model
     varies = [f"local.warmup = {local.warmup}"] if local.warmup else []
     varies += [f"local.schedule = {local.schedule}"] if local.schedule != "constant" else []
-    clip, precision = config.privacy.clip, config.worker.precision
+    clip, precision = config.privacy.clip, precision_on(config, device_of(config))
     fewest, most = min(steps), max(steps)
     return (
         yes_or_no(
@@ -62,7 +63,7 @@ def assumptions(config: Config, steps: Collection[int]) -> tuple[Condition, ...]
             model.label_dropout == 0,
             f"model.label_dropout = {model.label_dropout:g}",
         ),
-        yes_or_no("gradients in fp32", precision == "fp32", f"worker.precision = {precision}"),
+        yes_or_no("gradients in fp32", precision == "fp32", f"arithmetic in {precision}"),
         yes_or_no(
             "nothing rounded on the way",
             wire.down == wire.up == "fp32",
@@ -93,6 +94,7 @@ def images(config: Config) -> dict[str, Any]:
     steps = evaluation.steps or diffusion.K
     averaged = config.ema.decay > 0
     conditional = config.model.conditional
+    precision = precision_on(config, device_of(config))
     about = (
         f"theta_R, sampled by the exponential integrator in K = {diffusion.K} steps of the "
         f"partition {diffusion.partition} from T = {diffusion.T:g} to delta = {diffusion.delta:g}, "
@@ -112,7 +114,7 @@ def images(config: Config) -> dict[str, Any]:
         "a last denoising (Tweedie) step": evaluation.denoise,
         f"guidance {evaluation.guidance:g}": evaluation.guidance > 0,
         "every label equally often": conditional,
-        f"worker.precision = {config.worker.precision}": config.worker.precision != "fp32",
+        f"arithmetic in {precision}": precision != "fp32",
     }
     return {
         "bound": about,

@@ -16,7 +16,7 @@ from fed_diffusion.federation.worker import Worker
 from fed_diffusion.masks.budget import BudgetError
 from fed_diffusion.models.build import build_network, parameters_of
 from fed_diffusion.rng import Purpose, generator, torch_generator
-from fed_diffusion.theory.measured import _training
+from fed_diffusion.theory.measured import steps_taken
 
 
 def epochs(tiny, count, batch, **overrides):
@@ -135,8 +135,9 @@ def test_minibatches_that_are_measured_are_no_larger_than_those_of_training(tiny
         batch = worker._batch
         worker._batch = lambda index, noise: (seen.append(len(index)), batch(index, noise))[1]
         theta = parameters_of(build_network(config))
-        for loss in worker.minibatches(theta, 0, 1, 2, 8)[1]:
-            loss()
+        _, network, drawn = worker.minibatches(theta, 0, 1, 2, 8)
+        for minibatch in drawn:
+            minibatch.loss(network)
         return list(seen)
 
     assert sizes(epochs(tiny, 1, 8, clients=1, data__holdout=0.0)) == [5, 5]
@@ -167,5 +168,4 @@ def test_the_theorem_reads_the_steps_of_the_client_that_takes_most(tiny, digits)
     config = epochs(tiny, 2, 8, rounds=1, theory__every=None)
     line, _ = one_round(config, digits.subset(range(150)))
     assert {client.images for client in line.clients} == {54}
-    theta = parameters_of(build_network(config))
-    assert _training(config, [line], line.theory, line.theory["estimates"], theta).S == 8
+    assert steps_taken(config, [line]) == {8}

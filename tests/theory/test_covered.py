@@ -56,7 +56,6 @@ BROKEN = {
         "0.2",
     ),
     "bf16": ({"worker__precision": "bf16"}, "gradients in fp32", "bf16"),
-    "maybe bf16": ({"worker__precision": "auto"}, "gradients in fp32", "auto"),
     "rounding up": ({"wire__up": "int8"}, "nothing rounded on the way", "wire.up = int8"),
     "rounding down": ({"wire__down": "bf16"}, "nothing rounded on the way", "wire.down = bf16"),
     "privacy": (

@@ -192,11 +192,12 @@ def test_sigma_2_is_pooled_before_the_root_and_one_noisy_round_does_not_make_it(
 
 
 def test_a_secant_over_a_tiny_way_is_noise_and_makes_no_L(run):
-    """With eta = 1e-9 theta hardly moves: the secant's value is far above any curvature."""
+    """With eta = 1e-9 theta hardly moves: the secant may be far above any curvature, or 0."""
     config, history, theta = run
     theory = measured(config, history, theta)
     found = theory["estimates"]
-    assert found["L_secant"]["value"] > 100 * found["L"]["value"]
+    secant = found["L_secant"]
+    assert secant["value"] + secant["error"] > 100 * found["L"]["value"]
     (condition,) = [c for c in theory["conditions"] if c["name"].startswith("eta <=")]
     assert condition["ratio"] < 1
 
