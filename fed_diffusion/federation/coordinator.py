@@ -14,10 +14,20 @@ from fed_diffusion.config import Config
 from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
-from fed_diffusion.federation.aggregate import DivergedError, MaskedMean, UpdateError
+from fed_diffusion.federation.aggregate import (
+    DivergedError,
+    LimitError,
+    MaskedMean,
+    UpdateError,
+)
 from fed_diffusion.federation.codecs import Packed
 from fed_diffusion.federation.diagnostics import Diagnostics
-from fed_diffusion.federation.divergence import check_divergence, exploded, round_losses
+from fed_diffusion.federation.divergence import (
+    check_divergence,
+    exploded,
+    round_losses,
+    warn_if_worse,
+)
 from fed_diffusion.federation.norms import NormLimit
 from fed_diffusion.federation.privacy import PrivateMean, drawn
 from fed_diffusion.federation.records import (
@@ -118,6 +128,9 @@ class Coordinator:
         self._late = 0
         self.losses: list[float] = []
         """Of the rounds so far: what a client's loss is compared with."""
+        self._lowest: list[float] = []
+        """The lowest loss or held-out loss since this process began, if any."""
+        self._warned = False
         self.clock = 0.0
         """Simulated seconds since the start; only the in-process engine moves it."""
 
@@ -302,6 +315,11 @@ class Coordinator:
         rms = self.norms.check(values, self.theta, masks)
         by_examples = self.config.round.weighting == "examples"
         weight = measured["examples"] if by_examples else 1
+        if weight > EXAMPLES_LIMIT:
+            raise LimitError(
+                f"it trained on {weight} images, and round.weighting = examples has room for "
+                f"{EXAMPLES_LIMIT} on one client: use uniform, or make several clients of it"
+            )
         state.mean.add(self._damped(update.client, values, masks), masks, weight)
         self.diagnostics.add(update.client, answer)
         state.clients.append(self._client_round(state, update, recipe, measured))
@@ -361,6 +379,7 @@ class Coordinator:
             seconds=measured["seconds"],
             bytes_up=update.payload.nbytes,
             bytes_down=state.waiting[update.client],
+            precision=measured.get("precision", "unknown"),
         )
 
     def close_round(self) -> RoundSummary:
@@ -428,6 +447,7 @@ class Coordinator:
         if loss is None:  # under privacy a round may be of nobody: then the last loss stands for it
             loss = self.losses[-1] if self.losses else 0.0
         else:
+            self._note_losses([loss] if heldout is None else [loss, heldout], round)
             self.losses.append(loss)
         trainers = state.mean.trainers()
         gamma, w2_max = min(trainers), max((c.w2 for c in clients), default=0.0)
@@ -455,6 +475,12 @@ class Coordinator:
             coverage={str(count): coordinates for count, coordinates in trainers.items()},
             theory=self.diagnostics.close(),
         )
+
+    def _note_losses(self, now: list[float], round: int) -> None:
+        """Warn once where they are far above earlier ones."""
+        if not self._warned:
+            self._warned = warn_if_worse(now, self._lowest, round, self.config.local.eta)
+        self._lowest = [min(self._lowest + now)]
 
     def _mask(self, recipe: Recipe) -> Masks:
         if recipe.kind != "topk":

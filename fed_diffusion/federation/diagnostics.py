@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from fed_diffusion.config import Config
+from fed_diffusion.data import image_shape
 from fed_diffusion.federation.aggregate import UpdateError
 from fed_diffusion.federation.codecs import Packed
+from fed_diffusion.federation.divergence import OUTLIER, usual_mean
 from fed_diffusion.federation.records import MEASURED_LIMIT, Task, Update
 from fed_diffusion.masks.recipes import Numbers
 from fed_diffusion.rng import Purpose, generator
@@ -107,7 +109,7 @@ def measure(
         # whatever it is, in code of one's own too: the client's update must not be lost for it
         why = " ".join(f"{type(error).__name__}: {error}".split())
         logger.warning("client %d, round %d: not measured: %s", task.client, task.round, why)
-        data = why[:MOST_LETTERS].encode("utf-8")
+        data = why[:MOST_LETTERS].encode("utf-8", errors="replace")
         arrays = arrays | {FAILED: Packed("uint8", (len(data),), data)}
     if FAILED in arrays and worker.device.type == "cuda":
         torch.cuda.empty_cache()  # what a failed try has left is training's
@@ -196,6 +198,7 @@ class Answer:
 class _Open:
     """The diagnostic round in progress."""
 
+    round: int
     theta: Tensor
     """Sketched."""
     asked: dict[int, int]
@@ -214,6 +217,7 @@ class Diagnostics:
     def __init__(self, config: Config):
         self._config = config
         self._sketch = Sketch(config.seed)
+        self._d = math.prod(image_shape(config.data))
         self._open: _Open | None = None
         self._last: tuple[Tensor, dict[int, Tensor]] | None = None
         """Sketches of theta, and of each worker's gradients at it."""
@@ -227,7 +231,7 @@ class Diagnostics:
         if not chosen or not is_due(self._config, round):
             return
         asked = dict.fromkeys(chosen, 0) | {chosen[0]: PRODUCTS}
-        self._open = _Open(self._sketch(theta.values()), asked)
+        self._open = _Open(round, self._sketch(theta.values()), asked)
 
     def question(self, client: int) -> Numbers:
         """What a task asks of its client beside training."""
@@ -252,7 +256,9 @@ class Diagnostics:
         failed, gradients = arrays.pop(FAILED, None), arrays.pop(GRADIENTS, None)
         if failed is not None:
             self._open.unanswered[update.client] = _reason(failed)
-        return arrays, None if gradients is None else _answer(gradients, update.payload.numbers)
+        if gradients is None:
+            return arrays, None
+        return arrays, _answer(gradients, update.payload.numbers, self._d)
 
     def add(self, client: int, answer: Answer | None) -> None:
         """Take an answer whose update counts."""
@@ -264,18 +270,19 @@ class Diagnostics:
 
         sigma_1 and the gradient are of the mean over the workers that answered, sigma_2 and F_n of
         the worker where it is largest. `squares` and `distances` (of each worker) are before the
-        root, where several rounds are averaged; they are unbiased, and can be below 0.
+        root, where several rounds are averaged; they are unbiased, and can be below 0. An answer
+        whose loss is far above the others' is left out: one worker must not own the bound.
         """
         state, self._open = self._open, None
         if state is None or not (state.answers or state.unanswered):
             return None
+        answers = _usual(state)
         unanswered = [
             {"client": client, "reason": reason}
             for client, reason in sorted(state.unanswered.items())
         ]
-        if not state.answers:
+        if not answers:
             return {"workers": 0, "unanswered": unanswered, "estimates": {}}
-        answers = dict(sorted(state.answers.items()))
         gradients = {client: answer.gradients for client, answer in answers.items()}
         squares, distances = self._squares(gradients)
         F = mean([answer.loss for answer in answers.values()])
@@ -348,6 +355,21 @@ class Diagnostics:
         self._last = None if theta is None else (theta, {int(c): part for c, part in parts.items()})
 
 
+def _usual(state: _Open) -> dict[int, Answer]:
+    """The answers but for those whose loss is an outlier, as in the round's own loss."""
+    answers = dict(sorted(state.answers.items()))
+    if not answers:
+        return {}
+    losses = {client: answer.loss for client, answer in answers.items()}
+    _, outliers = usual_mean(losses, state.round, "measured loss")
+    for client in outliers:
+        state.unanswered[client] = (
+            f"what it measured is left out: a loss of {losses[client]:.4g}, over {OUTLIER:g} times "
+            "the median"
+        )
+    return {client: answer for client, answer in answers.items() if client not in outliers}
+
+
 def _losses(answers: Mapping[int, Answer]) -> list[Estimate]:
     """F_n of each worker; they share the spread of a minibatch's loss, which two tell little of."""
     every = answers.values()
@@ -367,7 +389,7 @@ def _reason(packed: Packed) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def _answer(packed: Packed, numbers: Mapping[str, Any]) -> Answer:
+def _answer(packed: Packed, numbers: Mapping[str, Any], d: int) -> Answer:
     m = packed.shape[0] if len(packed.shape) == 2 else 0
     fits = packed.dtype == "float32" and MINIBATCHES <= m <= MOST_MINIBATCHES
     if not fits or packed.shape != (m, SKETCH) or len(packed.data) != 4 * m * SKETCH:
@@ -385,4 +407,6 @@ def _answer(packed: Packed, numbers: Mapping[str, Any]) -> Answer:
     legal = all(0 <= value <= MEASURED_LIMIT for value in (loss, error, moment, *curved))
     if not legal or not bool((gradients.abs() <= MEASURED_LIMIT).all()):
         raise UpdateError("diagnostics are not finite or out of range")
+    if moment > d * (1 + 1e-9):
+        raise UpdateError(f"{M2} = {moment:.6g} is out of range: it is at most d = {d}")
     return Answer(loss, error, moment, gradients, Estimate(*curved) if curved else None)

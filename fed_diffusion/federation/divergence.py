@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ LEAST = 0.1
 """Earlier losses below it count as it: a network whose output is zero has a loss of about 1."""
 OUTLIER = 10.0
 """A client's loss above so many times the round's median is left out of the round's."""
+WORSE = 3.0
+"""A round's loss so many times the lowest so far is worth a warning."""
 FIRST_LOSS = "diverged.first_loss"
 """Sent along by a worker whose training diverged: the loss of its first step."""
 logger = logging.getLogger(__name__)
@@ -30,6 +32,28 @@ class Diverged(RuntimeError):
 def exploded(loss: float, before: float) -> bool:
     """Whether a loss is not finite, or beyond all that honest training makes of `before`."""
     return not (math.isfinite(loss) and loss <= FACTOR * max(before, LEAST))
+
+
+def warn_if_worse(now: Iterable[float], before: Iterable[float], round: int, eta: float) -> bool:
+    """Say it where training undoes what was reached; returns whether it does.
+
+    Parameters
+    ----------
+    now
+        The round's loss, and held-out loss of the theta that it began with, if any.
+    before
+        Those of earlier rounds.
+    """
+    figures = list(now)
+    highest, lowest = max(figures), min([*figures, *before])
+    if highest <= WORSE * max(lowest, LEAST):
+        return False
+    logger.warning(
+        "round %d: the loss is %.4g, and was %.4g before: training makes it worse. The step size "
+        "local.eta = %g may be too large; a tenth of it is --set local.eta=%g",
+        *(round, highest, lowest, eta, eta / 10),
+    )
+    return True
 
 
 def usual_mean(losses: Mapping[int, float], round: int, what: str) -> tuple[float, list[int]]:

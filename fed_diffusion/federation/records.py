@@ -16,7 +16,11 @@ from fed_diffusion.federation.wire import Payload
 MEASURED_LIMIT = 2.0**53
 """Above any loss, time or count that a worker can have measured."""
 EXAMPLES_LIMIT = 2**24
-"""Above any number of images on one client: the heaviest weight that the exact sums allow for."""
+"""The most images of one client by which it can be weighted: the exact sums allow for it."""
+MOST_EXAMPLES = 2**32
+"""Above any number of images that a client can have trained on."""
+PRECISION, PRECISIONS = "precision", ("fp32", "tf32", "bf16")
+"""What a worker's network computed in travels as its place in this list."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class ClientRound:
     seconds: float
     bytes_up: int
     bytes_down: int
+    precision: str = "unknown"
+    """What its network computed in, as the worker reports it."""
 
 
 @dataclass
@@ -115,6 +121,8 @@ def measurements(numbers: Mapping[str, Any]) -> dict[str, Any]:
         }
         if "holdout_loss" in numbers:
             measured["holdout_loss"] = float(numbers["holdout_loss"])
+        if PRECISION in numbers:
+            measured["precision"] = dict(enumerate(PRECISIONS))[int(numbers[PRECISION])]
         first = float(numbers.get(FIRST_LOSS, math.nan))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UpdateError(f"measurement missing or not a number: {error}") from error
@@ -127,7 +135,8 @@ def measurements(numbers: Mapping[str, Any]) -> dict[str, Any]:
     if odd := {key: value for key, value in losses.items() if not value <= MEASURED_LIMIT}:
         raise DivergedError(f"its losses are not finite or out of range: {odd}")
     # NaN fails every comparison; a limit on each keeps one client from owning the sums
-    legal = all(0 <= value <= MEASURED_LIMIT for value in measured.values())
-    if not legal or not 1 <= measured["examples"] <= EXAMPLES_LIMIT:
+    counted = [value for value in measured.values() if not isinstance(value, str)]
+    legal = all(0 <= value <= MEASURED_LIMIT for value in counted)
+    if not legal or not 1 <= measured["examples"] <= MOST_EXAMPLES:
         raise UpdateError(f"measurements are not finite or out of range: {measured}")
     return measured

@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fed_diffusion.compute import arithmetic, compiled, device_of, kernels, pinned_threads
+from fed_diffusion.compute import (
+    arithmetic,
+    compiled,
+    device_of,
+    kernels,
+    pinned_threads,
+    precision_on,
+)
 from fed_diffusion.config import Config
 from fed_diffusion.data import (
     ImageSet,
@@ -27,7 +34,7 @@ from fed_diffusion.federation.coordinator import eta_of
 from fed_diffusion.federation.divergence import FIRST_LOSS, exploded
 from fed_diffusion.federation.privacy import clipped
 from fed_diffusion.federation.probe import measure_budget
-from fed_diffusion.federation.records import Task, Update
+from fed_diffusion.federation.records import PRECISION, PRECISIONS, Task, Update
 from fed_diffusion.federation.wire import Payload, decode_task, encode_update
 from fed_diffusion.masks.budget import Budget
 from fed_diffusion.masks.recipes import Masks, Numbers
@@ -113,6 +120,7 @@ class Worker:
             numbers[FIRST_LOSS] = first
         numbers["images"] = sum(map(len, batches))
         numbers["examples"] = len(train)
+        numbers[PRECISION] = PRECISIONS.index(precision_on(config, self.device))
         numbers["seconds"] = time.perf_counter() - began
         end = parameters_of(network)
         if config.privacy.clip is not None:
@@ -135,7 +143,7 @@ class Worker:
         """
         network, forward, _ = self._network(theta)
         network.eval()
-        train, _ = split_holdout(self._images_of(client), self.config, client)
+        train = self._training_images(client)
         if self.config.local.epochs is not None:
             size = min(size, len(train))
 
@@ -151,7 +159,11 @@ class Worker:
 
     def examples(self, client: int) -> int:
         """How many images a client trains on."""
-        return len(split_holdout(self._images_of(client), self.config, client)[0])
+        return len(self._training_images(client))
+
+    def _training_images(self, client: int) -> np.ndarray:
+        """Indices of a client's images but for those that are held out."""
+        return split_holdout(self._images_of(client), self.config, client)[0]
 
     def _network(self, theta: dict[str, Tensor]) -> tuple[nn.Module, Network, Network]:
         """A network that holds theta; one of each size stays resident.
@@ -184,9 +196,9 @@ class Worker:
         return np.arange(len(self.dataset)) if self._parts is None else self._parts[client]
 
     def second_moment(self, client: int) -> float:
-        """M_{n,2} of a client's images, exact; computed once."""
+        """M_{n,2} of the images that a client trains on, exact; computed once."""
         if client not in self._moments:
-            index = torch.from_numpy(self._images_of(client))
+            index = torch.from_numpy(self._training_images(client))
             parts = ((part, self.dataset.images[part]) for part in index.split(MOMENT_IMAGES))
             total = math.fsum(len(part) * second_moment(images) for part, images in parts)
             self._moments[client] = total / len(index)
@@ -204,11 +216,12 @@ class Worker:
             assert isinstance(self._skeleton, UNet)
             assert self._layout is not None
             clients = range(self.config.clients if self._parts is not None else 1)
-            most = max(
-                len(split_holdout(self._images_of(client), self.config, client)[0])
-                for client in clients
-            )
-            with pinned_threads(self.config.worker.threads), torch.random.fork_rng():
+            most = max(map(self.examples, clients))
+            with (
+                pinned_threads(self.config.worker.threads),
+                torch.random.fork_rng(),
+                kernels(self.config, self.device),
+            ):
                 local = self.config.local
                 local = local.model_copy(update={"batch": local.batch_of(most)})
                 self._budget = measure_budget(

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
 
 from fed_diffusion.compute import device_of, precision_on
 from fed_diffusion.config import Config
+from fed_diffusion.data import class_count, image_shape
 from fed_diffusion.models.build import build_network
+from fed_diffusion.rng import Purpose, seed_torch, torch_generator
 from fed_diffusion.theory.bound import Condition, yes_or_no
 
 NOISY_LAYERS = (
@@ -18,9 +21,13 @@ NOISY_LAYERS = (
     nn.RReLU,
 )
 """Layers that make another function of the network in training than in sampling."""
+TRIED = 16
+"""Images on which a network is tried."""
 
 
-def assumptions(config: Config, steps: Collection[int]) -> tuple[Condition, ...]:
+def assumptions(
+    config: Config, steps: Collection[int], precisions: Collection[str] = ()
+) -> tuple[Condition, ...]:
     """What is asked of the settings, a condition each; `bound.conditions` has the rest.
 
     Settings that stand in no condition change nothing that the proof reads: the data and their
@@ -32,11 +39,14 @@ def assumptions(config: Config, steps: Collection[int]) -> tuple[Condition, ...]
     ----------
     steps
         S of all clients in all rounds.
+    precisions
+        What they computed in; default: what this machine computes in.
     """
     local, rounds, wire, model = config.local, config.round, config.wire, config.model
     varies = [f"local.warmup = {local.warmup}"] if local.warmup else []
     varies += [f"local.schedule = {local.schedule}"] if local.schedule != "constant" else []
-    clip, precision = config.privacy.clip, precision_on(config, device_of(config))
+    clip = config.privacy.clip
+    computed = set(precisions) or {precision_on(config, device_of(config))}
     fewest, most = min(steps), max(steps)
     return (
         yes_or_no(
@@ -63,7 +73,11 @@ def assumptions(config: Config, steps: Collection[int]) -> tuple[Condition, ...]
             model.label_dropout == 0,
             f"model.label_dropout = {model.label_dropout:g}",
         ),
-        yes_or_no("gradients in fp32", precision == "fp32", f"arithmetic in {precision}"),
+        yes_or_no(
+            "gradients in fp32",
+            computed == {"fp32"},
+            f"arithmetic in {' and '.join(sorted(computed))}",
+        ),
         yes_or_no(
             "nothing rounded on the way",
             wire.down == wire.up == "fp32",
@@ -81,11 +95,37 @@ def _no_dropout(config: Config) -> Condition:
     """F_n is a loss of the network that samples, and dropout trains another one."""
     model, says = config.model, f"model.dropout = {config.model.dropout:g}"
     layers: set[str] = set()
+    differs = ""
     if ":" in model.name:
-        modules = build_network(config).modules()
-        layers = {type(module).__name__ for module in modules if isinstance(module, NOISY_LAYERS)}
-        says += f", and {model.name} has {', '.join(sorted(layers)) or 'no layer of that kind'}"
-    return yes_or_no("no dropout", model.dropout == 0 and not layers, says)
+        network = build_network(config)
+        modules = network.modules()
+        noisy = [module for module in modules if isinstance(module, NOISY_LAYERS)]
+        layers = {type(module).__name__ for module in noisy if getattr(module, "p", 1) != 0}
+        differs = ", ".join(sorted(layers)) or _differs_in_training(network, config)
+        says += f", and {model.name} has {differs or 'nothing of that kind'}"
+    return yes_or_no("no dropout", model.dropout == 0 and not differs, says)
+
+
+@torch.no_grad()
+def _differs_in_training(network: nn.Module, config: Config) -> str:
+    """How a network is another function in training than in sampling; empty where it is not.
+
+    It is tried on noise, with noise added to its parameters: layers that start at 0 hide others.
+    """
+    noise = torch_generator(config.seed, Purpose.PROBE)
+    for parameter in network.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.1)
+    x = torch.randn((TRIED, *image_shape(config.data)), generator=noise)
+    u, labels = torch.ones(TRIED, dtype=torch.float64), None
+    if config.model.conditional and (classes := class_count(config.data)):
+        labels = torch.arange(TRIED) % classes
+    with torch.random.fork_rng(devices=[]):
+        seed_torch(config.seed, Purpose.PROBE, cuda=False)
+        try:
+            found = [network.train(mode)(x, u, labels) for mode in (False, True)]
+        except Exception as error:  # code of one's own, at the end of a run that must not be lost
+            return f"an error where it was tried on this machine ({type(error).__name__}: {error})"
+    return "" if torch.equal(*found) else "another value in training than in sampling"
 
 
 def images(config: Config) -> dict[str, Any]:
@@ -118,7 +158,9 @@ def images(config: Config) -> dict[str, Any]:
     }
     return {
         "bound": about,
-        "compared_with": "the images that the worker trains on, noised up to delta",
+        "compared_with": "the images that the worker trains on"
+        + (", each of them mirrored half of the time" if config.data.flip else "")
+        + ", noised up to delta",
         "run": run,
         "differences": [what for what, differs in different.items() if differs],
     }
@@ -137,5 +179,10 @@ def caveats(config: Config, steps: Collection[int]) -> list[str]:
         found.append(
             "The proof has independent minibatches; a worker takes its images in random order, "
             "each once before any comes again, so that those of a round are not independent."
+        )
+    if config.local.epochs is not None:
+        found.append(
+            "The last batch of a pass over a worker's images may be smaller: sigma_1 is that of "
+            "full batches, and a smaller one's is larger."
         )
     return found

@@ -14,7 +14,6 @@ from fed_diffusion.config import Config
 from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
-from fed_diffusion.federation.coordinator import eta_of
 from fed_diffusion.federation.norms import difference
 from fed_diffusion.federation.records import RoundSummary
 from fed_diffusion.models.build import build_network, parameters_of
@@ -73,7 +72,7 @@ def measured(
     steps = steps_taken(config, history)
     simple = _training(config, history, found, theta, max(steps))
     training, data = to_F_scale(simple, Z, d), Data(d, float(first["M2"]))
-    asks = assumptions(config, steps)
+    asks = assumptions(config, steps, precisions(history))
 
     def bound(training: Training, variant: Variant) -> Bound:
         return theorem_4_11(data, Steps.of(u), training, variant=variant, settings=asks)
@@ -114,6 +113,11 @@ def steps_taken(config: Config, history: Sequence[RoundSummary]) -> set[int]:
     return {
         epochs * max(1, -(-c.images // (epochs * local.batch))) for s in history for c in s.clients
     }
+
+
+def precisions(history: Sequence[RoundSummary]) -> set[str]:
+    """What the workers computed in, by what they report."""
+    return {client.precision for s in history for client in s.clients}
 
 
 def _estimates(rounds: Sequence[Measured]) -> dict[str, Estimate]:
@@ -181,6 +185,8 @@ def _why_not(config: Config, history: Sequence[RoundSummary], rounds: Sequence[M
         return "under privacy no gradient leaves a client unclipped, so nothing is measured"
     if config.round.mode == "buffered":
         return "buffered rounds are outside the theorem"
+    if history and (lost := history[-1].round - len(history)):
+        return f"metrics.jsonl has lost {lost} of the rounds, whose Gamma and w^2 are not known"
     if not rounds or rounds[0][0] != 1:
         return "no worker with the whole network answered in the first round"
     names = {name for _, r in rounds for name in r["estimates"]}
@@ -205,7 +211,7 @@ def _training(
         N=config.clients,
         S=S,
         R=len(history),
-        eta=max(eta_of(config, s.round) for s in history),
+        eta=max(s.eta for s in history),
         L=_L(found),
         sigma1=found["sigma1"].value,
         sigma2=found["sigma2"].value,

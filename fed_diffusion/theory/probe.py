@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fed_diffusion.compute import pinned_threads
+from fed_diffusion.compute import kernels, pinned_threads
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.data import ImageSet, class_count, image_shape, partition
+from fed_diffusion.data import ImageSet, class_count, image_shape
 from fed_diffusion.federation.aggregate import MaskedMean
 from fed_diffusion.federation.codecs import kept_of
 from fed_diffusion.federation.coordinator import Coordinator
@@ -33,7 +33,6 @@ from fed_diffusion.theory.estimates import (
     mean,
     means,
     sampled_gradients,
-    second_moment,
     worker_distances,
 )
 
@@ -103,7 +102,8 @@ def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Pro
     effort = _effort(config, sum(value.numel() for value in theta.values()))
     sketch = Sketch(config.seed, SKETCH)
     losses, sketches = [], []
-    with torch.random.fork_rng(), pinned_threads(config.worker.threads):
+    threads = config.worker.threads
+    with torch.random.fork_rng(), pinned_threads(threads), kernels(config, worker.device):
         for client in range(effort.workers):
             parameters, network, drawn = worker.minibatches(
                 theta, client, 0, effort.minibatches, effort.images
@@ -115,9 +115,8 @@ def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Pro
         L = _curvature(worker, theta, effort)
     gradients = torch.stack(sketches)
     gamma, w2, full = _masks(config, theta)
-    parts = partition(dataset, config)
-    M2 = max(second_moment(dataset.images[part]) for part in parts)
-    sizes = {len(part) - math.floor(config.data.holdout * len(part)) for part in parts}
+    M2 = max(map(worker.second_moment, range(config.clients)))
+    sizes = set(map(worker.examples, range(config.clients)))
     steps = {worker.steps(size) for size in sizes}
     S = max(steps)
     share = min(1.0, effort.images / min(config.local.batch_of(size) for size in sizes))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fed_diffusion.config import ConfigError
+from fed_diffusion.data import split_holdout
 from fed_diffusion.experiment import Experiment
 from fed_diffusion.federation.coordinator import Coordinator
 from fed_diffusion.federation.diagnostics import (
@@ -123,7 +124,8 @@ def test_the_estimates_are_those_of_the_workers_gradients(measured, digits):
     one, two = (torch.stack([pair[i] for pair in gradients]).mean(0) for i in (0, 1))
     norm = math.sqrt(max(float(one @ two), 0))
     assert estimates["gradient"]["value"] == pytest.approx(norm, rel=0.25)
-    sizes = [float((digits.images[i].float() / 127.5 - 1).square().sum()) for i in worker._parts[0]]
+    trained = split_holdout(worker._parts[0], config, 0)[0]  # F_n is of these too
+    sizes = [float((digits.images[i].float() / 127.5 - 1).square().sum()) for i in trained]
     assert updates[0].payload.numbers[M2] == pytest.approx(np.mean(sizes), rel=1e-5)
 
 
@@ -174,6 +176,7 @@ BAD = {
     ),
     "with a loss that is none": ({"loss": float("nan")}, "not finite"),
     "with a moment out of range": ({"M2": -1.0}, "out of range"),
+    "with a moment that no images have": ({"M2": 64.1}, "out of range: it is at most d = 64"),
 }
 
 
@@ -187,6 +190,20 @@ def test_an_update_is_rejected_whole_whose_diagnostics_are(which, measured, digi
     summary = coordinator.close_round()
     assert complaint in summary.rejected[0]["reason"]
     assert summary.theory["workers"] == len(updates) - 1
+
+
+def test_what_one_worker_says_of_its_loss_does_not_make_the_bound(measured, digits):
+    """The liar's update counts, as in the round's loss; what it says it measured does not."""
+    coordinator, updates = updates_of(measured(), digits)
+    for update in updates:
+        assert coordinator.receive(changed(update, loss=9e15) if update.client == 3 else update)
+    theory = coordinator.close_round().theory
+    (named,) = theory["unanswered"]
+    assert named["client"] == 3
+    assert "a loss of 9e+15, over 10 times the median" in named["reason"]
+    assert theory["workers"] == len(theory["distances"]) == 4
+    honest = [u.payload.numbers[LOSS] for u in updates if u.client != 3]
+    assert theory["estimates"]["F"]["value"] == pytest.approx(np.mean(honest), rel=1e-9)
 
 
 def test_gradients_that_nobody_asked_for_are_refused(tiny, digits):
@@ -339,7 +356,7 @@ def test_answers_of_different_numbers_of_minibatches_are_put_together(measured, 
 
 
 def test_the_second_moment_of_many_images_is_looked_at_in_parts(tiny, digits):
-    worker = Worker(tiny(clients=1), digits)
+    worker = Worker(tiny(clients=1, data__holdout=0.0), digits)
     pixels = digits.images.double() / 127.5 - 1
     assert len(digits.images) > MOMENT_IMAGES
     expected = float(pixels.square().sum((1, 2, 3)).mean())

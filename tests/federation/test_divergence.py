@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fed_diffusion.experiment import Experiment, RunStopped
 from fed_diffusion.federation.coordinator import BelowQuorum, Coordinator
-from fed_diffusion.federation.divergence import FIRST_LOSS, exploded, usual_mean
+from fed_diffusion.federation.divergence import FIRST_LOSS, exploded, usual_mean, warn_if_worse
 from fed_diffusion.federation.simulate import run_in_process, simulate
 from fed_diffusion.federation.worker import Worker
 from fed_diffusion.models.build import build_network, parameters_of
@@ -86,6 +86,36 @@ def test_a_later_divergence_names_the_last_good_checkpoint(tiny, tmp_path, more)
     assert "local.eta=" in why
     assert "fed-diffusion resume" not in why
     assert experiment.run.load_checkpoint().state["round"] == 2
+
+
+@pytest.mark.parametrize("holdout", [0.1, 0.0])
+def test_training_that_undoes_itself_is_told_once_with_a_step_size_to_try(
+    tiny, digits, caplog, holdout
+):
+    """Adam at eta = 1 stays finite: a loss of tens, from one of 0.3, and a run that ends."""
+    config = tiny(local__eta=1.0, model__widths=[8], data__holdout=holdout)
+    play(config, digits, {}, 1 if holdout else 3)
+    told = [r.getMessage() for r in caplog.records if "makes it worse" in r.getMessage()]
+    if holdout:
+        (message,) = told
+        assert "local.eta = 1 may be too large" in message
+        assert "--set local.eta=0.1" in message
+    assert len(told) <= 1
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "worse"),
+    [
+        ([0.9], [], False),
+        ([0.9, 0.25], [], True),
+        ([0.5, 0.6], [0.3], False),
+        ([0.5, 0.95], [0.3], True),
+        ([0.29], [0.001], False),  # below what counts
+    ],
+)
+def test_worse_is_three_times_the_lowest_so_far(now, before, worse, caplog):
+    assert warn_if_worse(now, before, 4, 0.02) == worse
+    assert ("round 4: the loss is" in caplog.text) == worse
 
 
 def play(config, digits, lie, rounds):

@@ -316,6 +316,24 @@ def test_clients_with_the_most_examples_that_there_can_be_count_in_every_round(t
     assert coordinator.strikes == {}
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_more_examples_than_there_is_room_for_are_a_fault_of_nobody(tiny, digits, weighting):
+    """Where they are no weight they are no matter; else the reason says what to do."""
+    config = small(tiny, round__weighting=weighting, round__ban_after=1)
+    coordinator = Coordinator(config, parameters_of(build_network(config)))
+    worker = Worker(config, digits)
+    for task in coordinator.tasks(1):
+        update = worker.run(task)
+        if task.client == 0:
+            update.payload.numbers["examples"] = 2**24 + 1
+        assert coordinator.receive(update) == (task.client > 0 or weighting == "uniform")
+    summary = coordinator.close_round()
+    assert (coordinator.strikes, summary.banned) == ({}, [])
+    reasons = [entry["reason"] for entry in summary.rejected]
+    assert len(reasons) == (weighting == "examples")
+    assert all("16777217 images" in why and "use uniform" in why for why in reasons)
+
+
 def test_a_limit_of_the_servers_bans_nobody(tiny, digits):
     """Values that one client alone could send, beyond the share of one among five."""
     config = small(tiny, round__ban_after=1)

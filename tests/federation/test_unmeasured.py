@@ -50,6 +50,10 @@ class OutOfMemory(Net):
     def fail(self, y):
         return y + torch.empty(2**59)
 
+class NotText(Net):
+    def fail(self, y):
+        raise OSError('no file caf\\udce9 of memory')
+
 class NotFinite(Net):
     def fail(self, y):
         return y * float('inf')
@@ -57,6 +61,7 @@ class NotFinite(Net):
 WHY = {
     "OneDerivative": "no second derivative",
     "OutOfMemory": "memory",
+    "NotText": "no file caf",
     "NotFinite": "not finite",
 }
 

@@ -127,6 +127,68 @@ def test_dropout_inside_a_network_of_ones_own_is_seen(tmp_path, monkeypatch):
     assert failed(letter(model__name="net_plain:Net")) == []
 
 
+SILENT = {
+    "functional dropout": ("F.dropout(y, 0.2, self.training)", "another value in training"),
+    "dropout inside attention": (
+        "self.attention(*3 * (y.flatten(1)[None],))[0][0].view(y.shape)",
+        "another value in training",
+    ),
+    "nothing": ("y", ""),
+    "dropout of nothing": ("self.nothing(y)", ""),
+    "labels that it cannot do without": ("y + labels[0]", "an error where it was tried"),
+}
+
+
+@pytest.mark.parametrize("which", SILENT)
+def test_a_network_that_trains_as_another_one_is_seen_whatever_it_is_made_of(
+    which, tmp_path, monkeypatch
+):
+    """Layers of one's own cannot be known by name: the network is tried, from zeros on too."""
+    then, says = SILENT[which]
+    module = f"tried_{list(SILENT).index(which)}"
+    (tmp_path / f"{module}.py").write_text(
+        "import torch\n"
+        "import torch.nn.functional as F\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, model, channels, size, classes):\n"
+        "        super().__init__()\n"
+        "        self.nothing = torch.nn.Dropout(0.0)\n"
+        "        self.attention = torch.nn.MultiheadAttention(64, 2, dropout=0.3)\n"
+        "        self.leave = torch.nn.Parameter(torch.zeros(1, 1, 1, 1))\n"
+        "    def forward(self, x, u, labels=None):\n"
+        "        y = F.conv2d(x, self.leave)\n"
+        f"        return {then}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = letter(model__name=f"{module}:Net")
+    assert failed(config) == (["no dropout"] if says else [])
+    (condition,) = [c for c in assumptions(config, [60]) if c.name == "no dropout"]
+    assert says in condition.says
+
+
+def test_the_precision_is_what_workers_report_not_what_this_machine_would_take():
+    def condition(*computed):
+        (found,) = [
+            c for c in assumptions(letter(), [60], computed) if c.name == "gradients in fp32"
+        ]
+        return found.holds, found.says
+
+    assert condition("fp32") == (True, "arithmetic in fp32")
+    assert condition("fp32", "bf16") == (False, "arithmetic in bf16 and fp32")
+    assert condition("unknown") == (False, "arithmetic in unknown")
+
+
+def test_mirrored_images_are_part_of_what_the_bound_compares_with():
+    assert "mirrored" in images(letter(data__flip=True))["compared_with"]
+    assert "mirrored" not in images(letter())["compared_with"]
+
+
+def test_epochs_have_a_last_batch_of_which_sigma_1_is_not():
+    epochs = caveats(letter(local__epochs=1), [1])
+    assert len(epochs) == len(caveats(letter(), [1])) + 1
+    assert "smaller" in epochs[-1]
+
+
 def test_too_few_steps_for_delta_are_a_condition_that_says_by_how_much():
     u = PARTITIONS["geometric"](2.0, 1e-3, 4)
     bound = theorem_4_11(Data(64, 20.0), Steps.of(u), RUN)

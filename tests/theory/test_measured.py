@@ -86,6 +86,30 @@ def test_a_client_that_was_left_out_once_makes_participation_partial(run):
     assert theory["bound"]["as_proved"]["total"] is None
 
 
+def test_the_record_says_what_workers_computed_in_and_one_in_bf16_is_outside(run):
+    config, history, theta = run
+    assert {client.precision for line in history for client in line.clients} == {"fp32"}
+    odd = replace(history[1].clients[0], precision="bf16")
+    line = replace(history[1], clients=[odd, *history[1].clients[1:]])
+    assert broken(measured(config, [history[0], line, history[2]], theta)) == ["gradients in fp32"]
+
+
+def test_a_round_that_the_record_has_lost_leaves_no_bound(run):
+    """Its trainers and its w^2 are gone, and R would be one too few."""
+    config, history, theta = run
+    why = measured(config, [history[0], history[2]], theta)["why"]
+    assert why == "metrics.jsonl has lost 1 of the rounds, whose Gamma and w^2 are not known"
+
+
+def test_the_step_size_is_that_of_the_record(run):
+    """It was another one before a resume with more rounds stretched the schedule."""
+    config, history, theta = run
+    larger = replace(history[1], eta=7 * config.local.eta)
+    theory = measured(config, [history[0], larger, history[2]], theta)
+    (condition,) = [c for c in theory["conditions"] if c["name"].startswith("eta <=")]
+    assert f"eta = {7 * config.local.eta / theory['Z_d']:.4g} " in condition["says"]
+
+
 def test_S_is_what_the_clients_did_whether_a_last_batch_is_filled_up_or_smaller(run):
     history = run[1]
 
