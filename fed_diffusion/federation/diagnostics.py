@@ -37,10 +37,10 @@ from fed_diffusion.theory.estimates import (
     gradient_norm,
     gradient_variance,
     largest,
+    largest_of,
     mean,
     sampled_gradients,
     secant,
-    shared_spread,
     worker_distances,
 )
 
@@ -288,7 +288,7 @@ class Diagnostics:
         F = mean([answer.loss for answer in answers.values()])
         found: dict[str, Estimate] = {
             "F": F,
-            "Fn": largest(_losses(answers), F),
+            "Fn": _largest_loss(answers),
             "sigma1": squares["sigma1"].root(),
             "gradient": squares["gradient"].root(),
         }
@@ -370,12 +370,12 @@ def _usual(state: _Open) -> dict[int, Answer]:
     return {client: answer for client, answer in answers.items() if client not in outliers}
 
 
-def _losses(answers: Mapping[int, Answer]) -> list[Estimate]:
-    """F_n of each worker; they share the spread of a minibatch's loss, which two tell little of."""
+def _largest_loss(answers: Mapping[int, Answer]) -> Estimate:
+    """The largest F_n; workers share the spread of a minibatch's loss, which two tell little of."""
     every = answers.values()
     counts = [len(answer.gradients) for answer in every]
     variances = [answer.loss_error**2 * len(answer.gradients) for answer in every]
-    return shared_spread([answer.loss for answer in every], variances, counts)
+    return largest_of([answer.loss for answer in every], variances, counts)
 
 
 def _reason(packed: Packed) -> str:

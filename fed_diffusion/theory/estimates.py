@@ -113,21 +113,33 @@ def mean(values: Sequence[float], lower: bool = False) -> Estimate:
     return Estimate(math.fsum(values) / len(values), _student(values), lower)
 
 
-def means(values: Sequence[Sequence[float]]) -> list[Estimate]:
-    """The mean of each group of at least two values, which all groups' values vary about alike."""
+def largest_mean(values: Sequence[Sequence[float]]) -> Estimate:
+    """The largest of the means of groups of at least two values, which vary about them alike."""
     found = [math.fsum(group) / len(group) for group in values]
     variances = [float(np.var(group, ddof=1)) for group in values]
-    return shared_spread(found, variances, [len(group) for group in values])
+    return largest_of(found, variances, [len(group) for group in values])
+
+
+def largest_of(
+    found: Sequence[float], variances: Sequence[float], counts: Sequence[int]
+) -> Estimate:
+    """The largest of the means of groups of so many values, by the variance that they share."""
+    each = shared_spread(found, variances, counts)
+    return largest(each, mean(found), sum(counts) - len(counts))
 
 
 def shared_spread(
     found: Sequence[float], variances: Sequence[float], counts: Sequence[int]
 ) -> list[Estimate]:
-    """Means of groups of so many values, with intervals by the variance that they share."""
+    """Means of groups of so many values, with Student's intervals by the variance that they share.
+
+    Its degrees of freedom are the values less the groups.
+    """
     weights = [count - 1 for count in counts]
     shared = math.fsum(v * w for v, w in zip(variances, weights, strict=True)) / sum(weights)
+    quantile = _quantile((1 - LEVEL) / 2, sum(weights))
     return [
-        Estimate(value, NORMAL * math.sqrt(shared / count))
+        Estimate(value, quantile * math.sqrt(shared / count))
         for value, count in zip(found, counts, strict=True)
     ]
 
@@ -333,7 +345,7 @@ def pooled(found: Sequence[Estimate]) -> Estimate:
     return Estimate(value, error, any(estimate.lower for estimate in found))
 
 
-def largest(found: Sequence[Estimate], together: Estimate) -> Estimate:
+def largest(found: Sequence[Estimate], together: Estimate, freedom: float = math.inf) -> Estimate:
     """The largest of several quantities that are known with noise.
 
     The largest of the noisy values would be too large, by the noise. So each is drawn to the mean
@@ -345,6 +357,8 @@ def largest(found: Sequence[Estimate], together: Estimate) -> Estimate:
     ----------
     together
         Of their mean.
+    freedom
+        The degrees of freedom of the intervals in `found`.
     """
     errors = [estimate.error for estimate in found if estimate.error is not None]
     values = [estimate.value for estimate in found]
@@ -352,10 +366,11 @@ def largest(found: Sequence[Estimate], together: Estimate) -> Estimate:
         return Estimate(together.value, None, lower=True)
     middle = together.value
     spread = float(np.var(values, ddof=1)) if len(values) > 1 else 0.0
-    noise = math.fsum((error / NORMAL) ** 2 for error in errors) / len(errors)
+    quantile = _quantile((1 - LEVEL) / 2, freedom)
+    noise = math.fsum((error / quantile) ** 2 for error in errors) / len(errors)
     kept = max(1 - noise / spread, 0.0) if spread > 0 else 0.0
     value = max(middle + kept * (v - middle) for v in values)
-    wider = float(ndtri(1 - (1 - LEVEL) / 2 / len(found))) / NORMAL
+    wider = _quantile((1 - LEVEL) / 2 / len(found), freedom) / quantile
     pairs = list(zip(values, errors, strict=True))
     high = max(middle + together.error, *(v + wider * error for v, error in pairs), value)
     low = min(max(middle - together.error, *(v - wider * error for v, error in pairs)), value)
@@ -370,8 +385,13 @@ def _joined(values: list[float], sketch_error: float, lower: bool) -> Estimate:
     return Estimate(found.value, math.hypot(found.error, NORMAL * sketch_error), lower)
 
 
+def _quantile(above: float, freedom: float) -> float:
+    """What Student's t, or a normal value where the freedom is infinite, exceeds so often."""
+    return float(-ndtri(above) if math.isinf(freedom) else stdtrit(freedom, 1 - above))
+
+
 def _student(values: Sequence[float]) -> float | None:
     n = len(values)
     if n < 2:
         return None
-    return float(stdtrit(n - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1) / math.sqrt(n))
+    return float(_quantile((1 - LEVEL) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))

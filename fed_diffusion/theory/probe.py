@@ -30,8 +30,8 @@ from fed_diffusion.theory.estimates import (
     gradient_norm,
     gradient_variance,
     largest,
+    largest_mean,
     mean,
-    means,
     sampled_gradients,
     worker_distances,
 )
@@ -123,7 +123,7 @@ def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Pro
     F = mean([value for values in losses for value in values])
     found = {
         "F": F,
-        "Fn": largest(means(losses), F),
+        "Fn": largest_mean(losses),
         "sigma1": gradient_variance(gradients).scaled(share).root(),
         "sigma2": largest(worker_distances(gradients), gradient_distance(gradients)).root(),
         "gradient": gradient_norm(gradients).root(),

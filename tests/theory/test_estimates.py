@@ -330,7 +330,24 @@ def test_an_interval_with_two_sides_is_kept_through_the_root():
 
 
 def test_means_share_the_spread_of_their_values():
-    found = estimates.means([[1.0, 3.0], [5.0, 5.0, 8.0]])
+    found = estimates.shared_spread([2.0, 6.0], [2.0, 3.0], [2, 3])
     shared = (2.0 * 1 + 3.0 * 2) / 3
+    t = 3.182446  # of 3 degrees of freedom: five values, two means
     assert [e.value for e in found] == [2.0, 6.0]
-    assert [e.error for e in found] == [pytest.approx(1.96 * math.sqrt(shared / n)) for n in (2, 3)]
+    assert [e.error for e in found] == [pytest.approx(t * math.sqrt(shared / n)) for n in (2, 3)]
+
+
+@pytest.mark.parametrize(("workers", "minibatches"), [(2, 2), (4, 2), (10, 2), (4, 8)])
+@pytest.mark.parametrize("apart", [0.0, 0.1])
+def test_the_interval_of_the_largest_mean_covers_it_with_few_values_too(
+    workers, minibatches, apart
+):
+    """A normal value in the place of Student's t covered 0.83 of equal workers, not 0.95."""
+    draw = np.random.default_rng(workers)
+    means = 1 + apart * np.arange(workers) / workers
+    inside = 0
+    for _ in range(1000):
+        values = means[:, None] + 0.05 * draw.standard_normal((workers, minibatches))
+        low, high = estimates.largest_mean(values.tolist()).limits()
+        inside += low <= means.max() <= high
+    assert inside >= 930  # 0.95 less three standard errors
