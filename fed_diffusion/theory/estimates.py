@@ -337,11 +337,22 @@ def _spread(residuals: Tensor) -> Tensor:
     return residuals.square().sum() / (len(residuals) - 1)
 
 
-def pooled(found: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates; of squares, it is taken before the root."""
+def pooled(found: Sequence[Estimate], sketch: int | None = None) -> Estimate:
+    """The mean of independent estimates; of squares, it is taken before the root.
+
+    Parameters
+    ----------
+    sketch
+        The size of the one sketch behind all of them, where they are squared norms: its error is
+        the same in all, and does not average out.
+    """
     value = math.fsum(estimate.value for estimate in found) / len(found)
     errors = [estimate.error for estimate in found if estimate.error is not None]
-    error = math.hypot(*errors) / len(found) if len(errors) == len(found) else None
+    if len(errors) < len(found):
+        error = None
+    else:
+        off = 0.0 if sketch is None else NORMAL * math.sqrt(2 / sketch) * max(value, 0.0)
+        error = math.hypot(math.hypot(*errors) / len(found), off)
     return Estimate(value, error, any(estimate.lower for estimate in found))
 
 

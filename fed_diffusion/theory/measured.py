@@ -30,7 +30,7 @@ from fed_diffusion.theory.bound import (
     to_F_scale,
 )
 from fed_diffusion.theory.covered import assumptions, caveats, images
-from fed_diffusion.theory.estimates import Estimate, largest, pooled
+from fed_diffusion.theory.estimates import SKETCH, Estimate, largest, pooled
 
 Measured = tuple[int, Mapping[str, Any]]
 """A round (1-based) and what it measured (`diagnostics.close`)."""
@@ -128,10 +128,10 @@ def _estimates(rounds: Sequence[Measured]) -> dict[str, Estimate]:
 
     at_first = rounds[0][1]["estimates"]
     found = {name: Estimate(**at_first[name]) for name in ("F", "Fn", "gradient")}
-    found["sigma1"] = pooled(every("squares", "sigma1")).root()
+    found["sigma1"] = pooled(every("squares", "sigma1"), SKETCH).root()
     clients = {client for _, r in rounds for client in r["distances"]}
-    of_each = [pooled(every("distances", client)) for client in sorted(clients, key=int)]
-    found["sigma2"] = largest(of_each, pooled(every("squares", "sigma2"))).root()
+    of_each = [pooled(every("distances", client), SKETCH) for client in sorted(clients, key=int)]
+    found["sigma2"] = largest(of_each, pooled(every("squares", "sigma2"), SKETCH)).root()
     if seen := every("estimates", "L"):
         found["L"] = max(seen, key=lambda estimate: estimate.value)
     if seen := every("estimates", "L_secant"):

@@ -321,6 +321,28 @@ def test_pooling_averages_the_squares_and_their_errors():
     assert estimates.pooled([Estimate(4.0, 3.0), Estimate(1.0, None)]) == Estimate(2.5, None)
 
 
+def test_the_error_of_one_sketch_does_not_average_out_over_rounds():
+    """Noise in one direction v, in every round: its square is ||Sv||^2, never ||v||^2."""
+    inside = np.zeros(2, int)
+    for seed in range(60):
+        sketch, draw = estimates.Sketch(seed, 64), np.random.default_rng(seed)
+        v = torch.from_numpy(draw.standard_normal(500)).float()
+        exact = float(v.square().sum())
+        rounds = []
+        for _ in range(40):
+            noise = torch.from_numpy(draw.standard_normal((4, 16, 1)))
+            rounds.append(estimates.gradient_variance(noise * sketch([v])))
+        with_it, without = estimates.pooled(rounds, 64), estimates.pooled(rounds)
+        inside += np.array([covers(with_it, exact), covers(without, exact)])
+    assert inside[0] >= 52
+    assert inside[1] <= 40
+
+
+def covers(found, exact):
+    low, high = found.limits()
+    return low <= exact <= high
+
+
 def test_an_interval_with_two_sides_is_kept_through_the_root():
     found = Estimate.between(-1.0, 4.0, 9.0, lower=True).root()
     assert found.limits() == (0.0, 3.0)
