@@ -23,12 +23,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.diffusion.partitions import kappa_minimal, loss_weights
 from fed_diffusion.diffusion.process import sigma
-from fed_diffusion.federation.aggregate import MaskedMean
 from fed_diffusion.masks.levels import level_ratios
-from fed_diffusion.masks.recipes import Masks, Recipe, pruning_error
-from fed_diffusion.models.layout import Block, Layout, Space
+from fed_diffusion.masks.recipe import Masks, Recipe, pruning_error
+from fed_diffusion.masks.spaces import Block, Layout, Space
 from fed_diffusion.theory import gaussian
 from fed_diffusion.theory.bound import (
     Bound,

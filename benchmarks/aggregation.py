@@ -24,15 +24,15 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.messages import to_records, to_update
+from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.common.hardware import usable_cores
+from fed_diffusion.common.memory import peak_memory
 from fed_diffusion.config import Config, load_config
-from fed_diffusion.federation.codecs import cast, kept_of
-from fed_diffusion.federation.coordinator import Coordinator
-from fed_diffusion.federation.probe import peak_memory
-from fed_diffusion.federation.records import Update
-from fed_diffusion.federation.wire import Payload
-from fed_diffusion.hardware import usable_cores
-from fed_diffusion.masks.recipes import Recipe
-from fed_diffusion.models.build import build_network, parameters_of
+from fed_diffusion.masks.recipe import Recipe
+from fed_diffusion.protocol.codecs import cast, kept_of
+from fed_diffusion.protocol.messages import Update
+from fed_diffusion.protocol.wire import Payload
+from fed_diffusion.server.coordinator import Coordinator
 
 SIZES: dict[str, dict[str, Any]] = {
     "24 M": {},

@@ -24,16 +24,17 @@ from typing import Any
 import psutil
 import torch
 
-from fed_diffusion.compute import pinned_threads
+from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.client.budget import demand, seconds_of, training_step
+from fed_diffusion.client.worker import Worker
+from fed_diffusion.common.compute import pinned_threads
+from fed_diffusion.common.hardware import usable_cores
+from fed_diffusion.common.memory import peak_memory
 from fed_diffusion.config import Config, load_config
 from fed_diffusion.data import ImageSet, image_shape
-from fed_diffusion.federation.coordinator import Coordinator
-from fed_diffusion.federation.probe import demand, peak_memory, seconds_of, training_step
-from fed_diffusion.federation.records import Task
-from fed_diffusion.federation.worker import Worker
-from fed_diffusion.hardware import usable_cores
 from fed_diffusion.masks.budget import TRAINING_SHARE
-from fed_diffusion.models.build import build_network, parameters_of
+from fed_diffusion.protocol.messages import Task
+from fed_diffusion.server.coordinator import Coordinator
 
 GROUP = Path("/sys/fs/cgroup/memory/fed-diffusion-budgets")
 GROUP_V2 = Path("/sys/fs/cgroup/fed-diffusion-budgets")

@@ -13,12 +13,12 @@ import argparse
 import statistics
 import time
 
+from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import Config, load_config, parse_pairs
 from fed_diffusion.data import load_dataset
-from fed_diffusion.federation.coordinator import Coordinator
-from fed_diffusion.federation.diagnostics import is_due
-from fed_diffusion.federation.worker import Worker
-from fed_diffusion.models.build import build_network, parameters_of
+from fed_diffusion.protocol.diagnostics import is_due
+from fed_diffusion.server.coordinator import Coordinator
 
 
 def seconds(config: Config, worker: Worker, round: int = 1) -> tuple[float, int]:

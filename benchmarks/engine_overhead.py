@@ -22,16 +22,16 @@ from pathlib import Path
 
 import torch
 
+from fed_diffusion.build import build_network
+from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, load_config, parse_pairs
 from fed_diffusion.data import ImageSet, load_dataset, to_unit
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
+from fed_diffusion.engines.flower import run_on_flower
+from fed_diffusion.engines.local import task_runner
 from fed_diffusion.experiment import Experiment
-from fed_diffusion.federation.records import Update
-from fed_diffusion.federation.simulate import task_runner
-from fed_diffusion.flower_engine import run_on_flower
-from fed_diffusion.hardware import usable_cores
-from fed_diffusion.models.build import build_network
+from fed_diffusion.protocol.messages import Update
 
 _bare: tuple[Config, torch.nn.Module, ImageSet] | None = None
 

@@ -18,10 +18,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import load_config
-from fed_diffusion.federation.simulate import simulate
-from fed_diffusion.hardware import usable_cores
-from fed_diffusion.runs import RunDir
+from fed_diffusion.engines.local import simulate
+from fed_diffusion.generate import RunDir
 
 PRESET = "digits-quick"
 N = 10

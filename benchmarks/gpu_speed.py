@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fed_diffusion.compute import arithmetic, compiled, kernels
+from fed_diffusion.build import build_network, channel_layout, parameters_of, skeleton
+from fed_diffusion.client.budget import demand, sub_network
+from fed_diffusion.client.worker import Worker
+from fed_diffusion.common.compute import arithmetic, compiled, kernels
 from fed_diffusion.config import Config, load_config
 from fed_diffusion.data import ImageSet, image_shape, to_unit
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
-from fed_diffusion.federation.coordinator import Coordinator
-from fed_diffusion.federation.probe import demand, sub_network
-from fed_diffusion.federation.worker import Worker
-from fed_diffusion.models.build import build_network, channel_layout, parameters_of, skeleton
+from fed_diffusion.generate import Sampler
 from fed_diffusion.models.unet import reset
-from fed_diffusion.runs import Sampler
+from fed_diffusion.server.coordinator import Coordinator
 
 if TYPE_CHECKING:
     from gpu import Record

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from fed_diffusion.config import Config, load_config
 from fed_diffusion.data import ImageSet, load_dataset
+from fed_diffusion.engines.local import run_in_process
+from fed_diffusion.evaluation.generated import measure
 from fed_diffusion.evaluation.trained import save_features, train_features
-from fed_diffusion.experiment import Experiment, measure
-from fed_diffusion.federation.simulate import run_in_process
+from fed_diffusion.experiment import Experiment
+from fed_diffusion.generate import RunDir, Sampler
 from fed_diffusion.report.grids import save_grid
-from fed_diffusion.runs import RunDir, Sampler
 
 if TYPE_CHECKING:
     from gpu import Record

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fed_diffusion.config import load_config
-from fed_diffusion.federation.simulate import simulate
-from fed_diffusion.runs import RunDir
+from fed_diffusion.engines.local import simulate
+from fed_diffusion.generate import RunDir
 
 COMMON: dict[str, Any] = {
     "model.widths": [16, 32],

@@ -24,10 +24,10 @@ import torch
 
 from fed_diffusion.config import ConfigError, load_config
 from fed_diffusion.data import load_dataset, to_unit
+from fed_diffusion.engines.local import simulate
 from fed_diffusion.evaluation.features import fingerprint, reproducible, trained_classifier
 from fed_diffusion.evaluation.quality import fid_floor, frechet_distance
-from fed_diffusion.federation.simulate import simulate
-from fed_diffusion.runs import RunDir, Sampler
+from fed_diffusion.generate import RunDir, Sampler
 
 EVALUATIONS = (5, 10, 20, 40, 100, 200)
 VARIANTS = {

@@ -21,9 +21,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import load_config
-from fed_diffusion.flower_engine import run_on_flower
-from fed_diffusion.hardware import usable_cores
+from fed_diffusion.engines.flower import run_on_flower
 
 
 def server_memory() -> float | None:

@@ -18,22 +18,17 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fed_diffusion.build import build_network, channel_layout, parameters_of, skeleton
+from fed_diffusion.client.budget import demand, seconds_of, sub_network, training_step
+from fed_diffusion.common.hardware import usable_cores
+from fed_diffusion.common.memory import peak_memory
 from fed_diffusion.config import Config, load_config
 from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
-from fed_diffusion.federation.coordinator import Coordinator
-from fed_diffusion.federation.probe import (
-    demand,
-    peak_memory,
-    seconds_of,
-    sub_network,
-    training_step,
-)
-from fed_diffusion.federation.wire import Payload, decode_task, encode_update
-from fed_diffusion.hardware import usable_cores
-from fed_diffusion.models.build import build_network, channel_layout, parameters_of, skeleton
 from fed_diffusion.models.unet import reset
+from fed_diffusion.protocol.wire import Payload, decode_task, encode_update
+from fed_diffusion.server.coordinator import Coordinator
 
 KEEP = (1.0, 0.75, 0.5, 0.25, 0.125)
 

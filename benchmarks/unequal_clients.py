@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
+from fed_diffusion.aggregation.mean import MaskedMean
+from fed_diffusion.build import channel_layout
+from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, load_config
-from fed_diffusion.federation.aggregate import MaskedMean
-from fed_diffusion.federation.simulate import simulate
-from fed_diffusion.hardware import usable_cores
+from fed_diffusion.engines.local import simulate
+from fed_diffusion.generate import RunDir
 from fed_diffusion.masks.plan import known_ratios, plan_round
-from fed_diffusion.masks.recipes import pruning_error
-from fed_diffusion.models.build import channel_layout
-from fed_diffusion.models.layout import Block
-from fed_diffusion.runs import RunDir
+from fed_diffusion.masks.recipe import pruning_error
+from fed_diffusion.masks.spaces import Block
 
 PRESET = "digits-unequal"
 

@@ -20,8 +20,12 @@ from typing import Any
 
 import torch
 
+from fed_diffusion.build import build_network, channel_layout, parameters_of
+from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, load_config
-from fed_diffusion.federation.wire import (
+from fed_diffusion.masks.plan import known_ratios, plan_round
+from fed_diffusion.masks.recipe import Recipe
+from fed_diffusion.protocol.wire import (
     Payload,
     cast_theta,
     decode_task,
@@ -29,10 +33,6 @@ from fed_diffusion.federation.wire import (
     encode_task,
     encode_update,
 )
-from fed_diffusion.hardware import usable_cores
-from fed_diffusion.masks.plan import known_ratios, plan_round
-from fed_diffusion.masks.recipes import Recipe
-from fed_diffusion.models.build import build_network, channel_layout, parameters_of
 
 BYTES_PER_SECOND = 1e9 / 8
 KINDS = ("full", "random", "topk", "balanced", "channels")

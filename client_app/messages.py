@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fed_diffusion.federation.aggregate import UpdateError
-from fed_diffusion.federation.records import Task, Update
-from fed_diffusion.federation.wire import Packed, Payload
+from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.messages import Task, Update
+from fed_diffusion.protocol.wire import Packed, Payload
 
 STYPE = "fed-diffusion.raw"
 VALUES = "values"

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from client_app.messages import to_records, to_task
+from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import ConfigError, build_config
+from fed_diffusion.config.schema import as_numbers
 from fed_diffusion.data import load_own
-from fed_diffusion.federation.worker import Worker
 from fed_diffusion.masks.budget import BudgetError
-from fed_diffusion.schema import as_numbers
 
 NodeConfig = Mapping[str, object]
 

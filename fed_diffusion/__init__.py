@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fed_diffusion.runs import Sampler
+    from fed_diffusion.generate import Sampler
 
 
 def load(run: str, **options: Any) -> Sampler:
-    """The trained model of a run directory, ready to sample: see `fed_diffusion.runs.Sampler`."""
-    from fed_diffusion.runs import Sampler
+    """The trained model of a run directory, ready to sample: see `generate.Sampler`."""
+    from fed_diffusion.generate import Sampler
 
     return Sampler.from_run(run, **options)

@@ -13,30 +13,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fed_diffusion.checkpoint import NEWEST
-from fed_diffusion.compute import device_of, pinned_threads
+from fed_diffusion.aggregation.private import spent
+from fed_diffusion.analysis.measured import measured
+from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.checks import VERSIONS, check
+from fed_diffusion.common.compute import pinned_threads
+from fed_diffusion.common.rng import Purpose
 from fed_diffusion.config import Config, ConfigError, method_name
 from fed_diffusion.data import (
     ImageSet,
     content_hash,
-    load_dataset,
-    partition,
-    tell,
     with_class_names,
 )
-from fed_diffusion.diffusion.partitions import PARTITIONS
-from fed_diffusion.evaluation import check_evaluation, no_quality
-from fed_diffusion.evaluation.reference import reference_set
-from fed_diffusion.federation.buffered import BufferedCoordinator
-from fed_diffusion.federation.coordinator import BelowQuorum, Coordinator
-from fed_diffusion.federation.divergence import Diverged
-from fed_diffusion.federation.privacy import spent
-from fed_diffusion.federation.records import RoundSummary, Task, Update
-from fed_diffusion.masks.plan import check_pruning
-from fed_diffusion.models.build import build_network, channel_layout, parameters_of, skeleton
-from fed_diffusion.origin import (
+from fed_diffusion.evaluation import no_quality
+from fed_diffusion.evaluation.generated import measure
+from fed_diffusion.generate import Sampler
+from fed_diffusion.protocol.messages import Task, Update
+from fed_diffusion.report.grids import save_grid
+from fed_diffusion.server.buffered import BufferedCoordinator
+from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
+from fed_diffusion.server.divergence import Diverged
+from fed_diffusion.store.checkpoint import NEWEST
+from fed_diffusion.store.ledger import RoundSummary
+from fed_diffusion.store.origin import (
     Standing,
     check_same_data,
     note_where,
@@ -44,91 +43,16 @@ from fed_diffusion.origin import (
     resume_command,
     standing,
 )
-from fed_diffusion.report.grids import save_grid
-from fed_diffusion.rng import Purpose
-from fed_diffusion.rundir import RunDir
-from fed_diffusion.runs import Sampler, sampler_partition
-from fed_diffusion.stopping import RunDiverged, RunStopped, ending
-from fed_diffusion.theory.measured import measured
+from fed_diffusion.store.rundir import RunDir
+from fed_diffusion.store.stopping import RunDiverged, RunStopped, ending
 
-__all__ = [
-    "Experiment",
-    "Progress",
-    "RunStopped",
-    "check",
-    "check_device",
-    "check_resume",
-    "measure",
-]
+__all__ = ["Experiment", "Progress", "RunStopped"]
 
 logger = logging.getLogger(__name__)
 
+
 Progress = Callable[[dict[str, Any]], None]
 """Called with each round's line of metrics.jsonl."""
-
-
-def check(
-    config: Config, dataset: ImageSet | None = None, needs_data: bool = True
-) -> ImageSet | None:
-    """Everything that can be refused is refused here, before compute; returns the data set.
-
-    A server without data of its own (needs_data=False) gets None.
-
-    Raises
-    ------
-    ConfigError
-        Names the key, the value, what is allowed and how to fix it.
-    """
-    check_training(config)
-    check_evaluation(config)
-    if dataset is None and needs_data:
-        dataset = tell(load_dataset(config.data))
-    if dataset is not None:
-        if config.model.conditional and dataset.labels is None:
-            raise ConfigError(
-                f"model.conditional = True needs labels, and data.name = {config.data.name!r} has "
-                "none (a folder needs a sub-folder per class); set model.conditional to false."
-            )
-        partition(dataset, config)
-    if config.evaluation.samples and config.evaluation.reference not in ("data", "none"):
-        reference_set(config, dataset)  # a broken file in it is found now, not after training
-    return dataset
-
-
-def check_training(config: Config) -> None:
-    """The part of `check` that looks at no files; raises `ConfigError`."""
-    diffusion = config.diffusion
-    try:
-        PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
-    except ValueError as error:
-        raise ConfigError(f"diffusion.partition = {diffusion.partition!r}: {error}") from error
-    sampler_partition(config)
-    check_device(config)
-    spent(config, 1)  # needs the accountant, if anything
-    skeleton(config)
-    check_pruning(config, channel_layout(config))
-
-
-def check_device(config: Config) -> None:
-    """Refuse a device that this machine has not."""
-    device = config.worker.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"worker.device = {device!r}, and torch sees no CUDA device; use auto or cpu."
-        )
-
-
-def check_resume(run: RunDir, accept_changes: bool = False) -> None:
-    """All that `Experiment.resume` refuses, for a command that has another process resume a run.
-
-    Raises
-    ------
-    ConfigError
-        See `Experiment.resume`.
-    """
-    found = standing(run, accept_changes)
-    dataset = check(found.config)
-    check_same_data(run, found, None if dataset is None else content_hash(dataset))
 
 
 class Experiment:
@@ -168,8 +92,8 @@ class Experiment:
             self.coordinator: Coordinator = kind(config, parameters_of(build_network(config)))
             self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "total": 0.0}
             self.history: list[RoundSummary] = []
-            self.origin = origin_of(config, self._data, self.run)
-            """What the run depends on; see `fed_diffusion.origin`."""
+            self.origin = origin_of(config, self._data, self.run, VERSIONS)
+            """What the run depends on; see `fed_diffusion.store.origin`."""
             self._written = self._saved = 0
             self._guarded = False
             self._began = self._round_began = time.perf_counter()
@@ -194,7 +118,7 @@ class Experiment:
         Parameters
         ----------
         accept_changes
-            See `fed_diffusion.origin.standing`.
+            See `fed_diffusion.store.origin.standing`.
 
         Raises
         ------
@@ -205,7 +129,7 @@ class Experiment:
         run = RunDir.open(path)
         run.lock()
         try:
-            found = standing(run, accept_changes)
+            found = standing(run, VERSIONS, accept_changes)
             experiment = cls(found.config, run.path, dataset, needs_data, run)
             experiment._go_on(found)
         except BaseException:
@@ -448,36 +372,3 @@ class Experiment:
             yield
         finally:
             self.seconds[what] += time.perf_counter() - began
-
-
-def measure(sampler: Sampler, images: torch.Tensor, dataset: ImageSet | None) -> dict[str, Any]:
-    """Quality figures of generated images against the configured reference, or why there are none.
-
-    Parameters
-    ----------
-    images
-        uint8 [n, C, H, W].
-    dataset
-        The run's own data, where the server has it.
-    """
-    config = sampler.config
-    reference = reference_set(config, dataset)
-    nfe = sampler.evaluations()
-    if reference is None:
-        why = "evaluation.reference is none: the server has no images to compare with"
-        return no_quality(why, len(images), nfe)
-    if len(images) == 0:
-        return no_quality("evaluation.samples is 0", 0, nfe)
-    from fed_diffusion.evaluation.quality import evaluate  # torch-fidelity takes seconds to import
-
-    device = str(device_of(config))
-    return evaluate(
-        images,
-        reference.images,
-        config.evaluation,
-        seed=config.seed,
-        nfe=nfe,
-        device=device,
-        teacher=reference.teacher,
-        holdings=reference.holdings,
-    )

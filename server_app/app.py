@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import traceback
 from pathlib import Path
@@ -20,10 +19,9 @@ from fed_diffusion.config import (
 )
 from fed_diffusion.evaluation.checks import OWN_DATA
 from fed_diffusion.experiment import Experiment, RunStopped
-from fed_diffusion.locks import LockLost
-from fed_diffusion.rundir import RunDir, RunTaken
-from fed_diffusion.runfiles import in_words
-from fed_diffusion.superlink import MARK
+from fed_diffusion.store.files import in_words
+from fed_diffusion.store.locks import LockLost
+from fed_diffusion.store.rundir import RunDir, RunTaken
 from server_app.strategy import FedDiffusion
 
 app = ServerApp()
@@ -82,7 +80,7 @@ def main(grid: Grid, context: Context) -> None:
     experiment = None
     try:
         experiment = _experiment(context.run_config)
-        experiment.engine = "flower" if MARK in os.environ else "deployment"
+        experiment.engine = "flower" if experiment.run.joined else "deployment"
         FedDiffusion(experiment).run(grid)
     except RunTaken:
         raise  # the run that is there keeps its status

@@ -15,9 +15,9 @@ from flwr.serverapp.strategy import Strategy
 
 from client_app.messages import to_records, to_update
 from fed_diffusion.experiment import Experiment
-from fed_diffusion.federation.aggregate import UpdateError
-from fed_diffusion.federation.buffered import BufferedCoordinator
-from fed_diffusion.federation.records import Task
+from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.messages import Task
+from fed_diffusion.server.buffered import BufferedCoordinator
 from server_app.nodes import (
     JOIN_S,
     Host,

@@ -4,6 +4,10 @@ import signal
 
 from hypothesis import settings
 
+from tests.tiny import digits, tiny
+
+__all__ = ["digits", "tiny"]  # fixtures
+
 settings.register_profile("busy", deadline=None)  # the machine may be busy with something else
 settings.load_profile("busy")
 

@@ -12,13 +12,13 @@ import torch
 
 from fed_diffusion.config import load_config
 from fed_diffusion.data import load_dataset
-from fed_diffusion.federation.simulate import simulate
-from fed_diffusion.flower_engine import stage_app
-from fed_diffusion.runs import RunDir
+from fed_diffusion.engines.flower import stage_app
+from fed_diffusion.engines.local import simulate
+from fed_diffusion.generate import RunDir
 from tests.data.test_own import save
 from tests.deployment import Deployment
-from tests.federation.conftest import TINY
-from tests.federation.test_faults import spoiled
+from tests.server.test_faults import spoiled
+from tests.tiny import TINY
 
 pytestmark = pytest.mark.slow
 TINY = TINY | {"evaluation.every": 0}
@@ -259,9 +259,9 @@ from flwr.clientapp import ClientApp
 
 from client_app import honest, work
 from client_app.messages import to_records, to_task
-from fed_diffusion.federation.codecs import Packed
-from fed_diffusion.federation.records import Update
-from fed_diffusion.federation.wire import Payload
+from fed_diffusion.protocol.codecs import Packed
+from fed_diffusion.protocol.messages import Update
+from fed_diffusion.protocol.wire import Payload
 
 FAULTS = {}
 app = ClientApp()

@@ -14,12 +14,12 @@ import torch
 import yaml
 from PIL import Image
 
-from fed_diffusion.cli import main
+from fed_diffusion.cli.main import main
 from fed_diffusion.config import load_config
-from fed_diffusion.federation.simulate import simulate
-from fed_diffusion.flower_engine import run_on_flower
-from fed_diffusion.runs import RunDir
-from tests.federation.conftest import TINY
+from fed_diffusion.engines.flower import run_on_flower
+from fed_diffusion.engines.local import simulate
+from fed_diffusion.generate import RunDir
+from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,7 +77,15 @@ def test_a_flower_run_is_its_own_until_every_process_of_it_has_ended(tmp_path, c
     run = tmp_path / "run"
     settings = TINY | {"method": "T-FedDM-M", "theory.every": 1, "flower.supernodes": 2}
     pairs = [f"--set={key}={value}" for key, value in (settings | {"rounds": 40}).items()]
-    command = [sys.executable, "-m", "fed_diffusion.cli", "run", "digits", "--engine", "flower"]
+    command = [
+        sys.executable,
+        "-m",
+        "fed_diffusion.cli.main",
+        "run",
+        "digits",
+        "--engine",
+        "flower",
+    ]
     process = subprocess.Popen([*command, "--out", str(run), *pairs])
     try:
         while not (run / "metrics.jsonl").exists():

@@ -7,10 +7,10 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from client_app.messages import VALUES, to_records, to_update
-from fed_diffusion.federation.aggregate import UpdateError
-from fed_diffusion.federation.codecs import unpack
-from fed_diffusion.federation.records import Update
-from fed_diffusion.federation.wire import Packed, Payload
+from fed_diffusion.protocol.codecs import unpack
+from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.messages import Update
+from fed_diffusion.protocol.wire import Packed, Payload
 
 VECTOR = torch.arange(3.0)
 ARRAYS = {

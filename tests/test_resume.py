@@ -9,12 +9,12 @@ import time
 import pytest
 import torch
 
-from fed_diffusion.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fed_diffusion.config import ConfigError, load_config
+from fed_diffusion.engines.local import run_in_process, simulate
 from fed_diffusion.experiment import Experiment, RunStopped
-from fed_diffusion.federation.simulate import run_in_process, simulate
-from fed_diffusion.runs import RunDir
-from tests.federation.conftest import TINY
+from fed_diffusion.generate import RunDir
+from fed_diffusion.store.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from tests.tiny import TINY
 
 SETTINGS = TINY | {"rounds": 4, "evaluation.every": 0, "method": "T-FedDM-M"}
 
@@ -22,12 +22,12 @@ SETTINGS = TINY | {"rounds": 4, "evaluation.every": 0, "method": "T-FedDM-M"}
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-import fed_diffusion.checkpoint as checkpoint
+import fed_diffusion.store.checkpoint as checkpoint
 from fed_diffusion.config import load_config
-from fed_diffusion.federation import coordinator
-from fed_diffusion.federation.simulate import simulate
-from fed_diffusion.runs import RunDir
-from fed_diffusion.federation.worker import Worker
+from fed_diffusion.server import coordinator
+from fed_diffusion.engines.local import simulate
+from fed_diffusion.generate import RunDir
+from fed_diffusion.client.worker import Worker
 
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 

@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, RecordDict
 from client_app import work
 from fed_diffusion.config import ConfigError, load_config
 from server_app.app import config_of
-from tests.federation.conftest import TINY
+from tests.tiny import TINY
 
 EMPTY = dict.fromkeys(["method", "rounds", "clients", "seed", "data-dir", "set"], "")
 

@@ -10,8 +10,8 @@ from fed_diffusion.experiment import Experiment
 from server_app import strategy
 from server_app.nodes import most_out
 from server_app.strategy import FedDiffusion
-from tests.federation.conftest import TINY
 from tests.localgrid import LocalGrid
+from tests.tiny import TINY
 
 NODES = [{"partition-id": i, "num-partitions": 5} for i in range(5)]
 

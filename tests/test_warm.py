@@ -20,7 +20,7 @@ from client_app import warm, work
 from client_app.messages import to_records, to_update
 from fed_diffusion.config import load_config
 from fed_diffusion.experiment import Experiment
-from tests.federation.conftest import TINY
+from tests.tiny import TINY
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's SO_PEERCRED")
 NODE = 4711

@@ -20,10 +20,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from fed_diffusion.config.schema import Config, ConfigError, DataConfig
+from fed_diffusion.config.yaml import expanded
 from fed_diffusion.data.image_folder import read_folder
 from fed_diffusion.data.image_set import ImageSet as ImageSet
-from fed_diffusion.files import expanded
-from fed_diffusion.schema import Config, ConfigError, DataConfig
 
 logger = logging.getLogger(__name__)
 DATA_DIR_VARIABLE = "FED_DIFFUSION_DATA"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from fed_diffusion.schema import Background
+from fed_diffusion.config.schema import Background
 
 FORMATS = {
     "PNG": (".png",),

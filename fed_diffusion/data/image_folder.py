@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fed_diffusion.common.hardware import usable_cores
+from fed_diffusion.config.schema import Background, ConfigError, DataConfig
+from fed_diffusion.config.yaml import expanded
 from fed_diffusion.data.decode import EXTENSIONS, BadImage, read_image
-from fed_diffusion.files import expanded
-from fed_diffusion.hardware import usable_cores
-from fed_diffusion.schema import Background, ConfigError, DataConfig
 
 SHOWN = 5  # how many unusable files an error lists
 CHUNK = 256  # files per unit of work of a thread

@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 
+from fed_diffusion.common.rng import Purpose, generator
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data.datasets import ImageSet
-from fed_diffusion.rng import Purpose, generator
 
 LARGEST_ALPHA = 1e9  # as good as equal parts; far above it NumPy's Dirichlet overflows
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fed_diffusion.files import expanded
-from fed_diffusion.schema import ConfigError
+from fed_diffusion.config.schema import ConfigError
+from fed_diffusion.config.yaml import expanded
 
 CACHE_VARIABLE = "FED_DIFFUSION_CACHE"
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.config.yaml import expanded
 from fed_diffusion.data.datasets import class_count, image_shape
 from fed_diffusion.evaluation.weights import check_features
-from fed_diffusion.files import expanded
 
 FEWEST_IMAGES = 2
 OWN_DATA = ("data", "train", "test")

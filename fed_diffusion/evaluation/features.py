@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
+from fed_diffusion.common.hardware import usable_cores
+from fed_diffusion.common.rng import Purpose, seed_torch, torch_generator
 from fed_diffusion.config import ConfigError
 from fed_diffusion.data.datasets import ImageSet, content_hash, to_unit
-from fed_diffusion.hardware import usable_cores
-from fed_diffusion.rng import Purpose, seed_torch, torch_generator
 
 CLASSIFIER = "fed-diffusion-classifier"
 """The name under which torch-fidelity knows `ClassifierFeatures`."""

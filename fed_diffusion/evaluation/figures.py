@@ -20,8 +20,8 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from fed_diffusion.common.rng import Purpose, generator
 from fed_diffusion.evaluation.pairs import kernel_sums, kernel_sums_within, recalls_without
-from fed_diffusion.rng import Purpose, generator
 
 FLOOR_SPLITS = 10
 GROUPS, FEWEST_GROUPS = 10, 3

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
+from fed_diffusion.config.schema import EvaluationConfig
 from fed_diffusion.data.datasets import ImageSet
 from fed_diffusion.evaluation.cache import cached
 from fed_diffusion.evaluation.checks import (
@@ -43,7 +44,6 @@ from fed_diffusion.evaluation.features import (
 from fed_diffusion.evaluation.figures import fid_floor, figures, frechet_distance
 from fed_diffusion.evaluation.memorisation import Holdings, memorisation
 from fed_diffusion.evaluation.trained import RESNET, WIDTH, load_features
-from fed_diffusion.schema import EvaluationConfig
 
 __all__ = [
     "Unavailable",

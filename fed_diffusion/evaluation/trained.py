@@ -17,7 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity import register_feature_extractor
 
+from fed_diffusion.common.rng import Purpose, generator, torch_generator
 from fed_diffusion.config import ConfigError
+from fed_diffusion.config.schema import DataConfig
+from fed_diffusion.config.yaml import expanded
 from fed_diffusion.data.datasets import DOWNLOADED, ImageSet, load_dataset, tell, to_unit
 from fed_diffusion.evaluation.features import (
     ClassifierFeatures,
@@ -29,10 +32,7 @@ from fed_diffusion.evaluation.features import (
     weights_hash,
 )
 from fed_diffusion.evaluation.weights import KEY, Header, check_features
-from fed_diffusion.files import expanded
-from fed_diffusion.rng import Purpose, generator, torch_generator
-from fed_diffusion.runfiles import save_tensors
-from fed_diffusion.schema import DataConfig
+from fed_diffusion.store.files import save_tensors
 
 RESNET = "fed-diffusion-resnet"
 """The name under which torch-fidelity knows `ResNetFeatures`."""

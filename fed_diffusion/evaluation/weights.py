@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fed_diffusion.config import ConfigError
-from fed_diffusion.files import expanded
+from fed_diffusion.config.yaml import expanded
 
 KEY = "fed-diffusion-features"
 

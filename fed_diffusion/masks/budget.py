@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from fed_diffusion.hardware import control_groups
+from fed_diffusion.common.hardware import control_groups
 
 MARGIN = 1.15
 """A prediction counts as this much more than it says: it is extrapolated from smaller networks."""

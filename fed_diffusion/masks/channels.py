@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed_diffusion.models.layout import Channels, Layout
-from fed_diffusion.rng import Purpose, philox
+from fed_diffusion.common.rng import Purpose, philox
+from fed_diffusion.masks.spaces import Channels, Layout
 
 CHOICES = ("ordered", "rolling", "random", "magnitude")
 """ordered: the first groups (HeteroFL, FjORD); rolling: a window that moves by one group each

@@ -10,8 +10,8 @@ from torch import Tensor
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.masks import channels, scattered
 from fed_diffusion.masks.levels import keep_ratios
-from fed_diffusion.masks.recipes import Recipe
-from fed_diffusion.models.layout import Layout
+from fed_diffusion.masks.recipe import Recipe
+from fed_diffusion.masks.spaces import Layout
 
 
 def known_ratios(config: Config) -> dict[int, float]:
@@ -21,6 +21,18 @@ def known_ratios(config: Config) -> dict[int, float]:
     if config.pruning.baseline == "small":  # everyone trains the whole of a small network
         return dict.fromkeys(range(config.clients), 1.0)
     return dict(enumerate(keep_ratios(config)))
+
+
+def able(config: Config, keeps: Mapping[int, float]) -> list[int]:
+    """The clients that may train: all, or under the baseline `exclusive` those that keep it all.
+
+    Parameters
+    ----------
+    keeps
+        Client -> keep ratio.
+    """
+    alone = config.pruning.baseline == "exclusive"
+    return [client for client, keep in sorted(keeps.items()) if keep == 1 or not alone]
 
 
 def check_pruning(config: Config, layout: Layout | None) -> None:

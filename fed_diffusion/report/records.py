@@ -11,10 +11,10 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fed_diffusion.config import ConfigError, build_config
-from fed_diffusion.federation.records import ClientRound, RoundSummary
-from fed_diffusion.files import read_yaml
-from fed_diffusion.runfiles import read_object
-from fed_diffusion.schema import as_numbers
+from fed_diffusion.config.schema import as_numbers
+from fed_diffusion.config.yaml import read_yaml
+from fed_diffusion.store.files import read_object
+from fed_diffusion.store.ledger import ClientRound, RoundSummary
 
 _ROUND = re.compile(r"round-(\d+)\.png")
 

@@ -27,7 +27,7 @@ from fed_diffusion.report.markup import (
 from fed_diffusion.report.records import Record
 
 if TYPE_CHECKING:
-    from fed_diffusion.theory.advisor import Row
+    from fed_diffusion.analysis.advisor import Row
 
 TERMS = {
     "initial": "F(θ₀)",

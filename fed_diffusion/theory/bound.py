@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from fed_diffusion.config.schema import ConfigError
 from fed_diffusion.diffusion import partitions
-from fed_diffusion.schema import ConfigError
 
 Variant = Literal["as_proved", "as_printed"]
 VARIANTS: tuple[Variant, ...] = ("as_proved", "as_printed")

@@ -34,7 +34,7 @@ import torch
 from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
-from fed_diffusion.rng import Purpose, philox
+from fed_diffusion.common.rng import Purpose, philox
 
 SKETCH = 1024
 """Numbers in a sketch: squared norms to a standard error of sqrt(2 / 1024) = 4.4 %."""

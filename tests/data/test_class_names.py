@@ -7,14 +7,14 @@ import torch
 import yaml
 
 from fed_diffusion.config import ConfigError, load_config
+from fed_diffusion.config.schema import DataConfig
 from fed_diffusion.data import ImageSet, load_dataset
 from fed_diffusion.data.datasets import KNOWN
+from fed_diffusion.engines.local import simulate
 from fed_diffusion.experiment import Experiment
-from fed_diffusion.federation.simulate import simulate
-from fed_diffusion.schema import DataConfig
-from fed_diffusion.sweep import Run, check_runs
+from fed_diffusion.sweep.grid import Run, check_runs
 from tests.data.test_own import save
-from tests.federation.conftest import TINY
+from tests.tiny import TINY
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fed_diffusion.config.schema import Config, ConfigError, DataConfig
 from fed_diffusion.data import (
     ImageSet,
     class_count,
@@ -20,7 +21,6 @@ from fed_diffusion.data import (
     to_uint8,
     to_unit,
 )
-from fed_diffusion.schema import Config, ConfigError, DataConfig
 
 NAMED = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "svhn": (3, 32, 32)}
 

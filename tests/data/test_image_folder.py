@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fed_diffusion.config.schema import Config, ConfigError, DataConfig
 from fed_diffusion.data import ImageSet, load_dataset, partition
-from fed_diffusion.schema import Config, ConfigError, DataConfig
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

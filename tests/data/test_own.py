@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import ConfigError, load_config
 from fed_diffusion.data import load_own, split_holdout
 from fed_diffusion.experiment import Experiment
-from fed_diffusion.federation.worker import Worker
 from server_app.strategy import FedDiffusion
-from tests.federation.conftest import TINY
 from tests.localgrid import LocalGrid
+from tests.tiny import TINY
 
 
 def save(folder, images, labels=None):

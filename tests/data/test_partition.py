@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fed_diffusion.config.schema import Config, ConfigError, DataConfig
 from fed_diffusion.data import ImageSet, load_dataset, partition, split_holdout
 from fed_diffusion.data.partition import _apportion
-from fed_diffusion.schema import Config, ConfigError, DataConfig
 
 KINDS = ("iid", "dirichlet", "shards")
 

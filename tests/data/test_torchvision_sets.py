@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from fed_diffusion.config.schema import ConfigError, DataConfig
 from fed_diffusion.data import datasets, load_dataset
-from fed_diffusion.schema import ConfigError, DataConfig
 
 DOWNLOADED = ("cifar10", "svhn", "fashion_mnist")
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fed_diffusion.config.schema import EvaluationConfig
 from fed_diffusion.diffusion.partitions import PARTITIONS, kappa_minimal
 from fed_diffusion.diffusion.samplers import (
     FEW_STEPS,
@@ -19,7 +20,6 @@ from fed_diffusion.diffusion.samplers import (
     second_order,
     second_order_sde,
 )
-from fed_diffusion.schema import EvaluationConfig
 from fed_diffusion.theory.gaussian import gaussian_score, sampler_kl, sampler_moments
 
 DIMENSIONS = 3072

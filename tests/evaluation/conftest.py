@@ -9,8 +9,8 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from fed_diffusion.config.schema import DataConfig
 from fed_diffusion.data.datasets import ImageSet, load_dataset
-from fed_diffusion.schema import DataConfig
 
 
 @pytest.fixture(autouse=True, scope="package")

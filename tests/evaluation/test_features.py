@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from fed_diffusion.config.schema import ConfigError, DataConfig
 from fed_diffusion.data.datasets import ImageSet, load_dataset, to_unit
 from fed_diffusion.evaluation.features import (
     CLASSIFIER,
@@ -18,7 +19,6 @@ from fed_diffusion.evaluation.features import (
     train_classifier,
     trained_classifier,
 )
-from fed_diffusion.schema import ConfigError, DataConfig
 
 
 @pytest.fixture(scope="module")

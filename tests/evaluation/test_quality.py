@@ -20,11 +20,11 @@ from torch_fidelity import feature_extractor_inceptionv3 as inceptionv3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from fed_diffusion.config import build_config
+from fed_diffusion.config.schema import Config, ConfigError, EvaluationConfig
 from fed_diffusion.data.datasets import ImageSet
 from fed_diffusion.evaluation import quality
 from fed_diffusion.evaluation.features import CLASSIFIER, fingerprint, trained_classifier
 from fed_diffusion.evaluation.quality import check_evaluation, evaluate, fid_floor, no_quality
-from fed_diffusion.schema import Config, ConfigError, EvaluationConfig
 
 OWN = EvaluationConfig(extractor="classifier")
 INCEPTION = EvaluationConfig(extractor="inception")

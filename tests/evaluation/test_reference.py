@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fed_diffusion.config import Config, build_config, load_config
+from fed_diffusion.config.schema import ConfigError
 from fed_diffusion.data.datasets import ImageSet
 from fed_diffusion.data.partition import partition, split_holdout
 from fed_diffusion.evaluation.cache import cache_dir, cached
 from fed_diffusion.evaluation.reference import reference_set
-from fed_diffusion.schema import ConfigError
 from tests.data.test_torchvision_sets import write_cifar10
 
 

@@ -14,15 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fed_diffusion.cli import main
+from fed_diffusion.cli.main import main
 from fed_diffusion.config import build_config
+from fed_diffusion.config.schema import Config, ConfigError, EvaluationConfig
 from fed_diffusion.data.datasets import ImageSet, to_unit
 from fed_diffusion.evaluation.checks import check_evaluation
 from fed_diffusion.evaluation.features import weights_hash
 from fed_diffusion.evaluation.quality import evaluate
 from fed_diffusion.evaluation.trained import ResNet, load_features, save_features, shifted
 from fed_diffusion.evaluation.weights import KEY
-from fed_diffusion.schema import Config, ConfigError, EvaluationConfig
 
 
 @pytest.fixture(scope="module")

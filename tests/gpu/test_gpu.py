@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fed_diffusion.compute import compiled, kernels, precision_on
+from fed_diffusion.aggregation.mean import MaskedMean
+from fed_diffusion.build import build_network, channel_layout, parameters_of
+from fed_diffusion.client.worker import Worker
+from fed_diffusion.common.compute import compiled, kernels, precision_on
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import kappa_minimal
 from fed_diffusion.diffusion.samplers import SAMPLERS
+from fed_diffusion.engines.local import run_in_process
 from fed_diffusion.experiment import Experiment
-from fed_diffusion.federation.aggregate import MaskedMean
-from fed_diffusion.federation.coordinator import Coordinator
-from fed_diffusion.federation.simulate import run_in_process
-from fed_diffusion.federation.worker import Worker
-from fed_diffusion.models.build import build_network, channel_layout, parameters_of
-from fed_diffusion.models.slim import extract, scatter
+from fed_diffusion.masks.subnetwork import extract, scatter
+from fed_diffusion.server.coordinator import Coordinator
 
 pytestmark = pytest.mark.gpu
 U = kappa_minimal(4.13, 1e-3, 50)

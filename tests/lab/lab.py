@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from fed_diffusion.config import load_config
 from fed_diffusion.data import load_dataset
-from fed_diffusion.deploy import Deployment, init
+from fed_diffusion.deploy.bundle import Deployment, init
 from tests.data.test_own import save
 from tests.lab.hosts import SCRIPTS, Hosts
 

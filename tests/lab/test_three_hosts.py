@@ -11,11 +11,11 @@ import time
 
 import pytest
 
-from fed_diffusion.deploy import Deployment, init
-from fed_diffusion.runs import RunDir
-from tests.federation.conftest import TINY
+from fed_diffusion.deploy.bundle import Deployment, init
+from fed_diffusion.generate import RunDir
 from tests.lab.hosts import why_not
 from tests.lab.lab import PORT, PROGRAM, SERVER, Lab
+from tests.tiny import TINY
 
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(why_not()), reason=why_not() or "ready")]
 STRANGER = 3

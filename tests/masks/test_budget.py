@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fed_diffusion.build import channel_layout, skeleton
+from fed_diffusion.client.budget import demand, sub_network
 from fed_diffusion.config import load_config
-from fed_diffusion.federation.probe import demand, sub_network
 from fed_diffusion.masks.budget import (
     MARGIN,
     TRAINING_SHARE,
@@ -21,7 +22,6 @@ from fed_diffusion.masks.budget import (
     choose,
     memory_allowed,
 )
-from fed_diffusion.models.build import channel_layout, skeleton
 
 LADDER = (1.0, 0.75, 0.5, 0.25, 0.125)
 

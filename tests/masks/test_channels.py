@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fed_diffusion.aggregation.mean import MaskedMean
+from fed_diffusion.build import build_network, channel_layout, parameters_of
 from fed_diffusion.config import ConfigError, load_config
-from fed_diffusion.federation.aggregate import MaskedMean
 from fed_diffusion.masks import channels
 from fed_diffusion.masks.plan import check_pruning, known_ratios, plan_round
-from fed_diffusion.masks.recipes import Recipe, RecipeError, kept_fraction
-from fed_diffusion.models.build import build_network, channel_layout, parameters_of
-from fed_diffusion.models.layout import Block
+from fed_diffusion.masks.recipe import Recipe, RecipeError, kept_fraction
+from fed_diffusion.masks.spaces import Block
 
 SMALL = {"model.widths": [16, 32], "model.group": 4, "pruning.kind": "channels"}
 CONFIG = load_config("digits", SMALL | {"pruning.keep": 0.5})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fed_diffusion.config import load_config
 from fed_diffusion.masks.plan import known_ratios, plan_round
-from fed_diffusion.masks.recipes import (
+from fed_diffusion.masks.recipe import (
     KINDS,
     PER,
     SCOPES,

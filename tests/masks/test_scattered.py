@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.config import load_config
-from fed_diffusion.federation.aggregate import MaskedMean
 from fed_diffusion.masks.plan import known_ratios, plan_round
-from fed_diffusion.masks.recipes import kept_fraction, pruning_error
+from fed_diffusion.masks.recipe import kept_fraction, pruning_error
 from fed_diffusion.masks.scattered import WORD, balanced_starts, dropped_length
 
 THETA = {

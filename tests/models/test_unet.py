@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.config import ConfigError, load_config
 from fed_diffusion.diffusion.process import alpha, per_image, sigma
-from fed_diffusion.models.build import build_network, parameters_of
 from fed_diffusion.models.unet import UNet
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from fed_diffusion.config import load_config
-from fed_diffusion.federation.simulate import simulate
+from fed_diffusion.engines.local import simulate
 from fed_diffusion.report.theory import (
     TERMS,
     _lemma,
@@ -15,8 +15,8 @@ from fed_diffusion.report.theory import (
     terms_figure,
     w2_figure,
 )
-from tests.federation.conftest import TINY
 from tests.report.test_report import page_of
+from tests.tiny import TINY
 
 MEASURED = TINY | {"clients": 10, "method": "R-FedDM-S", "theory.every": 1, "evaluation.every": 0}
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fed_diffusion.config.schema import ConfigError
 from fed_diffusion.diffusion.partitions import PARTITIONS
-from fed_diffusion.schema import ConfigError
 from fed_diffusion.theory.bound import (
     VARIANTS,
     Data,

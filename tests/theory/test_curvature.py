@@ -5,11 +5,11 @@ import weakref
 import pytest
 import torch
 
+from fed_diffusion.build import build_network, parameters_of, skeleton
+from fed_diffusion.client.budget import demand
+from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import load_config
 from fed_diffusion.data import load_dataset
-from fed_diffusion.federation.probe import demand
-from fed_diffusion.federation.worker import Worker
-from fed_diffusion.models.build import build_network, parameters_of, skeleton
 from fed_diffusion.theory.curvature import (
     ROOM,
     curvature,

@@ -1,0 +1,1 @@
+"""Equation (8) and its relatives, as exact sums."""

@@ -1,0 +1,223 @@
+"""Client-level differential privacy under masks, with a trusted server (central model).
+
+What is released is theta_{r+1}, every round. With m_n the mask that client n has in round r whether
+or not it takes part, and P the clients that do,
+
+    theta_{r+1}^i = theta_r^i + (sum_{n in P} m_n^i Delta_n^i + noise^i) / (q W^i),
+    W^i = sum over all clients of m_n^i,   noise ~ N(0, (z C)^2 I),   ||m_n Delta_n|| <= C.
+
+Equation (8) divides by the number of workers that did train coordinate i: a ratio of two sums,
+both of which change with one client. Here the denominator q W is known before anybody answers
+(masks are functions of seed, round, ratio and theta_r, never of images), so one client, put in or
+taken out, moves the numerator by at most C in Euclidean norm, whatever its mask; dividing is
+post-processing. So sigma = z C on the sum, the same on every coordinate, for all masks.
+
+Neighbours: one client's differences are all replaced by zero (REPLACE_SPECIAL). Each round is a
+Gaussian mechanism, Poisson-sampled with rate q = round.fraction where that is below 1; then the
+draw is the operating system's and secret, and `metrics.jsonl`, which names the participants, must
+not be published. Every round that was opened counts, also one that was repeated after a crash or
+stayed below its quorum: what clients were sent and did is not taken back. Noise comes from the
+operating system: a private run is not reproducible.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fed_diffusion.aggregation.mean import BLOCK, SCALE, MaskedMean, count_in
+from fed_diffusion.config.schema import Config, ConfigError, PrivacyConfig
+from fed_diffusion.masks.recipe import Masks
+from fed_diffusion.masks.spaces import Block
+from fed_diffusion.protocol.clipping import _factor
+from fed_diffusion.protocol.codecs import difference, kept_of
+from fed_diffusion.protocol.errors import UpdateError
+
+COVERS = (
+    "theta and its moving average after every round, and what is computed from them alone, such as "
+    "generated images. It does not cover, in results.json itself: loss, holdout_loss and "
+    "dsm_objective (the clients' own numbers, neither clipped nor noised), bytes, seconds and "
+    "rejected, and the quality figures that compare with real images (FID, KID, memorisation, and "
+    "IS where a classifier learned from them) unless those are public. Nor does it cover "
+    "metrics.jsonl (losses and held-out losses, numbers of images, who took part or was refused), "
+    "budgets.json, checkpoint/state.json, report.html and the logs; nor that a round stayed below "
+    "its quorum, or that a run ended early"
+)
+"""What the stated epsilon is about, and what not."""
+_system = random.SystemRandom()
+
+
+class PrivateMean(MaskedMean):
+    """The numerator's exact sum, clipped once more here, with noise, over a fixed denominator.
+
+    Parameters
+    ----------
+    theta
+        theta_r.
+    everyone
+        The masks of all clients of the run in this round, one after another: their sum is W.
+    rate
+        q, the probability with which each of them takes part.
+    """
+
+    def __init__(
+        self,
+        theta: Mapping[str, Tensor],
+        everyone: Iterable[Masks],
+        rate: float,
+        privacy: PrivacyConfig,
+    ):
+        assert privacy.clip is not None
+        nothing = {name: torch.zeros_like(value) for name, value in theta.items()}
+        clients, self._everyone = _counts(theta, everyone)
+        super().__init__(nothing, max(1, clients))
+        self._before = dict(theta)
+        self._clip = privacy.clip
+        self._sigma = privacy.noise_multiplier * privacy.clip
+        self._rate = rate
+
+    def add(
+        self,
+        values: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor | Block] | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        """Add one worker's difference to theta_r, clipped: a client need not be believed."""
+        if weight != 1:
+            raise UpdateError(f"weight = {weight}; under privacy every client weighs the same")
+        masks = masks or {}
+        self._check(values, masks, 1)
+        square, _ = difference(values, self._before, dict(masks))
+        factor = _factor(math.sqrt(square), self._clip)
+        changes = {
+            name: (value - kept_of(self._before[name], masks.get(name))) * factor
+            for name, value in values.items()
+        }
+        super().add(changes, masks)
+
+    def result(self) -> dict[str, Tensor]:
+        """theta_{r+1}; a coordinate that no client's mask keeps stays as it is."""
+        self._settle_all()
+        return {name: self._moved(name) for name in self._before}
+
+    def _moved(self, name: str) -> Tensor:
+        new = self._before[name].flatten().clone()
+        sums, kept = self._sums[name].flatten(), self._everyone[name].expand(new.shape)
+        for start in range(0, new.numel(), BLOCK):
+            part = slice(start, start + BLOCK)
+            total = sums[part].clone()
+            # on the same grid as the sum: rounding after the noise, so no bit escapes it
+            noise = np.rint(self._sigma * SCALE * gaussian(len(total)))
+            total += torch.from_numpy(noise).to(torch.int64)
+            below = self._rate * kept[part].to(torch.float64)
+            step = total.to(torch.float64) / SCALE / below.clamp(min=1e-9)
+            new[part] += torch.where(below > 0, step, 0.0).to(torch.float32)
+        return new.view(self._before[name].shape)
+
+
+def _counts(
+    theta: Mapping[str, Tensor], everyone: Iterable[Masks]
+) -> tuple[int, dict[str, Tensor]]:
+    """How many masks there are, and how many of them keep each coordinate (int32, flat).
+
+    One mask is looked at after another, so that memory does not grow with their number. A tensor
+    that no mask touches has one count for all of it.
+    """
+    masks_seen = 0
+    whole = dict.fromkeys(theta, 0)
+    counts: dict[str, Tensor] = {}
+    for masks in everyone:
+        masks_seen += 1
+        for name, value in theta.items():
+            mask = masks.get(name)
+            if mask is None:
+                whole[name] += 1
+                continue
+            if name not in counts:
+                counts[name] = torch.zeros(value.shape, dtype=torch.int32)
+            count_in(counts[name], mask, 1)
+    one = torch.zeros(1, dtype=torch.int32)
+    return masks_seen, {n: counts.get(n, one).flatten() + whole[n] for n in theta}
+
+
+def gaussian(count: int) -> np.ndarray:
+    """Independent standard normal values from the operating system's entropy, by Box and Muller."""
+    pairs = (count + 1) // 2
+    words = np.frombuffer(os.urandom(16 * pairs), dtype=np.uint64) >> np.uint64(11)
+    one, two = (words.astype(np.float64) + 0.5).reshape(2, pairs) * 2.0**-53
+    radius, angle = np.sqrt(-2 * np.log(one)), 2 * np.pi * two
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+def drawn(clients: list[int], rate: float) -> list[int]:
+    """Each client with probability `rate`, independently: nobody can tell beforehand who."""
+    return [client for client in clients if rate >= 1 or _system.random() < rate]
+
+
+# --- accounting ---------------------------------------------------------------------------------
+
+
+def event(noise_multiplier: float, rate: float, rounds: int) -> Any:
+    """`rounds` Gaussian mechanisms, Poisson-sampled, as the accountant names them."""
+    accounting = _accounting()
+    once = accounting.GaussianDpEvent(noise_multiplier)
+    if rate < 1:
+        once = accounting.PoissonSampledDpEvent(rate, once)
+    return accounting.SelfComposedDpEvent(once, rounds)
+
+
+def epsilon(noise_multiplier: float, rate: float, rounds: int, delta: float) -> float:
+    """The epsilon of (epsilon, delta)-differential privacy after so many rounds, by Renyi's."""
+    accounting = _accounting()
+    from dp_accounting import rdp
+
+    accountant = rdp.RdpAccountant(
+        neighboring_relation=accounting.NeighboringRelation.REPLACE_SPECIAL
+    )
+    accountant.compose(event(noise_multiplier, rate, rounds))
+    return float(accountant.get_epsilon(delta))
+
+
+def spent(config: Config, opened: int, finished: int = 0) -> dict[str, Any] | None:
+    """What results.json says of a run's privacy; None where it has none.
+
+    Parameters
+    ----------
+    opened
+        Rounds that were sent to clients, each time one was: all of them count.
+    finished
+        Those of them that the model went through.
+    """
+    privacy = config.privacy
+    if privacy.clip is None:
+        return None
+    found = epsilon(privacy.noise_multiplier, config.round.fraction, opened, privacy.delta)
+    return {
+        "epsilon": found,
+        "delta": privacy.delta,
+        "sigma": privacy.noise_multiplier * privacy.clip,
+        "clip": privacy.clip,
+        "noise_multiplier": privacy.noise_multiplier,
+        "sampling_rate": config.round.fraction,
+        "rounds": opened,
+        "repeated": opened - finished,
+        "covers": COVERS,
+        "reproducible": False,
+    }
+
+
+def _accounting() -> Any:
+    try:
+        import dp_accounting
+    except ImportError as error:
+        raise ConfigError(
+            "privacy.clip needs the accountant: pip install 'fed-diffusion[privacy]'."
+        ) from error
+    return dp_accounting

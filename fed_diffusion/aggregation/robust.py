@@ -1,0 +1,88 @@
+"""Averages that withstand lying clients: coordinate-wise trimmed mean and median, under masks.
+
+They need every update of a round at once: 4 N D bytes for N whole updates of D coordinates, where
+`MaskedMean` needs O(D). Their result does not depend on the order of arrival either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fed_diffusion.aggregation.mean import MaskedMean
+from fed_diffusion.masks.spaces import Block
+from fed_diffusion.protocol.errors import UpdateError
+
+ROWS = 1 << 16
+"""Coordinates sorted at once."""
+
+
+class RobustMean(MaskedMean):
+    """The trimmed mean of each coordinate over the workers that trained it.
+
+    Of n values the floor(trim n) smallest and as many of the largest are left out, at most so many
+    that one or two remain: trim = 1/2 is the median. Weights do not apply.
+
+    Parameters
+    ----------
+    theta
+        The current parameters; coordinates that nobody trained keep them.
+    trim
+        Part of the values left out at either end, from 0 to 1/2.
+    workers
+        The most updates that will be added, as for `MaskedMean`.
+    """
+
+    def __init__(self, theta: Mapping[str, Tensor], trim: float, workers: int = 1024):
+        super().__init__(theta, workers)
+        self._trim = trim
+        self._updates: list[tuple[dict[str, Tensor], dict[str, Tensor | Block]]] = []
+
+    def add(
+        self,
+        values: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor | Block] | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        """Add one worker's values; raises `UpdateError` as `MaskedMean.add`, and on weights."""
+        if weight != 1:
+            raise UpdateError(f"weight = {weight}; trimmed means and medians know no weights")
+        super().add(values, masks)  # checks it, counts trainers
+        self._updates.append(({n: v.clone() for n, v in values.items()}, dict(masks or {})))
+
+    def result(self) -> dict[str, Tensor]:
+        """theta_{r+1}: the trimmed mean where somebody trained, theta_r elsewhere; float32."""
+        return {name: self._tensor(name) for name in self._theta}
+
+    def _tensor(self, name: str) -> Tensor:
+        old = self._theta[name]
+        columns = []
+        for values, masks in self._updates:
+            mask, value = masks.get(name), values[name].float()
+            if isinstance(mask, Block):
+                value = mask.put(value, torch.full(mask.shape, math.inf))
+            elif mask is not None:
+                kept = value[mask] if value.shape == mask.shape else value
+                value = torch.full(mask.shape, math.inf).masked_scatter_(mask, kept)
+            columns.append(value.flatten())
+        new = old.flatten().clone()
+        for start in range(0, new.numel(), ROWS):
+            part = slice(start, start + ROWS)
+            if columns:
+                stacked = torch.stack([column[part] for column in columns], 1).double()
+                new[part] = self._rows(stacked, new[part])
+        return new.view(old.shape)
+
+    def _rows(self, values: Tensor, old: Tensor) -> Tensor:
+        """One coordinate per row; what was not trained is infinite, and sorts to the end."""
+        ordered = values.sort(1).values
+        count = torch.isfinite(ordered).sum(1)
+        cut = torch.minimum((self._trim * count).floor().long(), (count - 1).clamp(min=0) // 2)
+        place = torch.arange(values.shape[1])[None, :]
+        inside = (place >= cut[:, None]) & (place < (count - cut)[:, None])
+        total = ordered.masked_fill(~inside, 0).sum(1)
+        mean = total / inside.sum(1).clamp(min=1)
+        return torch.where(count > 0, mean, old.double()).float()

@@ -1,0 +1,1 @@
+"""The theory applied to a run and to a plan."""

@@ -1,0 +1,166 @@
+"""Networks from the configuration: the U-Net, or one's own by dotted path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fed_diffusion.common.compute import arithmetic
+from fed_diffusion.common.rng import Purpose, seed_torch
+from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.data import (
+    class_count,
+    image_shape,
+)
+from fed_diffusion.diffusion.loss import Network
+from fed_diffusion.masks.channels import ordered
+from fed_diffusion.masks.levels import keep_ratios
+from fed_diffusion.masks.spaces import Layout, layout_of
+from fed_diffusion.masks.subnetwork import resized
+from fed_diffusion.models.unet import UNet, reset
+
+
+def build_network(config: Config) -> nn.Module:
+    """The score network with its initial theta_0, the same bits for the same seed.
+
+    Under the baseline `small` it is the smallest worker's sub-network, which everyone trains. A
+    network of one's own, `model.name: module:Net`, is called as
+    Net(config.model, channels, size, classes) and must map (x, u, labels) to a noise estimate;
+    with model.label_dropout the label `classes` means "no label", as it does for the U-Net.
+
+    Raises
+    ------
+    ConfigError
+        Names model.name or model.widths and what does not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        seed_torch(config.seed, Purpose.INIT)
+        if ":" in config.model.name:
+            if config.pruning.baseline == "small":
+                raise ConfigError(
+                    "pruning.baseline = 'small' shrinks the built-in U-Net; with "
+                    f"model.name = {config.model.name!r} name a smaller network instead."
+                )
+            return _own_network(config)
+        if config.pruning.baseline != "small":
+            return _unet(config)
+        return reset(resized(_meta_unet(config), _smallest(config)))
+
+
+def skeleton(config: Config) -> nn.Module:
+    """The structure of `build_network(config)`; the U-Net's has no memory behind it (meta)."""
+    if ":" in config.model.name:
+        return build_network(config)
+    if config.pruning.baseline == "small":
+        return resized(_meta_unet(config), _smallest(config), device="meta")
+    return _meta_unet(config)
+
+
+def channel_layout(config: Config) -> Layout | None:
+    """The network's channel spaces, where workers drop whole channels; else None.
+
+    Raises
+    ------
+    ConfigError
+        Channels of a network of one's own: which belong together is not known.
+    """
+    if not config.pruning.by_channels:
+        return None
+    try:
+        return layout_of(skeleton(config))
+    except TypeError as error:
+        raise ConfigError(f"pruning.kind = {config.pruning.kind!r}: {error}.") from error
+
+
+def _smallest(config: Config) -> dict[str, tuple[int, ...]]:
+    """The parameters' shapes in the sub-network of the smallest keep ratio."""
+    layout = layout_of(_meta_unet(config))
+    try:
+        counts = layout.counts(min(keep_ratios(config)))
+    except ValueError as error:
+        raise ConfigError(f"pruning: {error}.") from error
+    return layout.shapes_of(layout.blocks(ordered(layout, counts)))
+
+
+def _meta_unet(config: Config) -> UNet:
+    with torch.device("meta"):
+        return _unet(config)
+
+
+def _unet(config: Config) -> UNet:
+    channels, size, classes = _images(config)
+    model = config.model
+    if model.name != "unet":
+        raise ConfigError(f"model.name = {model.name!r} is unknown. Allowed: unet, module:Net.")
+    factor = 2 ** (len(model.widths) - 1)
+    if size % factor:
+        raise ConfigError(
+            f"model.widths has {len(model.widths)} levels, which halve the image "
+            f"{len(model.widths) - 1} times; data.size = {size} is not a multiple of {factor}. "
+            "Use fewer levels."
+        )
+    return UNet(
+        channels,
+        size,
+        model.widths,
+        blocks=model.blocks,
+        attention=model.attention,
+        group=model.group,
+        head=model.head,
+        dropout=model.dropout,
+        classes=classes,
+        prediction=model.prediction,
+    )
+
+
+def _images(config: Config) -> tuple[int, int, int | None]:
+    """Channels and size of the images, and how many labels to condition on."""
+    channels, size, _ = image_shape(config.data)
+    classes = class_count(config.data) if config.model.conditional else None
+    if config.model.conditional and classes is None:
+        raise ConfigError(
+            "model.conditional = True needs labels, and the data set names no number of classes; "
+            "set data.classes."
+        )
+    return channels, size, classes
+
+
+def _own_network(config: Config) -> nn.Module:
+    channels, size, classes = _images(config)
+    module, _, attribute = config.model.name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"model.name = {config.model.name!r} cannot be loaded: {error}"
+        ) from error
+    network = factory(config.model, channels, size, classes)
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"model.name = {config.model.name!r} gave no torch.nn.Module.")
+    return network
+
+
+def parameters_of(network: nn.Module) -> dict[str, Tensor]:
+    """theta: every trained tensor by name, detached views that share the network's memory."""
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def evaluator(network: Callable[..., Tensor], config: Config, device: torch.device) -> Network:
+    """A network as the function that losses and samplers call, in the configured precision."""
+
+    def evaluate(x: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
+        with arithmetic(config, device):
+            return network(x, u, labels).float()
+
+    return evaluate
+
+
+def network_with(config: Config, theta: dict[str, Tensor]) -> nn.Module:
+    """A network that holds theta, in evaluation mode."""
+    network = build_network(config)
+    for name, parameter in parameters_of(network).items():
+        parameter.copy_(theta[name])
+    return network.eval()

@@ -1,0 +1,96 @@
+"""Whatever can be refused is refused here, before any compute is spent."""
+
+from __future__ import annotations
+
+import torch
+
+from fed_diffusion.aggregation.private import spent
+from fed_diffusion.build import channel_layout, skeleton
+from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.data import (
+    ImageSet,
+    content_hash,
+    load_dataset,
+    partition,
+    tell,
+)
+from fed_diffusion.diffusion.partitions import PARTITIONS
+from fed_diffusion.evaluation import check_evaluation
+from fed_diffusion.evaluation.reference import reference_set
+from fed_diffusion.generate import sampler_partition
+from fed_diffusion.masks.plan import check_pruning
+from fed_diffusion.protocol import wire
+from fed_diffusion.store import checkpoint
+from fed_diffusion.store.origin import (
+    check_same_data,
+    standing,
+)
+from fed_diffusion.store.rundir import RunDir
+
+
+def check(
+    config: Config, dataset: ImageSet | None = None, needs_data: bool = True
+) -> ImageSet | None:
+    """Everything that can be refused is refused here, before compute; returns the data set.
+
+    A server without data of its own (needs_data=False) gets None.
+
+    Raises
+    ------
+    ConfigError
+        Names the key, the value, what is allowed and how to fix it.
+    """
+    check_training(config)
+    check_evaluation(config)
+    if dataset is None and needs_data:
+        dataset = tell(load_dataset(config.data))
+    if dataset is not None:
+        if config.model.conditional and dataset.labels is None:
+            raise ConfigError(
+                f"model.conditional = True needs labels, and data.name = {config.data.name!r} has "
+                "none (a folder needs a sub-folder per class); set model.conditional to false."
+            )
+        partition(dataset, config)
+    if config.evaluation.samples and config.evaluation.reference not in ("data", "none"):
+        reference_set(config, dataset)  # a broken file in it is found now, not after training
+    return dataset
+
+
+def check_training(config: Config) -> None:
+    """The part of `check` that looks at no files; raises `ConfigError`."""
+    diffusion = config.diffusion
+    try:
+        PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
+    except ValueError as error:
+        raise ConfigError(f"diffusion.partition = {diffusion.partition!r}: {error}") from error
+    sampler_partition(config)
+    check_device(config)
+    spent(config, 1)  # needs the accountant, if anything
+    skeleton(config)
+    check_pruning(config, channel_layout(config))
+
+
+def check_device(config: Config) -> None:
+    """Refuse a device that this machine has not."""
+    device = config.worker.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"worker.device = {device!r}, and torch sees no CUDA device; use auto or cpu."
+        )
+
+
+def check_resume(run: RunDir, accept_changes: bool = False) -> None:
+    """All that `Experiment.resume` refuses, for a command that has another process resume a run.
+
+    Raises
+    ------
+    ConfigError
+        See `Experiment.resume`.
+    """
+    found = standing(run, VERSIONS, accept_changes)
+    dataset = check(found.config)
+    check_same_data(run, found, None if dataset is None else content_hash(dataset))
+
+
+VERSIONS = {"checkpoint": checkpoint.VERSION, "wire": wire.VERSION}
+"""A run goes on only with the formats and the arithmetic that it began with."""

@@ -1,0 +1,121 @@
+"""fed-diffusion deploy init | deploy run | doctor: what an operator of several machines types."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fed_diffusion.cli.output import say
+from fed_diffusion.config import ConfigError
+from fed_diffusion.engines.superlink import EngineError
+
+
+def add_deploy_commands(commands: Any) -> None:
+    """Add `deploy` and `doctor` to the command line's parser."""
+    deploy = commands.add_parser("deploy", help="several machines: keys, certificates, commands")
+    parts = deploy.add_subparsers(required=True, metavar="COMMAND")
+    init = parts.add_parser("init", help="write a folder with a bundle for each machine")
+    init.add_argument("directory", type=Path, metavar="DIR", help="must not exist")
+    init.add_argument(
+        "--server",
+        action="append",
+        required=True,
+        metavar="HOST",
+        help="name or address that nodes connect to; again for further names of the same host",
+    )
+    init.add_argument("--nodes", type=int, default=3, metavar="N")
+    init.add_argument("--port", type=int, default=8443, help="of the proxy (default: 8443)")
+    init.add_argument(
+        "--operator",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="address or network that may submit runs from elsewhere than the server; repeatable",
+    )
+    init.add_argument("--control", metavar="HOST:PORT", help="where the operator's flwr connects")
+    init.add_argument("--data-dir", default=None, help="the nodes' folder of images, at first")
+    init.add_argument("--days", type=int, default=365, help="until the certificates expire")
+    init.set_defaults(command=init_command)
+
+    run = parts.add_parser("run", help="submit a run and wait for its end; exit code 0: done")
+    run.add_argument("operator", type=Path, metavar="OPERATOR", help="the operator's bundle")
+    run.add_argument("preset", help="a name in conf/ or the path of a YAML file")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    run.add_argument(
+        "--out", type=Path, required=True, help="the run directory, an absolute path on the server"
+    )
+    run.add_argument("--nodes", type=int, default=1, help="wait until so many are online")
+    run.set_defaults(command=run_command)
+
+    doctor = commands.add_parser("doctor", help="is this machine ready? 0: yes")
+    doctor.add_argument("bundle", type=Path, nargs="?", help="its folder of deploy init")
+    doctor.add_argument("--server", metavar="HOST:PORT")
+    doctor.add_argument("--root-certificates", type=Path, metavar="CA.CRT")
+    doctor.add_argument("--data-dir", help="a folder of images")
+    doctor.add_argument("--preset", help="a run that the images must fit")
+    doctor.set_defaults(command=doctor_command)
+
+
+def doctor_command(arguments: argparse.Namespace) -> int:
+    """A line for each finding; exit code 1 where something is to be done."""
+    from rich.text import Text
+
+    from fed_diffusion.common.terminal import plain_console
+    from fed_diffusion.config import load_config
+    from fed_diffusion.deploy.doctor import Machine, examine
+
+    given = {
+        "server": arguments.server,
+        "root_certificates": arguments.root_certificates,
+        "data": arguments.data_dir,
+        "config": load_config(arguments.preset) if arguments.preset else None,
+    }
+    machine = Machine.of_bundle(arguments.bundle) if arguments.bundle else Machine()
+    machine = replace(machine, **{key: value for key, value in given.items() if value is not None})
+    console, wrong = plain_console(), 0
+    for finding in examine(machine):
+        mark = Text("ok  ", "green") if finding.ok else Text("do  ", "bold red")
+        console.print(mark + Text(f"{finding.name}: {finding.text}"), soft_wrap=True)
+        wrong += not finding.ok
+    return 1 if wrong else 0
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Submit a run; its directory on the server is the last line of the output."""
+    from fed_diffusion.common.terminal import tell
+    from fed_diffusion.config import load_config, parse_pairs
+    from fed_diffusion.deploy.submit import Operator, submit
+
+    if not arguments.out.is_absolute():
+        raise ConfigError(f"--out {arguments.out}: give an absolute path, on the server.")
+    config = load_config(arguments.preset, parse_pairs(arguments.set))
+    try:
+        submit(Operator(arguments.operator), config, arguments.out, arguments.nodes)
+    except EngineError as error:
+        tell(str(error), "failed:")
+        return 1
+    say(arguments.out)
+    return 0
+
+
+def init_command(arguments: argparse.Namespace) -> int:
+    """Write the folder and print its commands; its path is the last line of the output."""
+    from fed_diffusion.common.terminal import tell
+    from fed_diffusion.deploy.bundle import Deployment, init
+
+    wanted = Deployment(
+        server=tuple(arguments.server),
+        nodes=arguments.nodes,
+        port=arguments.port,
+        operators=tuple(arguments.operator),
+        control=arguments.control,
+        days=arguments.days,
+        **({"data": arguments.data_dir} if arguments.data_dir else {}),
+    )
+    made = init(arguments.directory, wanted)
+    text = (made / "COMMANDS.md").read_text("utf-8")
+    tell(text)
+    say(made)
+    return 0

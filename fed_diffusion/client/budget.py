@@ -1,0 +1,155 @@
+"""pruning.budget auto: a worker measures what it can carry, once a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fed_diffusion.common.memory import peak_memory
+from fed_diffusion.config import Config
+from fed_diffusion.data import class_count, image_shape
+from fed_diffusion.diffusion.loss import DSMLoss
+from fed_diffusion.masks.budget import (
+    BYTES_PER_PARAMETER,
+    MB,
+    Budget,
+    Demand,
+    Probe,
+    choose,
+    expected_memory,
+    memory_allowed,
+)
+from fed_diffusion.masks.channels import ordered
+from fed_diffusion.masks.spaces import Layout
+from fed_diffusion.masks.subnetwork import resized
+from fed_diffusion.models.unet import UNet, reset
+from fed_diffusion.protocol.diagnostics import is_due
+from fed_diffusion.theory.curvature import gradient, images_within, saved_bytes
+
+STEPS = 3
+"""Steps of a probe; the median counts, so that the first one is warm-up."""
+DIAGNOSTIC_BYTES = 24
+"""Of a parameter where a curvature is measured: its value, the value as it arrived, the vector, its
+product, and of the part in hand the gradient and the product: six float32."""
+
+
+def measure_budget(
+    config: Config, whole: UNet, layout: Layout, loss: DSMLoss, device: torch.device, steps: int
+) -> Budget:
+    """The largest ratio of pruning.ladder that this machine can carry.
+
+    Only the two smallest sub-networks are run, a few steps each, on blank images.
+
+    Parameters
+    ----------
+    whole
+        The whole network's structure, on the meta device.
+    steps
+        Local steps of a round.
+
+    Raises
+    ------
+    BudgetError
+        Not even the smallest fits.
+    """
+    ladder = sorted(set(config.pruning.ladder))
+    demands = {
+        keep: demand(config, sub_network(whole, layout, keep, "meta"), measures=keep == 1)
+        for keep in ladder
+    }
+    allowed = memory_allowed(config.worker.memory_mb)
+    if device.type == "cuda":
+        allowed = _cuda_memory_allowed(config, device)
+    with peak_memory(device) as peak:
+        probes: dict[float, Probe] = {}
+        for keep in ladder[:2]:
+            # a probe must not itself take more than there is
+            if expected_memory(demands, probes, keep) > allowed:
+                break
+            network = reset(sub_network(whole, layout, keep, device))
+            step = training_step(config, network, loss, device)
+            seconds = sorted(seconds_of(step, device) for _ in range(STEPS))
+            probes[keep] = Probe(peak(), seconds[STEPS // 2])
+            del network, step
+    return choose(demands, probes, allowed, steps, config.round.deadline_s)
+
+
+def sub_network(whole: UNet, layout: Layout, keep: float, device: torch.device | str) -> UNet:
+    """The sub-network of the first groups at this ratio, not initialised."""
+    blocks = layout.blocks(ordered(layout, layout.counts(keep)))
+    return resized(whole, layout.shapes_of(blocks), device=device)
+
+
+def demand(config: Config, network: UNet, measures: bool = False) -> Demand:
+    """What a training step needs by its shapes: nothing is computed, the network is on meta.
+
+    Parameters
+    ----------
+    measures
+        Diagnostic rounds are among the worker's: then it is the more of a step and a measurement.
+        Only workers with the whole network are asked.
+    """
+    images, u, labels = _batch(config, torch.device("meta"))
+    own = list(network.parameters())
+    with FlopCounterMode(display=False) as flops, saved_bytes(own) as kept:
+        network(images, u, labels).square().mean().backward()
+    bytes_each, activations = BYTES_PER_PARAMETER, kept()
+    if measures and any(is_due(config, round) for round in range(1, config.rounds + 1)):
+        bytes_each = max(bytes_each, DIAGNOSTIC_BYTES)
+        one = None if labels is None else labels[:1]
+        with saved_bytes(own) as kept, sdpa_kernel(SDPBackend.MATH):
+            loss = network(images[:1], u[:1], one).square().mean()
+            gradient(own, loss, create_graph=True)
+        at_once = images_within(activations, kept(), len(images))
+        activations = max(activations, at_once * kept())
+    return Demand(
+        parameters=bytes_each * sum(p.numel() for p in own),
+        activations=activations,
+        work=flops.get_total_flops() / 2,
+    )
+
+
+def training_step(
+    config: Config, network: nn.Module, loss: DSMLoss, device: torch.device
+) -> Callable[[], None]:
+    """A function that takes one local step, on blank images, as a worker does on its own."""
+    network = network.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.local.eta, fused=True)
+    noise = torch.Generator(device).manual_seed(0)
+    images, _, labels = _batch(config, device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss(network, images, noise, labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    n = config.local.batch
+    images = torch.zeros((n, *image_shape(config.data)), device=device)
+    u = torch.ones(n, dtype=torch.float64, device=device)
+    labels = None
+    if config.model.conditional and class_count(config.data):
+        labels = torch.zeros(n, dtype=torch.int64, device=device)
+    return images, u, labels
+
+
+def _cuda_memory_allowed(config: Config, device: torch.device) -> float:
+    free = float(torch.cuda.mem_get_info(device)[0])
+    stated = config.worker.memory_mb
+    return free if stated is None else min(free, stated * MB)

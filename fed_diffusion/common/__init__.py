@@ -1,0 +1,1 @@
+"""Randomness, devices, threads, and words for the user."""

@@ -1,0 +1,292 @@
+"""The configuration of a run: a YAML preset plus overrides, checked as a whole before any compute.
+
+The one that a run directory holds is enough to repeat the run. An error names the key, the value
+and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from fed_diffusion.config.methods import method_name, method_settings
+from fed_diffusion.config.schema import Config, ConfigError, Section, by_type, is_free_text
+from fed_diffusion.config.yaml import absolute, parse_yaml, read_yaml
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "build_config",
+    "conf_dir",
+    "load_config",
+    "load_preset",
+    "method_name",
+    "parse_pairs",
+    "presets",
+    "read_value",
+    "refuse_overlaps",
+]
+
+NULLS = ("", "~", "null", "Null", "NULL")
+
+
+def conf_dir() -> Path:
+    """Where the presets are: inside an installed wheel, else beside the package."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in conf_dir().glob("*.yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The settings of a preset (a name in conf/) or of a YAML file (a path)."""
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else conf_dir() / f"{name}.yaml"
+    if not is_path and name not in presets():
+        close = difflib.get_close_matches(name, presets(), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"preset = {name!r} does not exist.{hint} There are: {', '.join(presets())}; "
+            "or give the path of a YAML file."
+        )
+    return {"preset": path.stem, **read_yaml(path, "preset")}
+
+
+def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
+    """`["pruning.level=S", "rounds=20"]` as a flat mapping; see `read_value` for the values."""
+    flat: dict[str, Any] = {}
+    for pair in pairs:
+        key, sep, text = pair.partition("=")
+        if not sep or not key.strip():
+            raise ConfigError(f"set: {pair!r} is not of the form key=value, as in rounds=20.")
+        refuse_overlaps([*flat, key.strip()], "set")
+        flat[key.strip()] = read_value(key.strip(), text)
+    return flat
+
+
+def read_value(key: str, text: str) -> Any:
+    """A typed value, as far as it can be read without a check.
+
+    A setting that takes any text (a path, a name) takes it as typed, and null where it may be
+    none. For the others [1, 0.5], {steps: 3} and "S" are YAML, and everything else is text, which
+    the setting's type reads: numbers are decimal.
+
+    Raises
+    ------
+    ConfigError
+        A list or a mapping cannot be read.
+    """
+    field = _field(key)
+    if field is not None and is_free_text(field.annotation):
+        may_be_none = type(None) in get_args(field.annotation)
+        return None if may_be_none and text in ("", "null") else text
+    text = text.strip()
+    if text in NULLS:
+        return None
+    if f"{text[0]}{text[-1]}" in ("[]", "{}", '""', "''"):
+        return parse_yaml(text, f"set: the value in {f'{key}={text}'!r}")
+    return text
+
+
+def refuse_overlaps(keys: Iterable[str], where: str) -> None:
+    """Refuse a key that stands twice, and one that stands beside its whole section.
+
+    Raises
+    ------
+    ConfigError
+        Names the two; `where` says where they stand.
+    """
+    known: list[str] = []
+    for key in keys:
+        for other in known:
+            if key == other:
+                raise ConfigError(f"{where}: {key} is given twice; give it once.")
+            if key.startswith(f"{other}.") or other.startswith(f"{key}."):
+                raise ConfigError(
+                    f"{where}: {other} and {key} are given, and one holds the other; give either "
+                    "the section or its keys."
+                )
+        known.append(key)
+
+
+def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> Config:
+    """A preset with dotted overrides on top, the method's name resolved, everything checked.
+
+    Raises
+    ------
+    ConfigError
+        Names the key, the value given and what is allowed.
+    """
+    flat = dict(overrides or {})
+    given = dict(_flat(flat))
+    settings = load_preset(preset)
+    if not given.get("method"):  # a method that is typed replaces the preset's
+        _resolve_method(settings, dict(_flat(settings)))
+    if any(key.startswith("pruning.") for key in given):
+        settings["method"] = None  # what is typed now outranks the preset's method
+    for key, value in flat.items():
+        _assign(settings, key, value)
+    if "pruning.kind" in given:  # what belongs to the preset's kind goes with it
+        for key, default in (("pruning.choice", "ordered"), ("pruning.unit", "weights")):
+            if key not in given:
+                _assign(settings, key, default)
+    if "local.epochs" in given and "local.steps" not in given:
+        _assign(settings, "local.steps", None)
+    if "local.steps" in given and "local.epochs" not in given:
+        _assign(settings, "local.epochs", None)
+    _resolve_method(settings, given)
+    return _absolute(build_config(settings))
+
+
+def _absolute(config: Config) -> Config:
+    """Paths as seen from where the user stands: the engine's processes stand elsewhere."""
+
+    def resolve(path: str | None, key: str) -> str | None:
+        return str(absolute(path, key)) if path else path
+
+    evaluation = config.evaluation
+    reference = evaluation.reference
+    if reference not in ("data", "train", "test", "none"):
+        reference = str(resolve(reference, "evaluation.reference"))
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"dir": resolve(config.data.dir, "data.dir")}),
+            "evaluation": evaluation.model_copy(
+                update={
+                    "reference": reference,
+                    "weights": resolve(evaluation.weights, "evaluation.weights"),
+                }
+            ),
+        }
+    )
+
+
+def build_config(settings: Mapping[str, Any]) -> Config:
+    """Check nested settings; pydantic's complaints become one `ConfigError` in our words."""
+    try:
+        return Config.model_validate(dict(settings))
+    except ValidationError as error:
+        lines = [_explain(dict(item)) for item in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+
+
+def _resolve_method(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """A method is a name for settings; one that contradicts a key given beside it is an error."""
+    method = settings.get("method")
+    if not method:
+        settings["method"] = None
+        return
+    for key, value in method_settings(str(method)).items():
+        if key in given and (beside := _as_read(key, given[key])) != value:
+            raise ConfigError(
+                f"{key} = {beside!r} contradicts method = {method!r}, which means "
+                f"{key} = {value!r}. Give one of the two."
+            )
+        _assign(settings, key, value)
+
+
+def _assign(settings: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    model: Any = Config
+    node = settings
+    for depth, section in enumerate(sections):
+        if section not in model.model_fields or not _is_section(model, section):
+            raise ConfigError(_unknown(".".join(sections[: depth + 1]), model, sections[:depth]))
+        model = model.model_fields[section].annotation
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{'.'.join(sections)} must be a section with keys of its own.")
+        node[section] = dict(child)
+        node = node[section]
+    if last not in model.model_fields:
+        raise ConfigError(_unknown(key, model, sections))
+    node[last] = value
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _field(key: str) -> FieldInfo | None:
+    """The setting with this dotted name; None where there is none."""
+    model: Any = Config
+    field = None
+    for part in key.split("."):
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return None
+        field = model.model_fields.get(part)
+        model = field.annotation if field else None
+    return field
+
+
+def _as_read(key: str, value: Any) -> Any:
+    """A value as its setting reads it, so that values can be compared; else as it is."""
+    field = _field(key)
+    if field is None:
+        return value
+    try:
+        reads: Any = Annotated[field.annotation, field]
+        return TypeAdapter(reads).validate_python(by_type(field.annotation, value))
+    except ValueError:  # the check of the whole says what is wrong with it
+        return value
+
+
+def _is_section(model: type[BaseModel], name: str) -> bool:
+    annotation = model.model_fields[name].annotation
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _unknown(key: str, model: type[BaseModel], sections: list[str]) -> str:
+    names = list(model.model_fields)
+    close = difflib.get_close_matches(key.split(".")[-1], names, n=1)
+    prefix = "".join(f"{s}." for s in sections)
+    hint = f" Did you mean {prefix}{close[0]}?" if close else ""
+    return f"{key} is not a setting.{hint} Allowed: {', '.join(prefix + n for n in names)}."
+
+
+def _explain(item: dict[str, Any]) -> str:
+    location = [str(part) for part in item["loc"]]
+    # pydantic appends the member of a union it tried; ours are no part of the key
+    keys: list[str] = []
+    model: Any = Config
+    for part in location:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            break
+        keys.append(part)
+        field = model.model_fields.get(part)
+        model = field.annotation if field else None
+    key = ".".join(keys)
+    if item["type"] == "extra_forbidden":
+        parent: Any = Config
+        for part in keys[:-1]:
+            parent = parent.model_fields[part].annotation
+        return _unknown(key, parent, keys[:-1])
+    if item["type"] == "value_error":
+        prefix = f"{key}." if key else ""
+        return f"{prefix}{item['ctx']['error']}."
+    return f"{key} = {item['input']!r} is not allowed: {item['msg']}{_allowed(key)}."
+
+
+def _allowed(key: str) -> str:
+    """What a Literal field takes, for messages that do not say it themselves."""
+    model: Any = Config
+    for part in key.split("."):
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return ""
+        model = model.model_fields[part].annotation if part in model.model_fields else None
+    members = get_args(model) if isinstance(model, types.UnionType) else (model,)
+    names = [type_.__name__ for type_ in members if isinstance(type_, type)]
+    return f" (a {' or '.join(names)})" if names else ""

@@ -1,0 +1,1 @@
+"""Several machines: bundles, certificates, checks, submission."""

@@ -1,0 +1,1 @@
+"""What carries a run's messages: this process and its pool, or Flower's processes."""

@@ -1,1 +1,0 @@
-"""Both sides of a round, and what travels between them. No Flower here."""

@@ -1,0 +1,241 @@
+"""A trained model, read back from its run directory, that samples."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fed_diffusion.build import evaluator, network_with
+from fed_diffusion.common.compute import device_of, kernels, pinned_threads
+from fed_diffusion.common.hardware import usable_cores
+from fed_diffusion.common.memory import peak_memory
+from fed_diffusion.common.rng import Purpose, torch_generator
+from fed_diffusion.config import Config, ConfigError, build_config
+from fed_diffusion.config.schema import LARGEST
+from fed_diffusion.data import class_count, image_shape, to_uint8
+from fed_diffusion.diffusion.partitions import PARTITIONS
+from fed_diffusion.diffusion.process import Score, per_image, sigma
+from fed_diffusion.diffusion.samplers import SAMPLERS
+from fed_diffusion.masks.budget import MARGIN, memory_allowed
+from fed_diffusion.store.rundir import DEFAULT_ROOT, RunDir
+
+__all__ = ["DEFAULT_ROOT", "RunDir", "Sampler", "batches_at_once", "sampler_partition"]
+
+FEW = 16
+"""Images that are tried to see how much memory a whole batch will take."""
+
+
+def batches_at_once(device: torch.device, count: int) -> ThreadPoolExecutor:
+    """Threads that make whole batches, `count` at once, each with one torch thread of its own.
+
+    On a CPU that beats splitting every small operation over the cores, most of all on busy ones.
+    """
+    if device.type == "cpu":
+        return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(1)
+
+
+def sampler_partition(config: Config, steps: int | None = None) -> Tensor:
+    """The partition that samples are made on; `ConfigError` where it cannot be so short."""
+    diffusion = config.diffusion
+    if steps is None:
+        steps = config.evaluation.steps or diffusion.K
+    try:
+        return PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, steps)
+    except ValueError as error:
+        raise ConfigError(
+            f"evaluation.steps = {steps} cannot be used with diffusion.partition = "
+            f"{diffusion.partition!r}: {error}"
+        ) from error
+
+
+class Sampler:
+    """A trained score network that generates images.
+
+    Examples
+    --------
+    >>> import fed_diffusion
+    >>> images = fed_diffusion.load("runs/digits-20260101-120000").sample(16)  # doctest: +SKIP
+    """
+
+    def __init__(self, config: Config, theta: dict[str, Tensor]):
+        self.config = config
+        self.device = device_of(config)
+        network = network_with(config, theta).to(self.device)
+        self.network = network.to(memory_format=torch.channels_last)
+        self._evaluate = evaluator(self.network, config, self.device)
+        self.shape = image_shape(config.data)
+        self.classes = class_count(config.data) if config.model.conditional else None
+
+    @classmethod
+    def from_run(cls, path: str | Path, *, ema: bool = True) -> Sampler:
+        """The model of a run directory; its moving average unless ema=False."""
+        run = RunDir.open(path)
+        return cls(run.config(), run.load_theta(ema=ema))
+
+    def score(self, labels: Tensor | None = None, guidance: float = 0.0) -> Score:
+        """s_theta(y, u) = -eps / sigma_u as a function of (y, u).
+
+        eps is eps_theta(y, u, labels); with labels and a guidance w > 0 it is
+        (1 + w) eps_theta(y, u, labels) - w eps_theta(y, u, no label), from one call of the network
+        on both (classifier-free guidance, Ho & Salimans 2022).
+        """
+
+        def evaluate(y: Tensor, u: Tensor) -> Tensor:
+            if guidance and labels is not None:
+                both = torch.cat([labels, torch.full_like(labels, self.classes or 0)])
+                doubled = self._evaluate(torch.cat([y, y]), torch.cat([u, u]), both)
+                with_label, without = doubled.chunk(2)
+                eps = (1 + guidance) * with_label - guidance * without
+            else:
+                eps = self._evaluate(y, u, labels)
+            return -eps / per_image(sigma(u), y)
+
+        return evaluate
+
+    def partition(self, steps: int | None = None) -> Tensor:
+        """The sampler's partition of time; `steps` defaults to evaluation.steps, then diffusion.K.
+
+        Raises
+        ------
+        ConfigError
+            Fewer steps than the partition can have.
+        """
+        return sampler_partition(self.config, steps)
+
+    def _with(self, overrides: dict[str, Any]) -> Config:
+        """The configuration with dotted keys replaced where a value is given, checked anew."""
+        settings = self.config.to_dict()
+        for key, value in overrides.items():
+            if value is not None:
+                section, name = key.split(".")
+                settings[section][name] = value
+        return build_config(settings)
+
+    def _check_labels(self, labels: Tensor, num: int) -> None:
+        if self.classes is None:
+            raise ConfigError(
+                "labels are given, and model.conditional = False: the network knows none. Leave "
+                "them out."
+            )
+        if len(labels) != num:
+            raise ConfigError(f"labels: {len(labels)} for {num} images; give one for each.")
+        unknown = labels[(labels < 0) | (labels >= self.classes)]
+        if len(unknown):
+            raise ConfigError(
+                f"labels = {unknown.unique().tolist()} are not allowed: the classes are 0 to "
+                f"{self.classes - 1}."
+            )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num: int,
+        *,
+        seed: int | None = None,
+        steps: int | None = None,
+        batch: int | None = None,
+        labels: Tensor | None = None,
+        sampler: str | None = None,
+        guidance: float | None = None,
+        partition: str | None = None,
+        purpose: Purpose = Purpose.SAMPLES,
+    ) -> Tensor:
+        """Generate images, by the exponential integrator (10) unless another sampler is named.
+
+        Parameters
+        ----------
+        num
+            How many.
+        seed
+            Default: the run's seed. The same seed gives the same images.
+        steps
+            Steps of the partition; default: evaluation.steps, then diffusion.K.
+        labels
+            int64 [num], for a conditional network; default: every class in turn.
+        sampler, guidance
+            Default: evaluation.sampler, evaluation.guidance.
+        partition
+            A name in PARTITIONS; default: diffusion.partition.
+
+        Returns
+        -------
+        Tensor
+            uint8 [num, C, H, W] on the CPU.
+
+        Raises
+        ------
+        ConfigError
+            A setting that does not exist or that this network was not trained for.
+        """
+        config = self._with(
+            {
+                "evaluation.steps": steps,
+                "evaluation.sampler": sampler,
+                "evaluation.guidance": guidance,
+                "diffusion.partition": partition,
+            }
+        )
+        u = sampler_partition(config)
+        solve = SAMPLERS[config.evaluation.sampler]
+        batch = batch or config.evaluation.batch
+        seed = self.config.seed if seed is None else seed
+        if not 0 <= seed < LARGEST:
+            raise ConfigError(f"seed = {seed} is not allowed: from 0, and below 2^63.")
+        if labels is not None:
+            self._check_labels(labels, num)
+        elif self.classes is not None:
+            labels = torch.arange(num) % self.classes
+
+        def generate(start: int) -> Tensor:
+            n = min(batch, num - start)
+            # each batch has a stream of its own, so it does not matter which thread makes it
+            noise = torch_generator(seed, purpose, round=start // batch, device=self.device)
+            y = torch.randn((n, *self.shape), generator=noise, device=self.device)
+            chosen = None if labels is None else labels[start : start + n].to(self.device)
+            score = self.score(chosen, config.evaluation.guidance)
+            y = solve(score, y, u, generator=noise, denoise=config.evaluation.denoise)
+            return to_uint8(y).cpu()
+
+        images = [torch.empty((0, *self.shape), dtype=torch.uint8)]
+        starts = range(0, num, batch)
+        few = min(batch, num, FEW)
+        score = self.score(None if labels is None else labels[:few], config.evaluation.guidance)
+        with kernels(self.config, self.device):
+            at_once = self._at_once(score, few, batch, len(starts))
+            with batches_at_once(self.device, at_once) as pool:
+                images += pool.map(torch.no_grad()(generate), starts)
+        return torch.cat(images)
+
+    def _at_once(self, score: Score, few: int, batch: int, batches: int) -> int:
+        """How many batches the cores and the free memory allow at once; images depend on neither.
+
+        Parameters
+        ----------
+        score
+            The score of `few` images, which is asked once to see what memory it takes.
+        """
+        cores = min(usable_cores(), batches)
+        if self.device.type != "cpu" or cores <= 1:
+            return 1
+        y, u = torch.zeros((few, *self.shape)), torch.ones(few, dtype=torch.float64)
+        with pinned_threads(1):
+            score(y, u)  # the first call loads what later ones share
+            with peak_memory(self.device) as peak:
+                score(y, u)
+                each = MARGIN * peak() * batch / few
+        return max(1, min(cores, int(memory_allowed() / max(each, 1.0))))
+
+    def evaluations(self, steps: int | None = None, guidance: float | None = None) -> int:
+        """Network evaluations per image (NFE): images that go through the network for one image.
+
+        One for every step of any sampler and one for evaluation.denoise; guidance doubles them,
+        though its two halves go through in one call.
+        """
+        guided = self.config.evaluation.guidance if guidance is None else guidance
+        once = len(self.partition(steps)) - 1 + int(self.config.evaluation.denoise)
+        return once * (2 if guided and self.classes is not None else 1)

@@ -1,0 +1,1 @@
+"""What both halves of a round agree on, byte for byte."""

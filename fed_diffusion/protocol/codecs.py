@@ -1,0 +1,193 @@
+"""Values as bytes: fp32, bf16, fp16, or int8 with scales and unbiased random rounding."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fed_diffusion.masks.recipe import Masks
+from fed_diffusion.masks.spaces import Block
+from fed_diffusion.protocol.errors import UpdateError
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
+NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+"""The names of the types on the wire."""
+LEVELS = 127
+CHUNK = 1 << 18
+"""Values rounded at once: the temporaries stay in cache."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One tensor on the wire: values (int8 with its float32 scales in front), or packed bits."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Values in the type in which they travel.
+
+    Attributes
+    ----------
+    codes
+        Of the type's torch dtype.
+    scales
+        For int8: float32, one per row (`codes[i] * scales[i]` are the values) or a single one.
+    """
+
+    dtype: str
+    codes: Tensor
+    scales: Tensor | None = None
+
+    def take(self, mask: Tensor | Block | None) -> Cast:
+        """Only what a mask keeps: a block's rows with their scales, or single values in order."""
+        if mask is None:
+            return self
+        if isinstance(mask, Block):
+            scales = self.scales
+            if scales is not None and len(scales) > 1:
+                scales = torch.cat([scales[start:stop] for start, stop in mask.runs[0]])
+            return Cast(self.dtype, mask.take(self.codes), scales)
+        if self.scales is not None and len(self.scales) > 1:
+            raise ValueError("single values of scaled rows cannot be taken: use one scale")
+        return Cast(self.dtype, select(self.codes, mask), self.scales)
+
+    def pack(self) -> Packed:
+        """The bytes that travel, little-endian."""
+        codes = self.codes.contiguous()
+        raw = codes.view(torch.int16) if self.dtype == "bf16" else codes  # NumPy has no bfloat16
+        data = raw.numpy().tobytes()
+        if self.scales is not None:
+            data = self.scales.numpy().tobytes() + data
+        return Packed(NAMES[self.dtype], tuple(codes.shape), data)
+
+
+def select(values: Tensor, mask: Tensor) -> Tensor:
+    """values[mask] on the CPU, five times as fast as torch's."""
+    raw = values.contiguous().view(torch.int16) if values.dtype == torch.bfloat16 else values
+    kept = torch.from_numpy(np.compress(mask.numpy().ravel(), raw.numpy().ravel()))
+    return kept.view(values.dtype)
+
+
+def kept_of(whole: Tensor, mask: Tensor | Block | None) -> Tensor:
+    """What a mask keeps of a tensor: a block, single values in order, or all of it."""
+    if isinstance(mask, Block):
+        return mask.take(whole)
+    return whole if mask is None else select(whole, mask)
+
+
+def expand(values: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of `select`: zero where the mask drops."""
+    whole = np.zeros(mask.numel(), np.float32)
+    whole[np.flatnonzero(mask.numpy())] = values.numpy()
+    return torch.from_numpy(whole).view(mask.shape)
+
+
+def cast(values: Tensor, dtype: str, per_row: bool, stream: np.random.Philox | None) -> Cast:
+    """Values in the type `dtype`; int8 rounds up or down at random so that the mean is exact.
+
+    Parameters
+    ----------
+    values
+        float32 on the CPU.
+    dtype
+        fp32 | bf16 | fp16 | int8.
+    per_row
+        int8: a scale for each index of the first of two or more dimensions; else a single one.
+    stream
+        int8: where the rounding's randomness comes from, four values a word.
+    """
+    if dtype != "int8":
+        return Cast(dtype, values.to(DTYPES[dtype]))
+    assert stream is not None
+    if values.numel() == 0:
+        return Cast(dtype, values.to(torch.int8), torch.zeros(1))
+    rows = values.contiguous().view(len(values) if per_row and values.dim() > 1 else 1, -1)
+    scales = torch.linalg.vector_norm(rows, math.inf, dim=1) / LEVELS
+    divisor = torch.where(scales > 0, scales, 1)
+    scaled = (rows / divisor[:, None]).view(-1)
+    codes = torch.empty(scaled.shape, dtype=torch.int8)
+    for start in range(0, len(scaled), CHUNK):
+        _round(scaled[start : start + CHUNK], codes[start : start + CHUNK], stream)
+    return Cast(dtype, codes.view(values.shape), scales)
+
+
+def _round(scaled: Tensor, out: Tensor, stream: np.random.Philox) -> None:
+    """floor(x + U) with U uniform in 65,536 steps: x on average. `scaled` is used up."""
+    words = np.asarray(stream.random_raw(-(-len(scaled) // 4)))
+    uniform = torch.from_numpy(words.view(np.uint16)[: len(scaled)].astype(np.float32))
+    out.copy_(scaled.add_(uniform, alpha=2.0**-16).floor_().clamp_(-LEVELS, LEVELS))
+
+
+def unpack(
+    name: str, packed: Packed, dtype: str, expected: tuple[int, ...], per_row: bool
+) -> Tensor:
+    """The float32 values of a tensor that came over the network.
+
+    Parameters
+    ----------
+    name
+        For the message.
+    dtype, per_row
+        As agreed on; see `cast`.
+    expected
+        The shape that the mask implies.
+
+    Raises
+    ------
+    UpdateError
+        A type, shape or length that is not as agreed on, or a scale that is none.
+    """
+    if packed.dtype != NAMES[dtype]:
+        raise UpdateError(f"{name} is sent as {packed.dtype!r}, not {NAMES[dtype]}")
+    rows = 0
+    if dtype == "int8":
+        rows = expected[0] if per_row and len(expected) > 1 else 1
+    length = 4 * rows + DTYPES[dtype].itemsize * math.prod(expected)
+    if packed.shape != expected or len(packed.data) != length:
+        raise UpdateError(
+            f"{name} is sent with shape {packed.shape} and {len(packed.data)} bytes, "
+            f"not {expected} and {length}"
+        )
+    if dtype != "int8":
+        return _from_bytes(packed.data, DTYPES[dtype]).view(expected).to(torch.float32)
+    scales = _from_bytes(packed.data[: 4 * rows], torch.float32)
+    if not bool(torch.isfinite(scales).all()) or bool((scales < 0).any()):
+        raise UpdateError(f"{name} has scales that are negative or not finite")
+    codes = _from_bytes(memoryview(packed.data)[4 * rows :], torch.int8)
+    return (codes.view(rows, -1) * scales[:, None]).view(expected)
+
+
+def _from_bytes(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
+    if len(data) == 0:
+        return torch.empty(0, dtype=dtype)
+    with warnings.catch_warnings():  # read-only memory is fine: decoded values are only read
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(data, dtype=dtype)
+
+
+def difference(
+    values: Mapping[str, Tensor], theta: Mapping[str, Tensor], masks: Masks
+) -> tuple[float, int]:
+    """The squared norm of kept values - theta over what the mask keeps, and how many they are."""
+    square, count = 0.0, 0
+    for name, value in values.items():
+        mask = masks.get(name)
+        change = value - kept_of(theta[name], mask)
+        square += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+        count += value.numel()
+    return square, count

@@ -1,0 +1,36 @@
+"""Updates that must not count, and whose fault that is."""
+
+from __future__ import annotations
+
+
+class UpdateError(ValueError):
+    """An update that must not count; the message says what is wrong with it.
+
+    Attributes
+    ----------
+    strike
+        Whether its client is at fault, and may be banned for it.
+    diverged
+        Whether its client's training has diverged, as with too large a step size.
+    """
+
+    strike = True
+    diverged = False
+
+
+class LimitError(UpdateError):
+    """An update that is refused for a limit of the server's, which its client cannot know."""
+
+    strike = False
+
+
+class RangeError(LimitError):
+    """Values beyond an update's share of the sums' range, which a lone client could have sent."""
+
+    diverged = True
+
+
+class DivergedError(UpdateError):
+    """An update whose values or losses are not finite, or so large that training has diverged."""
+
+    diverged = True

@@ -1,0 +1,71 @@
+"""How far an update may be from the theta it began on."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fed_diffusion.masks.recipe import Masks
+from fed_diffusion.protocol.codecs import difference
+from fed_diffusion.protocol.errors import UpdateError
+
+KEPT = 256
+"""Updates whose size the relative limit compares with."""
+
+
+class NormLimit:
+    """round.max_norm and round.norm_factor.
+
+    Attributes
+    ----------
+    recent
+        Root-mean-square differences of earlier rounds' updates. Only closed rounds count, so that
+        a verdict does not depend on who came first.
+    """
+
+    def __init__(self, most: float | None, factor: float | None):
+        self._most = most
+        self._factor = factor
+        self.recent: list[float] = []
+
+    def check(
+        self, values: Mapping[str, Tensor], theta: Mapping[str, Tensor], masks: Masks
+    ) -> float | None:
+        """The root mean square of an update's difference to theta; None where nothing is limited.
+
+        Raises
+        ------
+        UpdateError
+            Its norm is beyond `most`, or its root mean square (by which small and large networks
+            compare) beyond `factor` times the median of recent ones; in the first round, where
+            there are none, beyond `factor` times theta's own: no honest step is many times theta.
+        """
+        if self._most is None and self._factor is None:
+            return None
+        square, count = difference(values, theta, masks)
+        norm, rms = math.sqrt(square), math.sqrt(square / max(count, 1))
+        if self._most is not None and not norm <= self._most:
+            raise UpdateError(f"its difference has norm {norm:.4g}, above {self._most:g}")
+        if self._factor is not None:
+            usual, of = _root_mean_square(theta), "theta's own"
+            if self.recent:
+                usual, of = statistics.median(self.recent), "the median of recent updates"
+            if not rms <= self._factor * usual:
+                raise UpdateError(
+                    f"its difference is {rms:.4g} (root mean square), above {self._factor:g} "
+                    f"times {of}"
+                )
+        return rms
+
+    def learn(self, fresh: list[float]) -> None:
+        """Note a closed round's updates, in an order that no arrival decides."""
+        self.recent = (self.recent + sorted(fresh))[-KEPT:]
+
+
+def _root_mean_square(theta: Mapping[str, Tensor]) -> float:
+    norms = [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in theta.values()]
+    return math.hypot(*norms) / math.sqrt(sum(value.numel() for value in theta.values()))

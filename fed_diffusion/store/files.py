@@ -1,0 +1,158 @@
+"""Files of a run directory: written whole or not at all, and refused by name when damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fed_diffusion.config.schema import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENODEV,
+    errno.ESTALE,
+)
+"""What a file system answers that is full, read-only, broken, gone or not ours to write to."""
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the whole new one."""
+    file, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(file, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(name).chmod(0o644)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line and bring it to disk; where there is no room, nothing of it stays."""
+    data = (line + "\n").encode()
+    fresh = not path.exists()
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        before = os.fstat(file).st_size
+        try:
+            while data:
+                data = data[os.write(file, data) :]
+            os.fsync(file)
+        except OSError:
+            os.ftruncate(file, before)
+            raise
+    finally:
+        os.close(file)
+    if fresh:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the operating system bring a file or a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a .safetensors file.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written; safetensors itself raises an exception of its own kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read or holds something else.
+    FileNotFoundError
+        There is no such file.
+    """
+    try:
+        found = json.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged: {error}. {MEND}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is damaged: it holds no JSON object. {MEND}")
+    return found
+
+
+MEND = "Put the file back from a copy; where there is none, remove it."
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Refuse a file that could not be written, before anything is computed for it.
+
+    Raises
+    ------
+    ConfigError
+        `what` is how the user named the file.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{what} {path} is a folder; give the name of a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{what} {path} cannot be written: {error.strerror or error}. Give another place."
+        ) from error
+
+
+def in_words(error: OSError, folder: Path | None = None) -> str:
+    """What the operating system says, in a sentence.
+
+    Parameters
+    ----------
+    folder
+        Where it was, if the error of a disk does not say: a failed write names no file.
+    """
+    where = error.filename or (folder if error.errno in DISK_ERRORS else None)
+    if where is not None and error.strerror:
+        return f"{where}: {error.strerror}."
+    return f"{type(error).__name__}: {error}."

@@ -1,0 +1,78 @@
+"""What is written down of a round: the lines of metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """One client's line in a round's record."""
+
+    client: int
+    kind: str
+    keep: float
+    loss: float
+    holdout_loss: float | None
+    w2: float
+    images: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    precision: str = "unknown"
+    """What its network computed in, as the worker reports it."""
+
+
+@dataclass
+class RoundSummary:
+    """What is known of a finished round; a line of metrics.jsonl."""
+
+    round: int
+    loss: float
+    holdout_loss: float | None
+    dsm_objective: float
+    gamma: int
+    trained: float
+    w2_max: float
+    w2_n_over_gamma: float | None
+    """w^2 N / Gamma_r, as it stands in the bound; None where Gamma_r is 0."""
+    bytes_up: int
+    bytes_down: int
+    dense_bytes: int
+    images: int
+    eta: float
+    clients: list[ClientRound]
+    rejected: list[dict[str, Any]]
+    """client, reason and, where known, the node, of every update that did not count."""
+    staleness: int = 0
+    """Buffered: how often theta changed, at most, while a worker of this update trained."""
+    clock: float | None = None
+    """Simulated seconds since the start, where round.pace is set."""
+    late: int = 0
+    """Replies that came after their round was closed, and were thrown away."""
+    banned: list[int] = field(default_factory=list)
+    """Clients that are left out for having sent bad updates repeatedly."""
+    absent: list[int] = field(default_factory=list)
+    """Clients whose nodes were not there when the round began."""
+    outliers: list[int] = field(default_factory=list)
+    """Clients whose loss or held-out loss is left out of the round's (`divergence.usual_mean`)."""
+    coverage: dict[str, int] = field(default_factory=dict)
+    """|N_r^i| -> how many coordinates have so many trainers."""
+    theory: dict[str, Any] | None = None
+    """What a diagnostic round measured, on the scale of the simple loss (`diagnostics.close`)."""
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, line: Mapping[str, Any]) -> RoundSummary:
+        """The inverse of `to_dict`, for a line of metrics.jsonl; `ValueError` where it is none."""
+        return _SUMMARY.validate_python(line)
+
+
+_SUMMARY = TypeAdapter(RoundSummary)

@@ -1,0 +1,253 @@
+"""What a run depends on, as its checkpoints hold it, and whether the run can go on from there.
+
+A resumed run promises the bits that it would have ended with. That holds only for the same
+settings, the same images and the same meaning of what is stored, so each checkpoint carries all
+three, sealed, and everything is compared before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fed_diffusion import __version__
+from fed_diffusion.common.compute import device_of
+from fed_diffusion.config import Config, ConfigError, build_config
+from fed_diffusion.store.checkpoint import Checkpoint
+from fed_diffusion.store.ledger import RoundSummary
+from fed_diffusion.store.rundir import RunDir
+
+CHANGEABLE = ("rounds", "evaluation", "worker", "flower", "data.dir")
+"""Settings and sections that may change on purpose. Of data.dir only the place: the images in it
+are compared by their hash."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run directory stands, once it is known that the run can go on."""
+
+    config: Config
+    checkpoint: Checkpoint | None
+    """None: nothing was done yet."""
+    rounds: list[RoundSummary]
+    changes: list[dict[str, Any]]
+    """Settings that were changed on purpose, here and in earlier resumes."""
+    changed: bool
+    """Whether any of them is new."""
+
+    @property
+    def round(self) -> int:
+        return 0 if self.checkpoint is None else int(self.checkpoint.state["round"])
+
+
+def origin_of(
+    config: Config, data: str | None, run: RunDir, versions: Mapping[str, int]
+) -> dict[str, Any]:
+    """What a run depends on, as plain values.
+
+    Parameters
+    ----------
+    data
+        The hash of the images, where this process has them.
+    versions
+        Of the formats and of the arithmetic behind what is stored.
+    """
+    known = run.identity()
+    return {
+        "id": known.get("id"),
+        "config": config.to_dict(),
+        "data": data or known.get("data"),
+        "versions": dict(versions),
+        "made_by": {
+            "fed-diffusion": __version__,
+            "torch": torch.__version__,
+            "device": device_of(config).type,
+        },
+        "changes": [],
+    }
+
+
+def standing(run: RunDir, versions: Mapping[str, int], accept_changes: bool = False) -> Standing:
+    """Read everything that a run goes on from, and write nothing.
+
+    Parameters
+    ----------
+    versions
+        As for `origin_of`.
+    accept_changes
+        Let through what can be changed on purpose (`CHANGEABLE`), and rounds that the record has
+        lost.
+
+    Raises
+    ------
+    ConfigError
+        The run cannot go on; the message says what differs from its beginning, and what to do.
+    """
+    config = run.config()
+    finished = run.finished()
+    if finished and not accept_changes:
+        raise _nothing_left(run)
+    if not run.has_checkpoint():
+        _refuse_lost_checkpoints(run)
+        return Standing(config, None, [], [], False)
+    found = run.load_checkpoint()
+    origin = found.state.get("origin")
+    if not isinstance(origin, dict) or origin.get("versions") != versions:
+        there = origin.get("versions") if isinstance(origin, dict) else "none"
+        raise ConfigError(
+            f"{run.path} cannot be resumed: its checkpoint was written by another version of "
+            f"fed-diffusion (formats {there}, these are {dict(versions)}). Resume it with that "
+            "version."
+        )
+    known = run.identity().get("id")
+    if known is not None and known != origin["id"]:
+        raise ConfigError(
+            f"{run.path} cannot be resumed: its checkpoint is of another run ({origin['id']}; this "
+            f"one is {known}, see run.json). Put this run's own checkpoint back."
+        )
+    round = int(found.state["round"])
+    different = _differences(run, origin["config"], config)
+    if different:
+        _refuse_changes(run, different, accept_changes)
+    if round > config.rounds or (finished and round == config.rounds):
+        raise _nothing_left(run)
+    rounds = _recorded(run, round, accept_changes)
+    new = [{"after_round": round, "key": k, "was": a, "is": b} for k, (a, b) in different.items()]
+    return Standing(config, found, rounds, [*origin["changes"], *new], bool(new))
+
+
+def check_same_data(run: RunDir, found: Standing, data: str | None) -> None:
+    """Refuse images that are not those of the run's beginning: `ConfigError`.
+
+    Parameters
+    ----------
+    data
+        The hash of the images, where this process has them.
+    """
+    if found.checkpoint is None:
+        return
+    then = found.checkpoint.state["origin"]["data"]
+    if then is None or data is None:
+        logger.info("%s: the images are not on this machine, and were not compared", run.path)
+    elif then != data:
+        raise ConfigError(
+            f"{run.path} cannot be resumed: the images of data.name = {found.config.data.name!r}, "
+            f"data.dir = {found.config.data.dir!r} are not those that the run began with (SHA-256 "
+            f"{data[:12]}, and it was {then[:12]}): images, labels or their order have changed. "
+            "Put the images back as they were, or begin a new run with the new ones."
+        )
+
+
+def note_where(run: RunDir, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Say what may change bits and cannot be refused, as a new version of torch."""
+    differ = [f"{key} {then.get(key)} (now {now[key]})" for key in now if then.get(key) != now[key]]
+    if differ:
+        logger.warning(
+            "%s was begun with %s: it may not end with the bits it would have ended with",
+            run.path,
+            ", ".join(differ),
+        )
+
+
+def resume_command(path: Path, *options: str, engine: str = "local") -> str:
+    """What to type to go on with a run, quoted for a shell.
+
+    Parameters
+    ----------
+    engine
+        local, flower, or deployment: a SuperLink that the run was submitted to.
+    """
+    if engine == "deployment":
+        return f"flwr run ... --run-config {shlex.quote(f'resume={json.dumps(str(path))}')}"
+    words = ["fed-diffusion", "resume", str(path), *options]
+    return shlex.join([*words, "--engine", engine] if engine != "local" else words)
+
+
+def _nothing_left(run: RunDir) -> ConfigError:
+    return ConfigError(
+        f"{run.path} is finished; there is nothing to resume. For more rounds raise rounds in its "
+        f"config.yaml, then: {resume_command(run.path, '--accept-changes')}"
+    )
+
+
+def _refuse_lost_checkpoints(run: RunDir) -> None:
+    begun = run.metrics.exists() and run.metrics.read_bytes().strip()
+    if begun or (run.path / "results.json").exists():
+        raise ConfigError(
+            f"{run.path} cannot be resumed: its checkpoints are gone, though rounds were done "
+            "(metrics.jsonl or results.json is there). Put checkpoint/ back from a copy, or begin "
+            "a new run in another directory."
+        )
+
+
+def _differences(run: RunDir, then: Mapping[str, Any], now: Config) -> dict[str, tuple[Any, Any]]:
+    """Key -> (value then, value now), of the settings that differ."""
+    try:
+        before = dict(_flat(build_config(then).to_dict()))  # with the defaults of today
+    except ConfigError as error:
+        raise ConfigError(
+            f"{run.path} cannot be resumed: this version of fed-diffusion does not know the "
+            f"settings that the run began with. {error}"
+        ) from error
+    after = dict(_flat(now.to_dict()))
+    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _refuse_changes(run: RunDir, different: Mapping[str, tuple[Any, Any]], accept: bool) -> None:
+    allowed = {
+        key for key in different if any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)
+    }
+    if accept and allowed == different.keys():
+        return
+    shown = ", ".join(f"{key} = {b!r} (it was {a!r})" for key, (a, b) in different.items())
+    fixed = [key for key in different if key not in allowed]
+    if fixed:
+        how = f"Put {', '.join(fixed)} back, or begin a new run: these decide on every bit."
+    else:
+        how = f"If that is on purpose: {resume_command(run.path, '--accept-changes')}"
+    raise ConfigError(
+        f"{run.path} cannot be resumed as it is: its config.yaml is not what the run began with: "
+        f"{shown}. {how}"
+    )
+
+
+def _recorded(run: RunDir, round: int, accept: bool) -> list[RoundSummary]:
+    rounds, damaged = run.read_rounds(round)
+    lost = sorted(set(range(1, round + 1)) - {summary.round for summary in rounds})
+    if not lost:
+        return rounds
+    lines = f" (damaged: line {', '.join(map(str, damaged))})" if damaged else ""
+    if accept and rounds:
+        logger.warning("%s lacks rounds %s%s", run.metrics, _listed(lost), lines)
+        return rounds
+    how = "Put them back from a copy"
+    if rounds:
+        how += (
+            "; or go on without them, so that the sums in results.json lack them too: "
+            + resume_command(run.path, "--accept-changes")
+        )
+    raise ConfigError(
+        f"{run.path} cannot be resumed as it is: metrics.jsonl lacks rounds {_listed(lost)}{lines} "
+        f"of the {round} that its checkpoint has done. {how}"
+    )
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:20]))
+    return f"{shown}, ... ({len(numbers)} in all)" if len(numbers) > 20 else shown

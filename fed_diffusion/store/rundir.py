@@ -1,0 +1,331 @@
+"""The run directory: what is written where, and who may write there.
+
+config.yaml          the resolved configuration: enough to repeat the run
+metrics.jsonl        one line per round
+checkpoint/          theta.safetensors, ema.safetensors, state.json; checkpoint-previous/ is the one
+                     before it
+samples/             round-0005.png ..., final.png
+results.json         the figures of a finished run
+report.html          all of it on one page
+privacy.jsonl        under privacy one line for each round that was opened, again or not
+budgets.json         what each client's node can carry, where nodes say it (pruning.budget)
+status.json          how the run ended: finished, or stopped or failed and why
+run.json             the run's id, which its checkpoints carry too
+.run.<n>.lock        who is at the run now, see `fed_diffusion.store.locks`
+
+Whoever writes there holds the lock: one process at a time, on whichever machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+import uuid
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fed_diffusion.config import Config, ConfigError, build_config
+from fed_diffusion.config.yaml import read_yaml
+from fed_diffusion.store.checkpoint import (
+    NEWEST,
+    PREVIOUS,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+)
+from fed_diffusion.store.files import MEND, append_line, read_object, write_atomic
+from fed_diffusion.store.ledger import RoundSummary
+from fed_diffusion.store.locks import STALE_S, FileLock, LockLost
+
+DEFAULT_ROOT = "runs"
+LOCK = ".run"
+LOCK_TOKEN = "FED_DIFFUSION_RUN_LOCK"
+"""The variable by which a command lets the ServerApp that it starts hold its lock too."""
+
+
+class RunTaken(ConfigError):
+    """The directory holds a run that a new one would write over."""
+
+
+class RunBusy(RunTaken):
+    """Another process is at the run; the message says which."""
+
+
+class RunDir:
+    """The files of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).resolve()
+        self._lock: FileLock | None = None
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path | None,
+        config: Config,
+        data: str | None = None,
+        root: str | Path = DEFAULT_ROOT,
+    ) -> RunDir:
+        """Claim a directory for a new run, lock it and write config.yaml and run.json.
+
+        Parameters
+        ----------
+        path
+            None: a new one, ROOT/<preset>-<time>, with a number behind it where others begin in
+            the same second.
+        data
+            The hash of the images that the run is to train on, where they are known.
+
+        Raises
+        ------
+        RunTaken
+            The directory holds a run already (nothing is ever overwritten), or, as `RunBusy`,
+            another process is about to make one there.
+        ConfigError
+            The directory cannot be written to.
+        """
+        run = None
+        try:
+            run = _claim_new(config, Path(root)) if path is None else cls(path)
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.lock()
+            run.refuse_existing()
+            (run.path / "status.json").unlink(missing_ok=True)  # of one that never began
+            (run.path / "samples").mkdir(exist_ok=True)
+            if not run.joined or not (run.path / "run.json").exists():
+                created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+                identity = {"id": uuid.uuid4().hex, "created": created, "data": data}
+                write_atomic(run.path / "run.json", json.dumps(identity, indent=2) + "\n")
+            write_atomic(run.path / "config.yaml", config.to_yaml())
+        except OSError as error:
+            raise ConfigError(
+                f"the run directory {run.path if run else root} cannot be made: "
+                f"{error.strerror or error}. Give another directory (--out)."
+            ) from error
+        return run
+
+    def refuse_existing(self) -> None:
+        """Raise `RunTaken` where a run has left anything that a new one would write over."""
+        names = ("metrics.jsonl", NEWEST, PREVIOUS, "results.json")
+        if any((self.path / name).exists() for name in names):
+            raise RunTaken(f"{self.path} holds a run already; give another directory (--out).")
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        """An existing run; `ConfigError` where there is none."""
+        run = cls(path)
+        if not (run.path / "config.yaml").is_file():
+            raise ConfigError(f"{run.path} is no run directory: it has no config.yaml.")
+        return run
+
+    # --- who is at it ---------------------------------------------------------------------------
+
+    def lock(self) -> None:
+        """Hold the directory until `unlock`; as a ServerApp beside the command that started it.
+
+        Raises
+        ------
+        RunBusy
+            Another process holds it; the message says which.
+        ConfigError
+            The directory cannot be written to.
+        """
+        lock = FileLock(self.path, LOCK)
+        try:
+            taken = lock.join(os.environ.get(LOCK_TOKEN, "")) or lock.acquire()
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} cannot be written to: {error.strerror or error}."
+            ) from error
+        if not taken:
+            raise RunBusy(
+                f"{self.path} is in use by {lock.holder()}. Wait until that process has ended; the "
+                "lock of one that was killed is free at once, and from another machine after "
+                f"{STALE_S:.0f} s."
+            )
+        self._lock = lock
+        # of a run that is dropped, as in a notebook, and when Python ends
+        self._release = weakref.finalize(self, lock.release)
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._release()
+            self._lock = None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for a while; see `lock`."""
+        self.lock()
+        try:
+            yield
+        finally:
+            self.unlock()
+
+    @property
+    def joined(self) -> bool:
+        """Whether the command that started this process has claimed the directory for it."""
+        return self._lock is not None and self._lock.joined
+
+    @property
+    def token(self) -> str:
+        """What a process needs to know to join (`LOCK_TOKEN`); empty while this one has no lock."""
+        return self._lock.token if self._lock is not None else ""
+
+    def check_lock(self) -> None:
+        """Raise `LockLost` where this process was stopped for long and another took over."""
+        if self._lock is not None and not self._lock.held():
+            raise LockLost(
+                f"this process was stopped for long, and {self._lock.holder()} took over "
+                f"{self.path}"
+            )
+
+    # --- what is in it --------------------------------------------------------------------------
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def config(self) -> Config:
+        path = self.path / "config.yaml"
+        settings = read_yaml(path, "configuration")
+        try:
+            return build_config(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{path} cannot be used: {error}") from error
+
+    def identity(self) -> dict[str, Any]:
+        """run.json; empty where there is none, as in a run that an earlier version began."""
+        return self._object("run.json")
+
+    def _object(self, name: str) -> dict[str, Any]:
+        try:
+            return read_object(self.path / name)
+        except FileNotFoundError:
+            return {}
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        self.check_lock()
+        append_line(self.metrics, json.dumps(line))
+
+    def note_opened(self, round: int) -> None:
+        """Bring to disk that a round is about to be sent to clients: privacy counts each time."""
+        self.check_lock()
+        append_line(self.path / "privacy.jsonl", json.dumps({"round": round}))
+
+    def opened(self, finished: int) -> int:
+        """How many rounds were opened, repeated ones each time; at least once all up to a last one.
+
+        A line that cannot be read counts as well: it errs on the safe side.
+        """
+        path, named = self.path / "privacy.jsonl", set()
+        lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError):
+                named.add(json.loads(line)["round"])
+        return len(lines) + len(set(range(1, finished + 1)) - named)
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        self.check_lock()
+        write_atomic(self.path / "results.json", json.dumps(results, indent=2) + "\n")
+
+    def results(self) -> dict[str, Any]:
+        try:
+            return read_object(self.path / "results.json")
+        except FileNotFoundError:
+            raise ConfigError(f"{self.path} has no results.json: the run did not finish.") from None
+
+    def write_budgets(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
+        self.check_lock()
+        write_atomic(self.path / "budgets.json", json.dumps(budgets, indent=2) + "\n")
+
+    def write_status(self, state: str, reason: str | None = None) -> None:
+        """The last thing a server writes: finished, or failed with the reason."""
+        self.check_lock()
+        write_atomic(self.path / "status.json", json.dumps({"state": state, "reason": reason}))
+
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return self._object("status.json").get("state") == "finished"
+
+    def budgets(self) -> dict[int, dict[str, float]]:
+        """What write_budgets wrote; empty where it wrote nothing."""
+        found = self._object("budgets.json")
+        try:
+            return {
+                int(client): {key: value for key, value in budget.items() if value == float(value)}
+                for client, budget in found.items()
+            }
+        except (AttributeError, TypeError, ValueError) as error:
+            path = self.path / "budgets.json"
+            raise ConfigError(f"{path} is damaged: {error}. {MEND}") from error
+
+    def has_checkpoint(self) -> bool:
+        return any((self.path / folder).exists() for folder in (NEWEST, PREVIOUS))
+
+    def save_checkpoint(
+        self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    ) -> None:
+        """Write checkpoint/; see `fed_diffusion.store.checkpoint`."""
+        self.check_lock()
+        save_checkpoint(self.path, tensors, state)
+
+    def load_checkpoint(self) -> Checkpoint:
+        """The newest whole checkpoint; `ConfigError` where there is none."""
+        try:
+            return load_checkpoint(self.path)
+        except CheckpointError as error:
+            raise ConfigError(f"{self.path} cannot be read as a trained run: {error}.") from error
+
+    def load_theta(self, *, ema: bool) -> dict[str, Tensor]:
+        checkpoint = self.load_checkpoint()
+        if checkpoint.state.get("round") == 0:
+            raise ConfigError(f"{self.path} cannot be read as a trained run: no round is finished.")
+        return checkpoint.tensors["ema" if ema else "theta"]
+
+    def read_rounds(self, last: int) -> tuple[list[RoundSummary], list[int]]:
+        """The rounds of metrics.jsonl up to `last`, and the numbers of lines that are damaged.
+
+        Of a repeated round the last line counts.
+        """
+        rounds: dict[int, RoundSummary] = {}
+        damaged = []
+        lines = self.metrics.read_bytes().split(b"\n") if self.metrics.exists() else []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                summary = RoundSummary.from_dict(json.loads(line))
+            except (ValueError, TypeError, KeyError, RecursionError):
+                damaged.append(number)  # as the last one, where a process was killed
+                continue
+            if summary.round <= last:
+                rounds[summary.round] = summary
+        return [rounds[number] for number in sorted(rounds)], damaged
+
+    def begin_again(self, rounds: Iterable[RoundSummary]) -> None:
+        """Leave only these rounds in metrics.jsonl: what came after the checkpoint comes again."""
+        self.check_lock()
+        write_atomic(self.metrics, "".join(json.dumps(r.to_dict()) + "\n" for r in rounds))
+        (self.path / "status.json").unlink(missing_ok=True)
+
+
+def _claim_new(config: Config, root: Path) -> RunDir:
+    """A directory that did not exist before and that nobody else has claimed."""
+    stem = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    root.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = root / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return RunDir(path)
+    raise AssertionError("there are numbers enough")

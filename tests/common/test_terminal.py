@@ -1,0 +1,49 @@
+"""What a user is told is what a user can copy."""
+
+import shlex
+
+import pytest
+from rich.table import Table
+
+from fed_diffusion.common.terminal import plain_console, tell
+from fed_diffusion.store.origin import resume_command
+
+HOSTILE = [
+    "/x/:100:/:smile:",
+    "[bold red]/x[/]",
+    "[/]",
+    r"\[x]",
+    "http://a:8000:9",
+    "a" * 500,
+    "猫",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_text_is_shown_as_it_is(text, capsys):
+    tell(text)
+    tell(text, "failed:")
+    assert capsys.readouterr().err == f"{text}\nfailed: {text}\n"
+
+
+@pytest.mark.parametrize("text", HOSTILE[:5])
+def test_a_text_in_a_table_or_its_title_is_shown_as_it_is(text, capsys):
+    table = Table(text, title=text)
+    table.add_row(text)
+    plain_console().print(table)
+    assert capsys.readouterr().out.count(text) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["run", "my run", "a'b", 'a"b', "$HOME", "a;b", ":100:", "猫", "-x"]
+)
+@pytest.mark.parametrize("engine", ["local", "flower"])
+def test_the_command_that_resumes_a_run_is_one_word_for_its_path(name, engine, tmp_path):
+    words = shlex.split(resume_command(tmp_path / name, engine=engine))
+    assert words[:3] == ["fed-diffusion", "resume", str(tmp_path / name)]
+    assert words[3:] == ([] if engine == "local" else ["--engine", engine])
+
+
+def test_a_run_on_a_deployment_is_resumed_where_it_was_submitted(tmp_path):
+    words = shlex.split(resume_command(tmp_path / "my run", engine="deployment"))
+    assert words == ["flwr", "run", "...", "--run-config", f'resume="{tmp_path / "my run"}"']

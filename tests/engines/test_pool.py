@@ -1,0 +1,93 @@
+"""Worker processes that are killed, that outlive their parent, or that a plain script starts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from fed_diffusion.engines.local import run_in_process, simulate
+from fed_diffusion.experiment import Experiment, RunStopped
+from fed_diffusion.store.checkpoint import load_checkpoint
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from fed_diffusion.config import load_config
+from fed_diffusion.engines.local import simulate
+from tests.tiny import TINY
+
+with open(sys.argv[1] + ".begun", "a") as file:
+    file.write("once\\n")
+config = load_config("digits", TINY | {"rounds": 1000, "clients": 2, "evaluation.every": 0})
+simulate(config, sys.argv[1], processes=2)
+"""
+
+
+def children():
+    """Of this process: the workers, without the helper that tracks shared resources."""
+    found = psutil.Process().children(recursive=True)
+    return [child for child in found if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_a_killed_worker_costs_time_and_no_bit(tiny, tmp_path, caplog):
+    config = tiny(evaluation__every=0)
+    simulate(config, tmp_path / "whole", processes=1)
+    killed = []
+
+    def kill(line):
+        if not killed:
+            killed.append(children()[0])
+            killed[0].kill()
+
+    simulate(config, tmp_path / "cut", processes=2, progress=kill)
+    assert len(killed) == 1
+    assert "a worker process ended before its task did" in caplog.text
+    one, two = (load_checkpoint(tmp_path / name) for name in ("whole", "cut"))
+    assert two.state["coordinator"]["strikes"] == {}
+    for name, value in one.tensors["theta"].items():
+        assert torch.equal(value, two.tensors["theta"][name])
+    assert children() == []
+
+
+def test_workers_that_cannot_live_stop_the_run_with_the_way_back(tiny, tmp_path, monkeypatch):
+    config = tiny(evaluation__every=0)
+    experiment = Experiment(config, tmp_path / "run")
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")  # no Python starts in here
+    with pytest.raises(RunStopped, match=r"round 1: .*second time.*fed-diffusion resume"):
+        run_in_process(experiment, processes=2)
+    monkeypatch.undo()
+    assert Experiment.resume(tmp_path / "run").coordinator.round == 0
+
+
+def test_workers_of_a_plain_script_do_not_run_it_again_and_end_when_it_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    out = tmp_path / "run"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen([sys.executable, str(script), str(out)], env=environment)
+    try:
+        wait_until((out / "metrics.jsonl").exists, process)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (tmp_path / "run.begun").read_text() == "once\n"
+    _, left = psutil.wait_procs(workers, timeout=20)
+    assert left == []
+
+
+def wait_until(condition, process):
+    for _ in range(2400):
+        if condition():
+            return
+        assert process.poll() is None, "it ended early"
+        time.sleep(0.05)
+    raise AssertionError("it has not come about in two minutes")

@@ -1,0 +1,235 @@
+"""What travels."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fed_diffusion.build import channel_layout, skeleton
+from fed_diffusion.config import load_config
+from fed_diffusion.masks import channels
+from fed_diffusion.masks.recipe import SCOPES, Recipe, RecipeError
+from fed_diffusion.masks.spaces import Block
+from fed_diffusion.protocol.codecs import DTYPES, Packed, cast, unpack
+from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.wire import (
+    Payload,
+    cast_theta,
+    decode_task,
+    decode_update,
+    encode_task,
+    encode_update,
+)
+
+THETA = {
+    "w": torch.linspace(-1, 1, 35).reshape(5, 7),
+    "b": torch.linspace(1, 2, 5),
+    "scalar": torch.tensor(3.0),
+}
+PLAIN = load_config("digits", {"pruning.kind": "random", "pruning.keep": 0.5})
+CHANNELS = load_config("digits", {"model.widths": [16, 24], "pruning.kind": "channels"})
+LAYOUT = channel_layout(CHANNELS)
+UNET = {
+    name: torch.randn(value.shape, generator=torch.Generator().manual_seed(i)) * 0.1
+    for i, (name, value) in enumerate(skeleton(CHANNELS).named_parameters())
+}
+# the largest error that rounding may make, as a part of the largest value
+WITHIN = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11, "int8": 1 / 127}
+
+
+def wired(config, **settings):
+    wire = config.wire.model_copy(update=settings)
+    return config.model_copy(update={"wire": wire})
+
+
+def sent(recipe, theta, config, layout=None):
+    masks = recipe.mask(theta, layout)
+    payload = encode_task(cast_theta(theta, config, recipe.round), recipe, masks)
+    blank = {name: torch.empty(value.shape, device="meta") for name, value in theta.items()}
+    return payload, decode_task(payload, blank, layout, config)
+
+
+@given(
+    kind=st.sampled_from(("full", "random", "topk", "balanced")),
+    keep=st.floats(0.05, 1.0),
+    scope=st.sampled_from(SCOPES),
+    client=st.integers(0, 9),
+    dtype=st.sampled_from(sorted(DTYPES)),
+)
+@settings(max_examples=60)
+def test_a_task_decodes_to_theta_under_the_mask(kind, keep, scope, client, dtype):
+    recipe = Recipe(kind=kind, keep=keep, scope=scope, client=client, end=2**31)
+    masks = recipe.mask(THETA)
+    _, (got_recipe, got_masks, values) = sent(recipe, THETA, wired(PLAIN, down=dtype))
+    assert got_recipe == recipe
+    assert all(torch.equal(got_masks[name], masks[name]) for name in masks)
+    for name, value in THETA.items():
+        kept = value * masks[name] if name in masks else value
+        assert float((values[name] - kept).abs().max()) <= WITHIN[dtype] * float(value.abs().max())
+        assert name not in masks or bool((values[name][~masks[name]] == 0).all())
+
+
+@given(
+    choice=st.sampled_from(channels.CHOICES[:3]),
+    keep=st.floats(0.3, 1.0),
+    client=st.integers(0, 9),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    scale=st.sampled_from(("tensor", "channel")),
+)
+@settings(max_examples=40)
+def test_a_task_with_channels_decodes_to_the_small_network(choice, keep, client, dtype, scale):
+    recipe = Recipe(kind="channels", keep=keep, choice=choice, client=client, round=1)
+    config = wired(CHANNELS, down=dtype, scale=scale)
+    payload, (_, masks, values) = sent(recipe, UNET, config, LAYOUT)
+    for name, value in UNET.items():
+        block = masks.get(name)
+        # independently: the rows and columns, by indexing
+        small = value
+        for dimension, runs in enumerate(block.runs if block else ()):
+            index = [i for start, stop in runs for i in range(start, stop)]
+            small = small.index_select(dimension, torch.tensor(index))
+        assert values[name].shape == small.shape
+        assert payload.arrays[name].shape == small.shape
+        largest = float((values[name] - small).abs().max())
+        assert largest <= WITHIN[dtype] * float(value.abs().max())
+
+
+@given(
+    kind=st.sampled_from(("full", "random", "channels")),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    differences=st.booleans(),
+)
+@settings(max_examples=40)
+def test_an_update_decodes_to_what_training_made_of_theta(kind, dtype, differences):
+    recipe = Recipe(kind=kind, keep=0.6, round=1, client=2)
+    config = CHANNELS if kind == "channels" else PLAIN
+    config = wired(config, up=dtype, differences=differences)
+    _, (_, masks, start) = sent(recipe, UNET, config, LAYOUT)
+    end = {name: value * 1.5 for name, value in start.items()}
+    arrays = encode_update(end, start, masks, config, 1, 2)
+    decoded = decode_update(arrays, UNET, masks, config)
+    for name, value in end.items():
+        mask, got = masks.get(name), decoded[name]
+        if isinstance(mask, torch.Tensor):
+            value = value[mask]
+        # a difference is a third of the value, and so is its rounding error
+        largest = float(value.abs().max()) * (1 / 3 if differences else 1)
+        assert float((got - value).abs().max()) <= (WITHIN[dtype] + 1e-6) * largest + 1e-7
+
+
+@given(seed=st.integers(0, 1000), per_row=st.booleans())
+@settings(max_examples=20)
+def test_int8_rounding_is_right_on_average(seed, per_row):
+    values = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed))
+    stream = np.random.Philox(seed)
+    drawn = torch.stack(
+        [
+            unpack("w", cast(values, "int8", per_row, stream).pack(), "int8", (3, 7), per_row)
+            for _ in range(2000)
+        ]
+    )
+    scale = values.abs().max() / 127
+    # a rounding error has variance of at most scale^2 / 4: five of its standard errors
+    assert float((drawn.mean(0) - values).abs().max()) < 5 * float(scale) / 2 / 2000**0.5
+
+
+def test_int8_has_a_scale_for_every_row_or_one_for_all():
+    values = torch.tensor([[1.0, -1.0], [100.0, 50.0], [0.0, 0.0]])
+    rows = cast(values, "int8", True, np.random.Philox(0))
+    assert rows.scales.tolist() == [float(np.float32(v / 127)) for v in (1, 100, 0)]
+    assert len(rows.pack().data) == 3 * 4 + 6
+    one = cast(values, "int8", False, np.random.Philox(0))
+    assert (len(one.scales), len(one.pack().data)) == (1, 4 + 6)
+
+
+def test_the_same_round_rounds_alike_for_every_client_and_no_two_rounds_alike():
+    config = wired(PLAIN, down="int8")
+    first, again, other = (cast_theta(UNET, config, round) for round in (1, 1, 2))
+    name = "enter.weight"
+    assert torch.equal(first[name].codes, again[name].codes)
+    assert not torch.equal(first[name].codes, other[name].codes)
+
+
+def test_only_kept_values_cost_bytes_and_derivable_masks_none():
+    random = Recipe(kind="random", keep=0.5)
+    masks = random.mask(THETA)
+    kept = int(masks["w"].sum()) + 6
+    numbers = sum(8 + len(key) for key in random.to_metrics())
+    assert sent(random, THETA, PLAIN)[0].nbytes == 4 * kept + numbers
+    assert sent(random, THETA, wired(PLAIN, down="bf16"))[0].nbytes == 2 * kept + numbers
+    scales = 3 * 4
+    assert sent(random, THETA, wired(PLAIN, down="int8"))[0].nbytes == kept + scales + numbers
+    topk = Recipe(kind="topk", keep=0.4)
+    bits = (35 + 7) // 8
+    assert sent(topk, THETA, PLAIN)[0].nbytes == 4 * (14 + 6) + bits + numbers
+
+
+def test_a_list_of_groups_costs_eight_bytes_for_each():
+    payload = Payload({}, {"recipe.groups": [1, 2, 3], "loss": 0.5})
+    assert payload.nbytes == 8 * 3 + len("recipe.groups") + 8 + len("loss")
+
+
+BAD = {
+    "dtype": lambda a: a.update(w=Packed("float64", a["w"].shape, a["w"].data)),
+    "bytes": lambda a: a.update(w=Packed("float32", a["w"].shape, a["w"].data[:-4])),
+    "shape": lambda a: a.update(w=Packed("float32", (7, 5), a["w"].data)),
+    "names differ": lambda a: a.pop("b"),
+    "model's": lambda a: a.update(other=a["b"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_payload_that_does_not_fit_is_refused(case):
+    arrays = encode_update(THETA, THETA, {}, PLAIN, 1, 0)
+    BAD[case](arrays)
+    with pytest.raises(UpdateError, match=r"float32|not \(|differ"):
+        decode_update(arrays, THETA, {}, PLAIN)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
+def test_a_scale_that_is_no_scale_is_refused(scale):
+    config = wired(PLAIN, up="int8")
+    arrays = encode_update(THETA, THETA, {}, config, 1, 0)
+    data = np.float32(scale).tobytes() + arrays["w"].data[4:]
+    arrays["w"] = Packed("int8", arrays["w"].shape, data)
+    with pytest.raises(UpdateError, match="w has scales"):
+        decode_update(arrays, THETA, {}, config)
+
+
+def test_mask_bits_of_the_wrong_length_are_refused():
+    recipe = Recipe(kind="topk", keep=0.5)
+    payload, _ = sent(recipe, THETA, PLAIN)
+    bits = payload.arrays["mask:w"]
+    bad = payload.arrays | {"mask:w": Packed("bits", bits.shape, bits.data + b"\0")}
+    with pytest.raises(UpdateError, match="mask bits for w"):
+        decode_task(Payload(bad, payload.numbers), THETA, None, PLAIN)
+
+
+def test_bits_that_disagree_with_the_recipe_are_refused():
+    payload, _ = sent(Recipe(kind="topk", keep=0.5), THETA, PLAIN)
+    for keep, bits in ((0.5, b"\xff" * 5), (0.25, payload.arrays["mask:w"].data)):
+        numbers = Recipe(kind="topk", keep=keep).to_metrics()
+        arrays = payload.arrays | {"mask:w": Packed("bits", (5, 7), bits)}
+        with pytest.raises(RecipeError, match=r"the bits keep \d+ of 35 in w"):
+            decode_task(Payload(arrays, numbers), THETA, None, PLAIN)
+    without = {name: array for name, array in payload.arrays.items() if name != "mask:w"}
+    with pytest.raises(RecipeError, match=r"other tensors than it masks.*\['w'\]"):
+        decode_task(Payload(without, payload.numbers), THETA, None, PLAIN)
+
+
+@given(data=st.data())
+def test_a_block_takes_and_puts_back_what_indexing_would(data):
+    shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    kept = [sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1))) for size in shape]
+    runs = tuple(tuple((i, i + 1) for i in indices) for indices in kept)
+    block = Block(tuple(shape), runs)
+    whole = torch.randn(shape)
+    expected = whole.numpy()[np.ix_(*kept)]
+    np.testing.assert_array_equal(block.take(whole).numpy(), expected)
+    assert block.numel() == expected.size
+    dense = np.zeros(shape, bool)
+    dense[np.ix_(*kept)] = True
+    np.testing.assert_array_equal(block.dense().numpy(), dense)
+    back = block.put(torch.from_numpy(expected), torch.zeros(shape))
+    np.testing.assert_array_equal(back.numpy(), np.where(dense, whole.numpy(), 0))

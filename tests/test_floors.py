@@ -1,0 +1,147 @@
+"""The house stands: every import goes down, and the root of the package stays small.
+
+The same table of floors stands in CONTRIBUTING.md.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "fed_diffusion"
+FLOORS = (
+    ("cli",),
+    ("deploy", "sweep"),
+    ("engines", "apps"),
+    ("experiment",),
+    ("checks",),
+    ("server", "analysis", "evaluation"),
+    ("client", "aggregation", "generate"),
+    ("protocol", "build", "report"),
+    ("masks", "data", "store", "theory"),
+    ("models", "common"),
+    ("diffusion", "config"),
+)
+"""From the top; the rooms of one floor do not import one another. `apps` are server_app and
+client_app."""
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+APPS = ("server_app", "client_app")
+MOST_AT_THE_ROOT = 6
+
+
+def room_of(module: str) -> str | None:
+    """The room that a dotted name is in; None for what is not ours, and for the package itself."""
+    first, *rest = module.split(".")
+    if first in APPS:
+        return "apps"
+    return rest[0] if first == "fed_diffusion" and rest else None
+
+
+def modules() -> list[tuple[str, Path]]:
+    """Every module of the application with its dotted name, but for the package's own face."""
+    found = []
+    for folder in ("fed_diffusion", *APPS):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found.append((".".join(p for p in parts if p != "__init__"), path))
+    return [(name, path) for name, path in found if name != "fed_diffusion"]
+
+
+def imports(path: Path) -> set[str]:
+    """The dotted names that a module imports, wherever in it; not those for type checkers alone."""
+    tree = ast.parse(path.read_text("utf-8"))
+    typing = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        for node in ast.walk(block)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in typing:
+            continue
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def arrows() -> list[tuple[str, str, str]]:
+    """(module, its room, a room that it imports from), without those inside one room."""
+    found = set()
+    for name, path in modules():
+        here = room_of(name)
+        for target in imports(path):
+            there = room_of(target)
+            if here and there in FLOOR and there != here:
+                found.add((name, here, there))
+    return sorted(found)
+
+
+def test_every_room_has_a_floor():
+    rooms = {room_of(name) for name, _ in modules()}
+    assert rooms == FLOOR.keys()
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_imports_go_down_only(floor):
+    up = [
+        f"{name} ({here}) imports {there}"
+        for name, here, there in arrows()
+        if FLOOR[here] == floor and FLOOR[there] <= floor
+    ]
+    assert up == []
+
+
+def test_no_two_modules_import_each_other_when_they_are_loaded():
+    """Inside a room too: follow the imports at the top level of modules, and find no way back."""
+    named = dict(modules())
+    needs = {
+        name: {t for t in imports_at_the_top(path) if t in named and t != name}
+        for name, path in named.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for target in needs[name]:
+                visit(target, (*way, name))
+            done.add(name)
+
+    for name in named:
+        visit(name, ())
+
+
+def imports_at_the_top(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return names
+
+
+def test_few_modules_stand_at_the_root():
+    assert len(list(PACKAGE.glob("*.py"))) <= MOST_AT_THE_ROOT
+
+
+def test_only_the_flower_apps_import_flower_and_ray():
+    guilty = [
+        name
+        for name, path in modules()
+        if room_of(name) != "apps"
+        and any(target.split(".")[0] in ("flwr", "ray") for target in imports(path))
+    ]
+    assert guilty == []
+
+
+def test_the_table_in_contributing_is_this_one():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "`" in line]
+    assert [tuple(line.split("`")[1::2]) for line in rows] == list(FLOORS)
