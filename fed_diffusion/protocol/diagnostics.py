@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fed_diffusion.config import Config
-
-if TYPE_CHECKING:
-    pass
 
 ASKED, CURVED = "diagnostic.minibatches", "diagnostic.products"
 TOGETHER = "diagnostic.workers"

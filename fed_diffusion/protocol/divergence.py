@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 FACTOR = 1000.0
 """A loss so many times an earlier one means that training has diverged."""
