@@ -1,35 +1,67 @@
-"""Networks from the configuration: the U-Net, or one's own by dotted path."""
+"""From the configuration to a time grid and a network: what is built in, or the user's own."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from fed_diffusion.common.compute import arithmetic
+from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.common.rng import Purpose, seed_torch
 from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.config.names import is_own, refuse_unknown
 from fed_diffusion.data import (
     class_count,
     image_shape,
 )
 from fed_diffusion.diffusion.loss import Network
+from fed_diffusion.diffusion.partitions import PARTITIONS, TimeGrid, check_times
 from fed_diffusion.masks.channels import ordered
 from fed_diffusion.masks.levels import keep_ratios
 from fed_diffusion.masks.spaces import Layout, layout_of
 from fed_diffusion.masks.subnetwork import resized
+from fed_diffusion.models.own import NetworkFactory, check_network
 from fed_diffusion.models.unet import UNet, reset
+
+NETWORKS = ("unet",)
+"""The names of networks that are built in."""
+
+
+def time_grid(config: Config, steps: int | None = None) -> Tensor:
+    """The partition of time u_0 = T > ... > u_K = delta, float64 [K + 1].
+
+    Parameters
+    ----------
+    steps
+        Default: diffusion.K.
+
+    Raises
+    ------
+    ConfigError
+        There is no such partition, or the user's own gives something else.
+    """
+    diffusion = config.diffusion
+    key, name = "diffusion.partition", diffusion.partition
+    K = diffusion.K if steps is None else steps
+    make: TimeGrid = resolve(key, name, PARTITIONS)
+    with blamed(key, name):
+        try:
+            u = make(diffusion.T, diffusion.delta, K)
+            if name not in PARTITIONS:
+                check_times(u, diffusion.T, diffusion.delta, K)
+        except ValueError as error:
+            asked = "" if steps is None else f"evaluation.steps = {steps} cannot be used with "
+            raise ConfigError(f"{asked}{key} = {name!r}: {error}") from error
+    return u
 
 
 def build_network(config: Config) -> nn.Module:
     """The score network with its initial theta_0, the same bits for the same seed.
 
     Under the baseline `small` it is the smallest worker's sub-network, which everyone trains. A
-    network of one's own, `model.name: module:Net`, is called as
-    Net(config.model, channels, size, classes) and must map (x, u, labels) to a noise estimate;
-    with model.label_dropout the label `classes` means "no label", as it does for the U-Net.
+    network of the user's own, `model.name: module:Net`, is made as `NetworkFactory` says.
 
     Raises
     ------
@@ -38,7 +70,7 @@ def build_network(config: Config) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         seed_torch(config.seed, Purpose.INIT)
-        if ":" in config.model.name:
+        if is_own(config.model.name):
             if config.pruning.baseline == "small":
                 raise ConfigError(
                     "pruning.baseline = 'small' shrinks the built-in U-Net; with "
@@ -52,11 +84,19 @@ def build_network(config: Config) -> nn.Module:
 
 def skeleton(config: Config) -> nn.Module:
     """The structure of `build_network(config)`; the U-Net's has no memory behind it (meta)."""
-    if ":" in config.model.name:
+    if is_own(config.model.name):
         return build_network(config)
     if config.pruning.baseline == "small":
         return resized(_meta_unet(config), _smallest(config), device="meta")
     return _meta_unet(config)
+
+
+def check_structure(config: Config) -> None:
+    """Refuse a network that cannot be built, or one of the user's own that is no noise estimate."""
+    network = skeleton(config)
+    if is_own(config.model.name):
+        with blamed("model.name", config.model.name):
+            check_network(network, *_images(config))
 
 
 def channel_layout(config: Config) -> Layout | None:
@@ -93,8 +133,7 @@ def _meta_unet(config: Config) -> UNet:
 def _unet(config: Config) -> UNet:
     channels, size, classes = _images(config)
     model = config.model
-    if model.name != "unet":
-        raise ConfigError(f"model.name = {model.name!r} is unknown. Allowed: unet, module:Net.")
+    refuse_unknown("model.name", model.name, NETWORKS)
     factor = 2 ** (len(model.widths) - 1)
     if size % factor:
         raise ConfigError(
@@ -130,16 +169,12 @@ def _images(config: Config) -> tuple[int, int, int | None]:
 
 def _own_network(config: Config) -> nn.Module:
     channels, size, classes = _images(config)
-    module, _, attribute = config.model.name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"model.name = {config.model.name!r} cannot be loaded: {error}"
-        ) from error
-    network = factory(config.model, channels, size, classes)
+    name = config.model.name
+    factory: NetworkFactory = resolve("model.name", name, {})
+    with blamed("model.name", name):
+        network = factory(config.model, channels, size, classes)
     if not isinstance(network, nn.Module):
-        raise ConfigError(f"model.name = {config.model.name!r} gave no torch.nn.Module.")
+        raise ConfigError(f"model.name = {name!r} gave no torch.nn.Module.")
     return network
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fed_diffusion.aggregation.private import spent
-from fed_diffusion.build import channel_layout, skeleton
+from fed_diffusion.build import channel_layout, check_structure, time_grid
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import (
     ImageSet,
@@ -14,10 +14,9 @@ from fed_diffusion.data import (
     partition,
     tell,
 )
-from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.evaluation import check_evaluation
 from fed_diffusion.evaluation.reference import reference_set
-from fed_diffusion.generate import sampler_partition
+from fed_diffusion.generate import check_sampler, sampler_partition
 from fed_diffusion.masks.plan import check_pruning
 from fed_diffusion.protocol import wire
 from fed_diffusion.store import checkpoint
@@ -58,15 +57,12 @@ def check(
 
 def check_training(config: Config) -> None:
     """The part of `check` that looks at no files; raises `ConfigError`."""
-    diffusion = config.diffusion
-    try:
-        PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
-    except ValueError as error:
-        raise ConfigError(f"diffusion.partition = {diffusion.partition!r}: {error}") from error
+    time_grid(config)
     sampler_partition(config)
+    check_sampler(config)
     check_device(config)
     spent(config, 1)  # needs the accountant, if anything
-    skeleton(config)
+    check_structure(config)
     check_pruning(config, channel_layout(config))
 
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fed_diffusion.build import evaluator, network_with
+from fed_diffusion.build import evaluator, network_with, time_grid
 from fed_diffusion.common.compute import device_of, kernels, pinned_threads
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.common.memory import peak_memory
+from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.common.rng import Purpose, torch_generator
 from fed_diffusion.config import Config, ConfigError, build_config
 from fed_diffusion.config.schema import LARGEST
 from fed_diffusion.data import class_count, image_shape, to_uint8
-from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.diffusion.process import Score, per_image, sigma
-from fed_diffusion.diffusion.samplers import SAMPLERS
+from fed_diffusion.diffusion.samplers import SAMPLERS, Solver
 from fed_diffusion.masks.budget import MARGIN, memory_allowed
 from fed_diffusion.store.rundir import DEFAULT_ROOT, RunDir
 
@@ -41,16 +41,40 @@ def batches_at_once(device: torch.device, count: int) -> ThreadPoolExecutor:
 
 def sampler_partition(config: Config, steps: int | None = None) -> Tensor:
     """The partition that samples are made on; `ConfigError` where it cannot be so short."""
-    diffusion = config.diffusion
-    if steps is None:
-        steps = config.evaluation.steps or diffusion.K
-    try:
-        return PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, steps)
-    except ValueError as error:
-        raise ConfigError(
-            f"evaluation.steps = {steps} cannot be used with diffusion.partition = "
-            f"{diffusion.partition!r}: {error}"
-        ) from error
+    return time_grid(config, config.evaluation.steps if steps is None else steps)
+
+
+def solver_of(config: Config) -> Solver:
+    """The sampler that evaluation.sampler names; `ConfigError` where there is none."""
+    solver: Solver = resolve("evaluation.sampler", config.evaluation.sampler, SAMPLERS)
+    return solver
+
+
+def check_sampler(config: Config) -> None:
+    """Refuse a sampler of the user's own that does not do what `Solver` says.
+
+    It is tried on two images whose score is known, s(y, u) = -y, which costs no network.
+
+    Raises
+    ------
+    ConfigError
+        Names evaluation.sampler and what went wrong.
+    """
+    name, solve = config.evaluation.sampler, solver_of(config)
+    if name in SAMPLERS:
+        return
+    noise = torch.Generator().manual_seed(0)
+    y = torch.randn((2, *image_shape(config.data)), generator=noise)
+    denoise, start = config.evaluation.denoise, y.clone()
+    with blamed("evaluation.sampler", name):
+        x = solve(lambda y, u: -y, y, sampler_partition(config), generator=noise, denoise=denoise)
+        if not isinstance(x, Tensor) or (x.shape, x.dtype) != (y.shape, y.dtype):
+            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"it gives {got} for a start of {y.dtype} {list(y.shape)}")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError("it gives values that are not finite where the score is -y")
+        if not torch.equal(y, start):
+            raise ValueError("it changes the start that it is given; it must leave y alone")
 
 
 class Sampler:
@@ -160,7 +184,7 @@ class Sampler:
         sampler, guidance
             Default: evaluation.sampler, evaluation.guidance.
         partition
-            A name in PARTITIONS; default: diffusion.partition.
+            As diffusion.partition, which is the default.
 
         Returns
         -------
@@ -181,7 +205,7 @@ class Sampler:
             }
         )
         u = sampler_partition(config)
-        solve = SAMPLERS[config.evaluation.sampler]
+        solve = solver_of(config)
         batch = batch or config.evaluation.batch
         seed = self.config.seed if seed is None else seed
         if not 0 <= seed < LARGEST:

@@ -12,6 +12,7 @@ from fed_diffusion.build import build_network
 from fed_diffusion.common.compute import device_of, precision_on
 from fed_diffusion.common.rng import Purpose, seed_torch, torch_generator
 from fed_diffusion.config import Config
+from fed_diffusion.config.names import is_own
 from fed_diffusion.data import class_count, image_shape
 from fed_diffusion.theory.bound import Condition, yes_or_no
 
@@ -96,7 +97,7 @@ def _no_dropout(config: Config) -> Condition:
     model, says = config.model, f"model.dropout = {config.model.dropout:g}"
     layers: set[str] = set()
     differs = ""
-    if ":" in model.name:
+    if is_own(model.name):
         network = build_network(config)
         modules = network.modules()
         noisy = [module for module in modules if isinstance(module, NOISY_LAYERS)]

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from fed_diffusion.analysis.advisor import advice
 from fed_diffusion.analysis.covered import assumptions, caveats, images
-from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.build import build_network, parameters_of, time_grid
 from fed_diffusion.config import Config
 from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
-from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.protocol.codecs import difference
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.theory.bound import (
@@ -66,8 +65,7 @@ def measured(
     first = rounds[0][1]
     found = _estimates(rounds)
     d = math.prod(image_shape(config.data))
-    diffusion = config.diffusion
-    u = PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
+    u = time_grid(config)
     Z = DSMLoss(u).Z
     steps = steps_taken(config, history)
     simple = _training(config, history, found, theta, max(steps))

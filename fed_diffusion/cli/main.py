@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_printable()
     arguments = parser().parse_args(argv)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # for data.name and model.name of one's own
+        sys.path.append(str(Path.cwd()))  # for parts that settings name as module:attribute
     try:
         code: int = arguments.command(arguments)
         return code

@@ -150,11 +150,11 @@ def _estimates(probed: Probe) -> Table:
 
 
 def _comparison(config: Config, probed: Probe, plan: Plan) -> Table:
-    from fed_diffusion.diffusion.partitions import PARTITIONS
+    from fed_diffusion.build import time_grid
     from fed_diffusion.theory.bound import Steps, theorem_4_11
 
     own = config.diffusion
-    steps = Steps.of(PARTITIONS[own.partition](own.T, own.delta, own.K))
+    steps = Steps.of(time_grid(config))
     bound = theorem_4_11(probed.data, steps, probed.training, settings=probed.settings)
     table = Table(title=f"{config.preset} and its plan", title_justify="left")
     for name in ("", "preset", "plan"):

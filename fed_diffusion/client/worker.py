@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fed_diffusion.build import channel_layout, evaluator, parameters_of, skeleton
+from fed_diffusion.build import channel_layout, evaluator, parameters_of, skeleton, time_grid
 from fed_diffusion.client import diagnostics
 from fed_diffusion.client.budget import measure_budget
 from fed_diffusion.common.compute import (
@@ -31,7 +31,6 @@ from fed_diffusion.data import (
     to_unit,
 )
 from fed_diffusion.diffusion.loss import DSMLoss, Network, NoisyBatch
-from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.masks.budget import Budget
 from fed_diffusion.masks.recipe import Masks, Numbers
 from fed_diffusion.masks.subnetwork import resized
@@ -76,10 +75,7 @@ class Worker:
         self._budget: Budget | None = None
         self._moments: dict[int, float] = {}
         self._no_label = class_count(config.data) or 0  # the label behind the last class
-        diffusion = config.diffusion
-        self.loss = DSMLoss(
-            PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
-        )
+        self.loss = DSMLoss(time_grid(config))
 
     def run(self, task: Task) -> Update:
         """Decode theta_{r,n,0}, take S local steps (7), send back what the mask keeps."""

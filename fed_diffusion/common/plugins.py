@@ -6,11 +6,12 @@ contract, a `Protocol` beside it. There is nothing to register: a name with a co
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from fed_diffusion.config.names import refuse_unknown
 from fed_diffusion.config.schema import ConfigError
 
 
@@ -33,21 +34,35 @@ def resolve(setting: str, name: str, built_in: Mapping[str, Any]) -> Any:
     """
     if name in built_in:
         return built_in[name]
-    module, colon, attribute = name.partition(":")
-    if not (colon and module and attribute):
-        close = difflib.get_close_matches(name, built_in, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(
-            f"{setting} = {name!r} is unknown.{hint} Allowed: {', '.join(built_in)}, or "
-            "module:attribute for one of your own."
-        )
+    refuse_unknown(setting, name, built_in)
+    module, _, attribute = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module of the user's may raise anything while it is imported
         raise ConfigError(
-            f"{setting} = {name!r} cannot be loaded: {error}. The module must lie where Python "
-            "finds it: in the folder that the command is started from, or installed."
+            f"{setting} = {name!r} cannot be loaded ({type(error).__name__}: {error}). The module "
+            "must lie where Python finds it: in the folder that the command is started from, in "
+            "one that is on PYTHONPATH, or installed."
         ) from error
     return found
+
+
+@contextmanager
+def blamed(setting: str, name: str) -> Iterator[None]:
+    """Say of whatever goes wrong in here that it went wrong in the part that a setting names.
+
+    Raises
+    ------
+    ConfigError
+        With the setting, the name and what was raised.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # anything may go wrong in a part of the user's
+        raise ConfigError(
+            f"{setting} = {name!r} failed with {type(error).__name__}: {error}."
+        ) from error

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from fed_diffusion.config.names import part
 from fed_diffusion.config.section import Section
 
 Dtype = Literal["fp32", "bf16", "fp16", "int8"]
@@ -131,12 +132,13 @@ class EvaluationConfig(Section):
     """Images behind FID, IS and KID; 0 switches them off."""
     steps: int | None = Field(None, ge=1)
     """Steps of the sampler; default diffusion.K."""
-    sampler: Literal[
-        "exponential_integrator", "probability_flow", "second_order", "second_order_sde"
+    sampler: Annotated[
+        str,
+        part("exponential_integrator", "probability_flow", "second_order", "second_order_sde"),
     ] = "exponential_integrator"
     """exponential_integrator: the paper's; second_order_sde: the same noisy process by
     SDE-DPM-Solver++(2M), for few steps; probability_flow, second_order: its deterministic ODE by
-    DDIM and by DPM-Solver++(2M)."""
+    DDIM and by DPM-Solver++(2M); your_module:function: see `diffusion.samplers.Solver`."""
     guidance: float = Field(0.0, ge=0)
     """w of (1 + w) eps(y, label) - w eps(y, no label), at two evaluations a step; 0: off."""
     batch: int = Field(256, ge=1)
@@ -149,8 +151,9 @@ class EvaluationConfig(Section):
     reference: str = "data"
     """data: the run's own data set | train: what its clients trained on | test: the set's own test
     split, or what the clients held out | a folder of images | none: no quality figures."""
-    extractor: Literal["inception", "classifier"] = "inception"
-    """classifier: a small network trained on the labelled reference set, or that in `weights`."""
+    extractor: Annotated[str, part("inception", "classifier")] = "inception"
+    """classifier: a small network trained on the labelled reference set, or that in `weights`;
+    your_module:Judge: see `evaluation.judge.Judge`."""
     weights: str | None = None
     """For inception: a file with its weights, where they cannot be downloaded. For classifier: what
     fed-diffusion features train has written."""

@@ -16,6 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from fed_diffusion.config.methods import method_name, method_settings
+from fed_diffusion.config.names import UNKNOWN
 from fed_diffusion.config.schema import Config, ConfigError, Section, by_type, is_free_text
 from fed_diffusion.config.yaml import absolute, parse_yaml, read_yaml
 
@@ -277,6 +278,8 @@ def _explain(item: dict[str, Any]) -> str:
     if item["type"] == "value_error":
         prefix = f"{key}." if key else ""
         return f"{prefix}{item['ctx']['error']}."
+    if item["type"] == UNKNOWN:
+        return f"{key} = {item['input']!r} is unknown. {item['msg']}."
     return f"{key} = {item['input']!r} is not allowed: {item['msg']}{_allowed(key)}."
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from fed_diffusion.config.names import part
 from fed_diffusion.config.section import Section
 
 KeepRatio = Annotated[float, Field(gt=0, le=1)]
@@ -32,7 +33,9 @@ class DataConfig(Section):
     """The classes in the order of their labels. For image_folder: the names of their folders, on
     every node that has images of its own, which need not have all of them; default: the folders'
     names in order, which then stand in the run's config.yaml."""
-    partition: Literal["iid", "dirichlet", "shards", "folders"] = "iid"
+    partition: Annotated[str, part("iid", "dirichlet", "shards", "folders")] = "iid"
+    """How the images are split over the clients; your_module:function: see `data.partition.Split`.
+    """
     alpha: float = Field(0.5, gt=0)
     """Concentration of partition: dirichlet (small = more unequal)."""
     classes_per_client: int = Field(2, ge=1)
@@ -106,9 +109,11 @@ class DiffusionConfig(Section):
     T: float = Field(4.13, ge=1)
     delta: float = Field(1e-3, gt=0, lt=1)
     K: int = Field(300, ge=1)
-    partition: Literal[
-        "kappa_minimal", "half_half", "geometric", "uniform", "ddpm_linear", "ddpm_cosine"
+    partition: Annotated[
+        str,
+        part("kappa_minimal", "half_half", "geometric", "uniform", "ddpm_linear", "ddpm_cosine"),
     ] = "kappa_minimal"
+    """your_module:function: see `diffusion.partitions.TimeGrid`."""
 
     @model_validator(mode="after")
     def _enough_steps(self) -> DiffusionConfig:

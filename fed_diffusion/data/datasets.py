@@ -6,20 +6,20 @@ Everything is kept as uint8 [n, C, H, W]; `to_unit` brings a batch to the [-1, 1
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
-import importlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from fed_diffusion.common.plugins import blamed, resolve
+from fed_diffusion.config.names import refuse_unknown
 from fed_diffusion.config.schema import Config, ConfigError, DataConfig
 from fed_diffusion.config.yaml import expanded
 from fed_diffusion.data.image_folder import read_folder
@@ -28,6 +28,29 @@ from fed_diffusion.data.image_set import ImageSet as ImageSet
 logger = logging.getLogger(__name__)
 DATA_DIR_VARIABLE = "FED_DIFFUSION_DATA"
 DOWNLOAD_TIMEOUT_S = 15.0  # per connection and read, not for the whole file
+
+
+TrainOrTest = Literal["train", "test"]
+Loaded = ImageSet | tuple[Any, Any]
+
+
+class Loader(Protocol):
+    """What data.name names: a function that loads images.
+
+    Parameters
+    ----------
+    config
+        The section `data` of the configuration: size and channels are what the images must have,
+        dir is where they may lie.
+
+    Returns
+    -------
+    ImageSet, or (images, labels)
+        Images uint8 [n, C, H, W] with values 0 to 255; labels whole numbers [n] from 0, or None;
+        as tensors or arrays. Every process of a run loads the same images in the same order.
+    """
+
+    def __call__(self, config: DataConfig, /) -> Loaded: ...
 
 
 class _Known(NamedTuple):
@@ -92,7 +115,7 @@ def image_shape(config: DataConfig) -> tuple[int, int, int]:
         _check_known(config, "size", known.sides)
         side = config.size or known.sides[0]
         return known.channels, side, side
-    _check_name(config.name)
+    refuse_unknown("data.name", config.name, LOADERS)
     for key, value in (("size", config.size), ("channels", config.channels)):
         if value is None:
             what = "the side of your images in pixels" if key == "size" else "1 (grey) or 3 (RGB)"
@@ -109,7 +132,7 @@ def class_count(config: DataConfig) -> int | None:
     given = config.classes if config.class_names is None else len(config.class_names)
     known = KNOWN.get(config.name)
     if known is None:
-        _check_name(config.name)
+        refuse_unknown("data.name", config.name, LOADERS)
         return given
     _check_known(config, "classes", (known.classes,), given)
     return known.classes
@@ -126,33 +149,17 @@ def _check_known(
         )
 
 
-def _check_name(name: str) -> None:
-    module, sep, function = name.partition(":")
-    allowed = [*KNOWN, "image_folder"]
-    if name == "image_folder" or (sep and module and function):
-        return
-    close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(
-        f"data.name = {name!r} is unknown.{hint} Allowed: {', '.join(allowed)}, or "
-        "your_module:function."
-    )
-
-
 def data_dir(config: DataConfig) -> Path:
     """Where downloads go: data.dir, else $FED_DIFFUSION_DATA, else ~/.cache/fed-diffusion."""
     chosen = config.dir or os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/fed-diffusion"
     return expanded(chosen, "data.dir")
 
 
-def load_dataset(
-    config: DataConfig, split: Literal["train", "test"] = "train", *, own: bool = False
-) -> ImageSet:
+def load_dataset(config: DataConfig, split: TrainOrTest = "train", *, own: bool = False) -> ImageSet:
     """Load the images that `config` names; the torchvision sets are downloaded on first use.
 
-    digits, image_folder and your own function have one split only: "test" gives the same images
-    as "train". A function of your own is called with the `DataConfig` and returns an `ImageSet`,
-    or (images uint8 [n, C, H, W], labels [n] or None) as arrays or tensors.
+    digits, image_folder and a function of the user's own (see `Loader`) have one split only:
+    "test" gives the same images as "train".
 
     Parameters
     ----------
@@ -164,28 +171,15 @@ def load_dataset(
     ConfigError
         Names the key, what was found, what is expected and how to fix it.
     """
-    shape = image_shape(config)
-    classes = class_count(config)
-    if config.name == "image_folder":
-        found = read_folder(config, shape, own)
-        return ImageSet(
-            images=torch.from_numpy(found.images),
-            labels=None if found.labels is None else torch.from_numpy(found.labels),
-            folders=found.folders,
-            folder_of=None if found.folder_of is None else torch.from_numpy(found.folder_of),
-            name=config.name,
-            class_names=found.class_names,
-            notes=found.notes,
-        )
-    if config.name == "digits":
-        dataset = _load_digits()
-    elif config.name in DOWNLOADED:
-        dataset = _load_torchvision(config, split, shape)
+    shape, classes = image_shape(config), class_count(config)
+    found = resolve("data.name", config.name, LOADERS)
+    if config.name in LOADERS:
+        dataset: ImageSet = found(config, shape, split, own)
     else:
-        dataset = _load_own(config, shape, classes)
-    if config.class_names is not None and dataset.labels is not None:
-        return replace(dataset, class_names=config.class_names)
-    return dataset
+        dataset = _load_own(found, config, shape, classes)
+    if config.name == "image_folder" or config.class_names is None or dataset.labels is None:
+        return dataset
+    return replace(dataset, class_names=config.class_names)
 
 
 def tell(dataset: ImageSet) -> ImageSet:
@@ -208,7 +202,24 @@ def with_class_names(config: Config, dataset: ImageSet | None) -> Config:
     return config.model_copy(update={"data": data})
 
 
-def _load_digits() -> ImageSet:
+def _load_folder(
+    config: DataConfig, shape: tuple[int, int, int], split: TrainOrTest, own: bool
+) -> ImageSet:
+    found = read_folder(config, shape, own)
+    return ImageSet(
+        images=torch.from_numpy(found.images),
+        labels=None if found.labels is None else torch.from_numpy(found.labels),
+        folders=found.folders,
+        folder_of=None if found.folder_of is None else torch.from_numpy(found.folder_of),
+        name=config.name,
+        class_names=found.class_names,
+        notes=found.notes,
+    )
+
+
+def _load_digits(
+    config: DataConfig, shape: tuple[int, int, int], split: TrainOrTest, own: bool
+) -> ImageSet:
     """All 1,797 digits; their 17 grey levels 0..16 are spread over 0..255."""
     from sklearn.datasets import load_digits
 
@@ -222,7 +233,7 @@ def _load_digits() -> ImageSet:
 
 
 def _load_torchvision(
-    config: DataConfig, split: Literal["train", "test"], shape: tuple[int, int, int]
+    config: DataConfig, shape: tuple[int, int, int], split: TrainOrTest, own: bool
 ) -> ImageSet:
     root = data_dir(config)
     try:
@@ -241,7 +252,7 @@ def _load_torchvision(
 
 
 def _open_torchvision(
-    name: str, root: Path, split: Literal["train", "test"], download: bool
+    name: str, root: Path, split: TrainOrTest, download: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from torchvision import datasets
 
@@ -305,17 +316,20 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _load_own(config: DataConfig, shape: tuple[int, int, int], classes: int | None) -> ImageSet:
+LOADERS: dict[str, Callable[[DataConfig, tuple[int, int, int], TrainOrTest, bool], ImageSet]] = {
+    "digits": _load_digits,
+    **dict.fromkeys(DOWNLOADED, _load_torchvision),
+    "image_folder": _load_folder,
+}
+"""The built-in sets: (config, [C, H, W], split, whether they are one client's own) -> images."""
+
+
+def _load_own(
+    load: Loader, config: DataConfig, shape: tuple[int, int, int], classes: int | None
+) -> ImageSet:
     key = f"data.name = {config.name!r}"
-    module_name, _, function_name = config.name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-        result = function(config)
-    except Exception as error:  # anything may go wrong in foreign code
-        hint = ""
-        if isinstance(error, ModuleNotFoundError):
-            hint = " Install the module, or put its folder on PYTHONPATH."
-        raise ConfigError(f"{key} failed with {type(error).__name__}: {error}.{hint}") from error
+    with blamed("data.name", config.name):
+        result = load(config)
     try:
         dataset = _as_image_set(result, config.name)
     except (TypeError, ValueError) as error:

@@ -4,14 +4,53 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 
+from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.common.rng import Purpose, generator
 from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.config.schema import DataConfig
 from fed_diffusion.data.datasets import ImageSet
 
 LARGEST_ALPHA = 1e9  # as good as equal parts; far above it NumPy's Dirichlet overflows
+
+
+class Split(Protocol):
+    """What data.partition names: which client holds which images.
+
+    Parameters
+    ----------
+    dataset
+        All images, with their labels and client folders where there are any.
+    clients
+        N; at least one, and at most as many as there are images.
+    draw
+        The only source of randomness, seeded by the run: every process comes to the same parts.
+
+    Returns
+    -------
+    sequence of N whole-number arrays
+        Indices of `dataset`, one array per client, in any order; none is empty, and no image is
+        held twice. What is held out is taken off afterwards.
+    """
+
+    def __call__(
+        self, dataset: ImageSet, clients: int, draw: np.random.Generator, /
+    ) -> Sequence[np.ndarray]: ...
+
+
+def splits(config: DataConfig) -> dict[str, Split]:
+    """The built-in splits by name, with the settings that they take."""
+    return {
+        "iid": _iid,
+        "dirichlet": partial(_dirichlet, alpha=config.alpha),
+        "shards": partial(_shards, per_client=config.classes_per_client),
+        "folders": _by_folder,
+    }
 
 
 def partition(dataset: ImageSet, config: Config) -> list[np.ndarray]:
@@ -23,35 +62,60 @@ def partition(dataset: ImageSet, config: Config) -> list[np.ndarray]:
     - ``shards``: each class is cut into pieces, every piece of one class only, and each client
       is dealt at most `classes_per_client` of them (McMahan et al. 2017); see `_shards`.
     - ``folders``: client n holds what is in the n-th folder.
+    - ``module:function``: what a `Split` of the user's own says.
 
     Returns
     -------
     list of int64 arrays, one per client
-        Sorted, disjoint, together all indices of `dataset`, none of them empty. Hold-out is not
-        taken off yet (`split_holdout`); it leaves each client at least one image to train on.
+        Sorted, disjoint, together all indices of `dataset` (a split of the user's own may leave
+        some out), none of them empty. Hold-out is not taken off yet (`split_holdout`); it leaves
+        each client at least one image to train on.
 
     Raises
     ------
     ConfigError
-        With more clients than images, or a partition that needs labels or folders the set lacks.
+        With more clients than images, or a partition that needs labels or folders the set lacks,
+        or one of the user's own that gives something else.
     """
-    n, kind = len(dataset), config.data.partition
-    if kind == "folders":
-        return _by_folder(dataset, config)
-    if config.clients > n:
+    n, kind, built_in = len(dataset), config.data.partition, splits(config.data)
+    split: Split = resolve("data.partition", kind, built_in)
+    if config.clients > n and kind != "folders":
         raise ConfigError(
             f"clients = {config.clients} is more than the {n} images of {dataset.name!r}; every "
             f"client needs at least one to train on. Use at most {n} clients, or more images."
         )
     draw = generator(config.seed, Purpose.PARTITION)
-    if kind == "iid":
-        parts = np.array_split(draw.permutation(n), config.clients)
-    elif kind == "dirichlet":
-        parts = _dirichlet(_labels(dataset, kind), config.clients, config.data.alpha, draw)
+    if kind in built_in:
+        parts: Sequence[np.ndarray] = split(dataset, config.clients, draw)
     else:
-        per_client = config.data.classes_per_client
-        parts = _shards(_labels(dataset, kind), config.clients, per_client, draw)
+        with blamed("data.partition", kind):
+            parts = [np.asarray(part) for part in split(dataset, config.clients, draw)]
+            _check_parts(parts, n, config.clients)
     return [np.sort(part).astype(np.int64) for part in parts]
+
+
+def _check_parts(parts: Sequence[np.ndarray], n: int, clients: int) -> None:
+    """Refuse parts that are none as `Split` says: `ValueError` says what is wrong."""
+    if len(parts) != clients:
+        raise ValueError(f"it gives {len(parts)} parts for clients = {clients}")
+    for client, part in enumerate(parts):
+        if part.ndim != 1 or not len(part) or part.dtype.kind not in "iu":
+            raise ValueError(
+                f"the part of client {client} is {part.dtype} {list(part.shape)}, and not a list "
+                "of whole numbers with one number or more"
+            )
+        if part.min() < 0 or part.max() >= n:
+            raise ValueError(
+                f"the part of client {client} has the indices {part.min()} to {part.max()}, and "
+                f"there are images 0 to {n - 1}"
+            )
+    held, times = np.unique(np.concatenate(parts), return_counts=True)
+    if (times > 1).any():
+        raise ValueError(f"image {held[times > 1][0]} is given out more than once")
+
+
+def _iid(dataset: ImageSet, clients: int, draw: np.random.Generator) -> list[np.ndarray]:
+    return np.array_split(draw.permutation(len(dataset)), clients)
 
 
 def split_holdout(
@@ -82,7 +146,7 @@ def _labels(dataset: ImageSet, kind: str) -> np.ndarray:
     return np.unique(dataset.labels.numpy(), return_inverse=True)[1]
 
 
-def _by_folder(dataset: ImageSet, config: Config) -> list[np.ndarray]:
+def _by_folder(dataset: ImageSet, clients: int, draw: np.random.Generator) -> list[np.ndarray]:
     if dataset.folders is None or dataset.folder_of is None:
         raise ConfigError(
             f"data.partition = 'folders' needs images in one folder per client, and "
@@ -90,9 +154,9 @@ def _by_folder(dataset: ImageSet, config: Config) -> list[np.ndarray]:
             "iid, dirichlet, shards."
         )
     found = len(dataset.folders)
-    if found != config.clients:
+    if found != clients:
         raise ConfigError(
-            f"clients = {config.clients}, but data.partition = 'folders' found {found} client "
+            f"clients = {clients}, but data.partition = 'folders' found {found} client "
             f"folders. Set clients = {found}, or add or remove folders."
         )
     parts = _group(np.arange(len(dataset)), dataset.folder_of.numpy(), found)
@@ -110,9 +174,9 @@ def _group(order: np.ndarray, owner: np.ndarray, clients: int) -> list[np.ndarra
 
 
 def _dirichlet(
-    labels: np.ndarray, clients: int, alpha: float, draw: np.random.Generator
+    dataset: ImageSet, clients: int, draw: np.random.Generator, *, alpha: float
 ) -> list[np.ndarray]:
-    n = len(labels)
+    labels, n = _labels(dataset, "dirichlet"), len(dataset)
     owner = np.empty(n, dtype=np.int64)
     concentration = np.full(clients, min(alpha, LARGEST_ALPHA))
     for label in range(labels.max() + 1):
@@ -131,7 +195,7 @@ def _dirichlet(
 
 
 def _shards(
-    labels: np.ndarray, clients: int, per_client: int, draw: np.random.Generator
+    dataset: ImageSet, clients: int, draw: np.random.Generator, *, per_client: int
 ) -> list[np.ndarray]:
     """McMahan's pathological split, with shards that never straddle two classes.
 
@@ -141,6 +205,7 @@ def _shards(
     holds 1 to `per_client` shards, hence at most that many classes. With equal classes whose
     number divides the number of shards, all shards have the same size and this is the original.
     """
+    labels = _labels(dataset, "shards")
     sizes = np.bincount(labels)
     if clients * per_client < len(sizes):
         raise ConfigError(

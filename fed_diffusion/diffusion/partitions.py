@@ -7,11 +7,36 @@ gamma_k = u_k - u_{k+1} <= kappa min{1, u_{k+1}}; `kappa` gives the smallest suc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class TimeGrid(Protocol):
+    """What diffusion.partition names: the times at which the reverse process is stepped.
+
+    Parameters
+    ----------
+    T, delta
+        The first and the last time, T >= 1 > delta > 0, counted as the time to data.
+    K
+        Steps, at least 1.
+
+    Returns
+    -------
+    Tensor
+        u, float64 [K + 1], falling strictly from u_0 = T to u_K = delta. The same arguments give
+        the same bits on every machine.
+
+    Raises
+    ------
+    ValueError
+        There is no such partition; the message says which argument to change.
+    """
+
+    def __call__(self, T: float, delta: float, K: int, /) -> Tensor: ...
 
 
 def gammas(u: Tensor) -> Tensor:
@@ -116,7 +141,7 @@ def _ddpm(betas: np.ndarray, T: float, delta: float, K: int) -> Tensor:
     return torch.from_numpy(u)
 
 
-PARTITIONS: dict[str, Callable[[float, float, int], Tensor]] = {
+PARTITIONS: dict[str, TimeGrid] = {
     "kappa_minimal": kappa_minimal,
     "half_half": half_half,
     "geometric": geometric,
@@ -124,6 +149,24 @@ PARTITIONS: dict[str, Callable[[float, float, int], Tensor]] = {
     "ddpm_linear": ddpm_linear,
     "ddpm_cosine": ddpm_cosine,
 }
+
+
+def check_times(u: Tensor, T: float, delta: float, K: int) -> None:
+    """Refuse times that are no partition as `TimeGrid` says.
+
+    Raises
+    ------
+    ValueError
+        Says what is wrong.
+    """
+    if not isinstance(u, Tensor) or u.dtype != torch.float64 or u.shape != (K + 1,):
+        got = f"{u.dtype} {list(u.shape)}" if isinstance(u, Tensor) else type(u).__name__
+        raise ValueError(f"it gives {got}, and not float64 [{K + 1}], the K + 1 = {K + 1} times")
+    if float(u[0]) != T or float(u[-1]) != delta or not bool((gammas(u) > 0).all()):
+        raise ValueError(
+            f"its times do not fall strictly from T = {T:g} to delta = {delta:g}: they go from "
+            f"{float(u[0]):g} to {float(u[-1]):g}"
+        )
 
 
 def _check(T: float, delta: float, K: int) -> None:

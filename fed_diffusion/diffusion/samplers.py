@@ -32,7 +32,7 @@ FEW_STEPS = 15
 
 
 class Solver(Protocol):
-    """A sampler: K evaluations of the score for K steps, and one more with denoise.
+    """What evaluation.sampler names: K evaluations of the score for K steps, one more to denoise.
 
     Parameters
     ----------
@@ -49,6 +49,11 @@ class Solver(Protocol):
         The theory covers the output without it.
     callback
         Called as callback(k, Y) after every step.
+
+    Returns
+    -------
+    Tensor
+        Samples, in y's shape and dtype: images as the network sees them, in [-1, 1].
     """
 
     def __call__(

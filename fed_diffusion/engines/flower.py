@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, conf_dir
+from fed_diffusion.config.names import names_own_parts
 from fed_diffusion.engines.superlink import EngineError, SuperLink, stop_signals_interrupt
 from fed_diffusion.store.files import in_words
 
@@ -91,7 +92,6 @@ def run_on_flower(
     run_config["resume" if resume else "run-dir"] = str(run.path)
     if accept_changes:
         run_config["accept-changes"] = "yes"
-    own_modules = ":" in config.data.name or ":" in config.model.name
     try:
         with stop_signals_interrupt(), short_temp_dir() as stage:
             stage_app(stage, config)
@@ -101,7 +101,7 @@ def run_on_flower(
                 _federation(config),
                 run.path,
                 progress,
-                modules=Path.cwd() if own_modules else None,
+                modules=Path.cwd() if names_own_parts(config) else None,
                 ray_address=config.flower.ray_address,
                 environment={LOCK_TOKEN: run.token},
             )

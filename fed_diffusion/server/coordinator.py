@@ -13,12 +13,11 @@ from torch import Tensor
 from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.aggregation.private import PrivateMean, drawn
 from fed_diffusion.aggregation.robust import RobustMean
-from fed_diffusion.build import channel_layout
+from fed_diffusion.build import channel_layout, time_grid
 from fed_diffusion.common.rng import Purpose, generator
 from fed_diffusion.config import Config
 from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
-from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.masks.plan import able, known_ratios, plan_round
 from fed_diffusion.masks.recipe import (
     Masks,
@@ -101,9 +100,7 @@ class Coordinator:
         self.parameters = sum(value.numel() for value in self.theta.values())
         self.layout = channel_layout(config)
         self.keeps = known_ratios(config)
-        diffusion = config.diffusion
-        u = PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K)
-        self._Z = DSMLoss(u).Z
+        self._Z = DSMLoss(time_grid(config)).Z
         self._d = math.prod(image_shape(config.data))
         self.strikes: dict[int, int] = {}
         """client -> how many bad updates it has sent."""

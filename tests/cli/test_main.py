@@ -185,7 +185,12 @@ BROKEN = {
         "            raise RuntimeError('broken on purpose')\n",
         "        return x * self.w\n",
     ),
-    "clients that all raise": ("", "        raise RuntimeError('broken on purpose')\n"),
+    "clients that all raise": (
+        "",
+        "        if self.training:\n"
+        "            raise RuntimeError('broken on purpose')\n"
+        "        return x * self.w\n",
+    ),
 }
 
 

@@ -1,0 +1,69 @@
+"""Names of parts of the program in settings: a word that is built in, or module:attribute."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection
+from typing import Any
+
+from pydantic import AfterValidator, BaseModel
+from pydantic_core import PydanticCustomError
+
+from fed_diffusion.config.section import ConfigError
+
+_PATH = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+_OWN = re.compile(f"{_PATH}:{_PATH}")
+UNKNOWN = "unknown_name"
+"""The type of the error that `part` raises."""
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is of the form module:attribute, as in my_package.my_module:Class.method."""
+    return _OWN.fullmatch(name) is not None
+
+
+def refuse_unknown(setting: str, name: str, built_in: Collection[str]) -> None:
+    """Refuse a name that is neither built in nor of the form module:attribute.
+
+    Raises
+    ------
+    ConfigError
+        Names the setting, the nearest of the names that are built in, and all of them.
+    """
+    if name not in built_in and not is_own(name):
+        raise ConfigError(f"{setting} = {name!r} is unknown. {allowed(name, built_in)}.")
+
+
+def allowed(name: str, built_in: Collection[str]) -> str:
+    """What is said of a name that is unknown: the nearest one, and what is allowed."""
+    close = difflib.get_close_matches(name, built_in, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Allowed: {', '.join(built_in)}, or module:attribute for one of your own"
+
+
+def part(*built_in: str) -> AfterValidator:
+    """What a setting takes that names a part: one of these words, or module:attribute.
+
+    `common.plugins.resolve` finds what is named, later and still before any compute.
+    """
+
+    def check(name: str) -> str:
+        if name not in built_in and not is_own(name):
+            raise PydanticCustomError(UNKNOWN, "{says}", {"says": allowed(name, built_in)})
+        return name
+
+    return AfterValidator(check)
+
+
+def names_own_parts(config: BaseModel) -> bool:
+    """Whether any setting names a part by module:attribute, so that its module must be found."""
+
+    def within(value: Any) -> bool:
+        if isinstance(value, dict):
+            return any(map(within, value.values()))
+        if isinstance(value, list):
+            return any(map(within, value))
+        return isinstance(value, str) and is_own(value)
+
+    return within(config.model_dump(mode="json"))
