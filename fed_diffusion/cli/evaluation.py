@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument("--samples", type=int, metavar="N", help="how many images to generate")
     evaluate.add_argument("--reference", help="data, train, test or a folder of images")
-    evaluate.add_argument("--extractor", choices=("inception", "classifier"))
+    evaluate.add_argument("--extractor", metavar="NAME", help="as evaluation.extractor")
     evaluate.add_argument("--weights", help="a file of the extractor's weights")
     evaluate.set_defaults(command=evaluate_command)
 

@@ -155,7 +155,9 @@ def data_dir(config: DataConfig) -> Path:
     return expanded(chosen, "data.dir")
 
 
-def load_dataset(config: DataConfig, split: TrainOrTest = "train", *, own: bool = False) -> ImageSet:
+def load_dataset(
+    config: DataConfig, split: TrainOrTest = "train", *, own: bool = False
+) -> ImageSet:
     """Load the images that `config` names; the torchvision sets are downloaded on first use.
 
     digits, image_folder and a function of the user's own (see `Loader`) have one split only:

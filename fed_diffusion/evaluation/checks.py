@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from fed_diffusion.common.compute import device_of
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.config.yaml import expanded
 from fed_diffusion.data.datasets import class_count, image_shape
+from fed_diffusion.evaluation.judge import BUILT_IN, check_judge
 from fed_diffusion.evaluation.weights import check_features
 
 FEWEST_IMAGES = 2
@@ -43,7 +45,9 @@ def check_evaluation(config: Config) -> None:
             "own data set), train or test (parts of it), none (no quality figures) or an existing "
             "folder of images."
         )
-    if settings.extractor == "inception":
+    if settings.extractor not in BUILT_IN:
+        check_judge(settings, image_shape(config.data), device_of(config))
+    elif settings.extractor == "inception":
         if settings.weights is not None:
             check_weights(settings.weights)
     elif settings.weights is not None:

@@ -22,7 +22,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from fed_diffusion.config import build_config
 from fed_diffusion.config.schema import Config, ConfigError, EvaluationConfig
 from fed_diffusion.data.datasets import ImageSet
-from fed_diffusion.evaluation import quality
+from fed_diffusion.evaluation import extractors, quality
 from fed_diffusion.evaluation.features import CLASSIFIER, fingerprint, trained_classifier
 from fed_diffusion.evaluation.quality import check_evaluation, evaluate, fid_floor, no_quality
 
@@ -63,7 +63,7 @@ def figures(digits: ImageSet, noisy: Tensor) -> dict[str, Any]:
 @pytest.fixture
 def inception_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Random weights in the file format of the real ones; FID on 64 of the features, for time."""
-    monkeypatch.setitem(quality.LAYERS, quality.INCEPTION, ("64", "logits_unbiased"))
+    monkeypatch.setitem(extractors.LAYERS, extractors.INCEPTION, ("64", "logits_unbiased"))
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
         patch.setattr(inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
@@ -288,8 +288,8 @@ def test_inception_gets_grey_images_as_three_equal_channels(
     found = evaluate(digits.images[4:6], few, config, seed=0, nfe=1)
     assert found["extractor"] == "inception-v3-compat"
     assert found["fid"] > 0
-    judge = quality._judge(fingerprint(few), quality._extractor(config, few, 0), "cpu")
-    colour = judge.features(few.images[:1].expand(1, 3, 8, 8))["64"]
+    judge = quality._judge(fingerprint(few), extractors.extractor_of(config, few, 0), "cpu")
+    colour = judge.seen(few.images[:1].expand(1, 3, 8, 8))[0]
     torch.testing.assert_close(colour[0], judge.real[0])
 
 

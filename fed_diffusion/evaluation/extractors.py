@@ -1,0 +1,236 @@
+"""Every extractor behind one interface: torch-fidelity's, ours, and judges of the user's own."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch_fidelity import FeatureExtractorBase
+from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
+
+from fed_diffusion.common.plugins import blamed
+from fed_diffusion.config.schema import ConfigError, EvaluationConfig
+from fed_diffusion.data.datasets import ImageSet
+from fed_diffusion.evaluation.checks import check_weights
+from fed_diffusion.evaluation.features import (
+    CLASSIFIER,
+    FEATURES,
+    fingerprint,
+    labels_missing,
+    trained_classifier,
+    weights_hash,
+)
+from fed_diffusion.evaluation.judge import BUILT_IN, KEY, look, made
+from fed_diffusion.evaluation.trained import RESNET, WIDTH, load_features
+
+INCEPTION = "inception-v3-compat"
+OWN = "own"
+"""The kind of a judge that evaluation.extractor names by module:attribute."""
+LAYERS = {
+    CLASSIFIER: (str(FEATURES), "logits"),
+    RESNET: (str(WIDTH), "logits"),
+    INCEPTION: ("2048", "logits_unbiased"),
+}
+"""Per extractor: what FID and KID compare, what the Inception Score reads."""
+BATCH = {CLASSIFIER: 512, RESNET: 512, INCEPTION: 64}
+DOWNLOAD_TIMEOUT_S = 30.0  # per connection and read; torch.hub waits for ever
+
+
+class Unavailable(Exception):
+    """There can be no quality figures; the message says why and what to do."""
+
+
+class Eyes(Protocol):
+    """An extractor on a device, whoever made it.
+
+    Attributes
+    ----------
+    shown
+        Its name in the results.
+    sha256
+        The hash of its weights.
+    kept
+        Whether what it sees of a reference set is kept on disk: not where making it takes longer
+        than looking, and not of a judge of the user's own, whose code may change under its name.
+    """
+
+    shown: str
+    sha256: str
+    kept: bool
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [n, d] and logits [n, classes] of uint8 [n, C, H, W], on the CPU."""
+        ...
+
+    @property
+    def layer(self) -> str:
+        """The name of the features."""
+        ...
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Which extractor, as a cache key: two of one kind and identity see the same features.
+
+    Attributes
+    ----------
+    kind
+        Its name with torch-fidelity, a key of `LAYERS`, or `OWN`.
+    identity
+        What its weights come from.
+    shown
+        Its name in the results.
+    make
+        Makes it on a device; `Unavailable` where that cannot be done.
+    """
+
+    kind: str
+    identity: str
+    shown: str
+    make: Callable[[torch.device], Eyes] = field(compare=False, repr=False)
+
+
+def extractor_of(config: EvaluationConfig, teacher: ImageSet, seed: int) -> Extractor:
+    """The extractor that evaluation.extractor and evaluation.weights name."""
+    if config.extractor not in BUILT_IN:
+        identity = f"{config.extractor} {config.weights}"
+        return Extractor(OWN, identity, config.extractor, lambda to: _Own(config, to))
+    if config.extractor == "inception":
+        weights = None if config.weights is None else str(check_weights(config.weights))
+
+        def make_inception(device: torch.device) -> Eyes:
+            return _Fidelity(INCEPTION, _inception(weights, device), device)
+
+        # Inception is the same network at every seed
+        return Extractor(INCEPTION, str(weights), INCEPTION, make_inception)
+    if config.weights is not None:
+        network, header = load_features(config.weights, tuple(teacher.images.shape[1:]))
+        shown = f"classifier({header.dataset}, {WIDTH} features, sha256 {header.sha256[:12]})"
+        return Extractor(
+            RESNET, header.sha256, shown, lambda to: _wrapped(RESNET, shown, network.to(to), to)
+        )
+    shown = f"classifier({teacher.name or 'images'}, {FEATURES} features)"
+    key = fingerprint(teacher)
+
+    def make(device: torch.device) -> Eyes:
+        missing = labels_missing(teacher)
+        if missing is not None:
+            raise Unavailable(f"evaluation.{missing}; use evaluation.extractor=inception")
+        return _wrapped(CLASSIFIER, shown, trained_classifier(key, seed, device), device)
+
+    return Extractor(CLASSIFIER, f"{key.fingerprint} {seed}", shown, make)
+
+
+class _Fidelity:
+    """One of torch-fidelity's extractors; see `Eyes`."""
+
+    def __init__(
+        self, shown: str, extractor: FeatureExtractorBase, device: torch.device, kept: bool = True
+    ) -> None:
+        self.shown, self.kept = shown, kept
+        self.sha256 = weights_hash(getattr(extractor, "classifier", extractor))
+        self.layer, self._classified = LAYERS[extractor.get_name()]
+        self._extractor, self._device = extractor, device
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        kind = self._extractor.get_name()
+        found: dict[str, Tensor] = get_featuresdict_from_dataset(
+            _Images(images, grey_to_rgb=kind == INCEPTION),
+            self._extractor,
+            BATCH[kind],
+            self._device.type == "cuda",
+            save_cpu_ram=True,  # else it forks loader processes for images in memory
+            verbose=False,
+        )
+        return found[self.layer], found[self._classified]
+
+
+class _Own:
+    """A judge of the user's own; see `Eyes`. What goes wrong in it costs the figures, not the run.
+
+    Raises
+    ------
+    Unavailable
+        It cannot be made, or gives something else than `Judge` says.
+    """
+
+    kept = False
+
+    def __init__(self, config: EvaluationConfig, device: torch.device) -> None:
+        self.layer = config.extractor
+        self._device = device
+        with _unavailable():
+            self._judge = made(config, device)
+        self.shown = f"{self._judge.name} ({config.extractor})"
+        self.sha256 = self._judge.sha256
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with _unavailable(), blamed(KEY, self.layer):
+            return look(self._judge, images, self._device)
+
+
+@contextlib.contextmanager
+def _unavailable() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise Unavailable(str(error)) from error
+
+
+def _wrapped(kind: str, shown: str, network: torch.nn.Module, device: torch.device) -> Eyes:
+    """A classifier through torch-fidelity; one that is trained on the spot leaves no cache."""
+    extractor = create_feature_extractor(
+        kind, list(LAYERS[kind]), cuda=device.type == "cuda", verbose=False, classifier=network
+    )
+    return _Fidelity(shown, extractor, device, kept=kind != CLASSIFIER)
+
+
+def _inception(weights: str | None, device: torch.device) -> FeatureExtractorBase:
+    try:
+        with _socket_timeout(DOWNLOAD_TIMEOUT_S):
+            return create_feature_extractor(
+                INCEPTION,
+                list(LAYERS[INCEPTION]),
+                cuda=device.type == "cuda",
+                verbose=False,
+                feature_extractor_weights_path=weights,
+            )
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # no network, a full disk, a cut-off download, other weights
+        what = "read" if weights else "downloaded"
+        raise Unavailable(
+            f"the Inception weights could not be {what} ({type(error).__name__}: {error}); set "
+            "evaluation.weights=FILE to a copy, or evaluation.extractor=classifier"
+        ) from error
+
+
+class _Images(Dataset[Tensor]):
+    """Images in memory, as torch-fidelity takes them: uint8 [C, H, W], one at a time."""
+
+    def __init__(self, images: Tensor, grey_to_rgb: bool) -> None:
+        n, channels, height, width = images.shape
+        repeat = grey_to_rgb and channels == 1
+        self.images = images.expand(n, 3, height, width) if repeat else images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

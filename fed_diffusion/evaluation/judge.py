@@ -1,0 +1,120 @@
+"""A judge of the user's own: what evaluation.extractor may name beside the built-in networks."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fed_diffusion.common.plugins import blamed, resolve
+from fed_diffusion.config.schema import EvaluationConfig
+
+BUILT_IN = {"inception": None, "classifier": None}
+"""torch-fidelity's networks and those trained here, which `evaluation.quality` makes."""
+KEY = "evaluation.extractor"
+BATCH = 64
+
+
+class Judge(Protocol):
+    """What sees images for the quality figures.
+
+    FID, KID, precision and recall compare its features of generated and of real images; the
+    Inception Score reads its logits. Figures compare only with others of the same judge.
+
+    Attributes
+    ----------
+    name
+        What its figures are called.
+    sha256
+        The hash of its weights, for the record: other weights are another judge.
+    """
+
+    name: str
+    sha256: str
+
+    def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Look at images.
+
+        Parameters
+        ----------
+        images
+            uint8 [n, C, H, W], values 0 to 255, on the judge's device; n is at most 64.
+
+        Returns
+        -------
+        features, logits
+            Floating point [n, d] and [n, classes], finite, of each image by itself.
+        """
+        ...
+
+
+class JudgeFactory(Protocol):
+    """What evaluation.extractor names: a class of judges, or a function that makes one.
+
+    Parameters
+    ----------
+    config
+        The section `evaluation` of the configuration; `weights` is an absolute path or None.
+    device
+        Where the judge is to compute.
+    """
+
+    def __call__(self, config: EvaluationConfig, device: torch.device, /) -> Judge: ...
+
+
+def factory_of(config: EvaluationConfig) -> JudgeFactory:
+    """The judge of the user's own that evaluation.extractor names."""
+    factory: JudgeFactory = resolve(KEY, config.extractor, BUILT_IN)
+    return factory
+
+
+def made(config: EvaluationConfig, device: torch.device) -> Judge:
+    """A judge of the user's own; `ConfigError` where it cannot be made."""
+    factory = factory_of(config)
+    with blamed(KEY, config.extractor):
+        judge = factory(config, device)
+        for key in ("name", "sha256"):
+            if not (isinstance(value := getattr(judge, key, None), str) and value):
+                raise TypeError(f"its {key} is {value!r}, and not a text")
+    return judge
+
+
+def look(judge: Judge, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A judge's features and logits of any number of images, on the CPU as float32.
+
+    Raises
+    ------
+    TypeError
+        It gives something else than `Judge` says.
+    """
+    seen = [_looked(judge, some.to(device)) for some in images.split(BATCH)]
+    features, logits = zip(*seen, strict=True)
+    return torch.cat(features), torch.cat(logits)
+
+
+@torch.no_grad()
+def _looked(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
+    given = judge(images)
+    if not (isinstance(given, tuple) and len(given) == 2):
+        raise TypeError(f"it gives a {type(given).__name__}, and not (features, logits)")
+    for what, layer in zip(("features", "logits"), given, strict=True):
+        good = isinstance(layer, Tensor) and layer.is_floating_point() and layer.ndim == 2
+        if not good or len(layer) != len(images):
+            got = f"{layer.dtype} {list(layer.shape)}" if isinstance(layer, Tensor) else type(layer)
+            raise TypeError(f"its {what} of {len(images)} images are {got}, and not [n, d] floats")
+    features, logits = (layer.detach().float().cpu() for layer in given)
+    return features, logits
+
+
+def check_judge(config: EvaluationConfig, shape: tuple[int, ...], device: torch.device) -> None:
+    """Make a judge of the user's own and show it two images [C, H, W] = shape.
+
+    Raises
+    ------
+    ConfigError
+        Names evaluation.extractor and what went wrong.
+    """
+    judge = made(config, device)
+    with blamed(KEY, config.extractor):
+        look(judge, torch.zeros((2, *shape), dtype=torch.uint8), device)
