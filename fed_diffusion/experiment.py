@@ -30,6 +30,7 @@ from fed_diffusion.evaluation.generated import measure
 from fed_diffusion.generate import Sampler
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.report.grids import save_grid
+from fed_diffusion.report.trackers import Trackers
 from fed_diffusion.server.buffered import BufferedCoordinator
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.server.divergence import Diverged
@@ -83,6 +84,7 @@ class Experiment:
     ):
         self.dataset = check(config, dataset, needs_data)
         self.config = config = with_class_names(config, self.dataset)
+        self.trackers = Trackers(config)
         self.engine = "local"
         """What carries this run; the command that resumes it depends on it."""
         self._data = None if self.dataset is None else content_hash(self.dataset)
@@ -159,6 +161,7 @@ class Experiment:
 
     def close(self) -> None:
         """Free the run directory for others."""
+        self.trackers.end()
         self.run.unlock()
 
     def train(
@@ -181,6 +184,7 @@ class Experiment:
             says how to resume, where that helps.
         """
         with self.guarded():
+            self.trackers.begin(self.run.path, [summary.to_dict() for summary in self.history])
             while self.coordinator.round < self.config.rounds:
                 summary = self._round(exchange)
                 if progress is not None:
@@ -281,11 +285,13 @@ class Experiment:
         self._written = summary.round
         if summary.round % self.config.round.checkpoint_every == 0:
             self._checkpoint()
+        self.trackers.round(summary.to_dict())
         every = self.config.evaluation.every
         if every and summary.round % every == 0 and summary.round < self.config.rounds:
             with self._timed("evaluate"):
                 images = self._sampler().sample(16, purpose=Purpose.GRID)
                 save_grid(images, self.run.path / "samples" / f"round-{summary.round:04d}.png")
+            self.trackers.images(summary.round, images)
         return summary
 
     def _checkpoint(self) -> None:
@@ -316,6 +322,7 @@ class Experiment:
 
         write_report(self.run.path)
         self.run.write_status("finished")
+        self.trackers.end(results)
         return results
 
     def _sampler(self) -> Sampler:
@@ -329,6 +336,7 @@ class Experiment:
         sampler, config = self._sampler(), self.config.evaluation
         images = sampler.sample(max(config.samples, config.grid))
         save_grid(images[: config.grid], self.run.path / "samples" / "final.png")
+        self.trackers.images(self.coordinator.round, images[: config.grid])
         return measure(sampler, images[: config.samples], self.dataset)
 
     def _results(self, quality: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from fed_diffusion.config.methods import method_name, method_settings
 from fed_diffusion.config.names import UNKNOWN
 from fed_diffusion.config.schema import Config, ConfigError, Section, by_type, is_free_text
+from fed_diffusion.config.section import is_list
 from fed_diffusion.config.yaml import absolute, parse_yaml, read_yaml
 
 __all__ = [
@@ -78,8 +79,9 @@ def read_value(key: str, text: str) -> Any:
     """A typed value, as far as it can be read without a check.
 
     A setting that takes any text (a path, a name) takes it as typed, and null where it may be
-    none. For the others [1, 0.5], {steps: 3} and "S" are YAML, and everything else is text, which
-    the setting's type reads: numbers are decimal.
+    none; one that takes several texts takes them as a list in brackets. For the others [1, 0.5],
+    {steps: 3} and "S" are YAML, and everything else is text, which the setting's type reads:
+    numbers are decimal.
 
     Raises
     ------
@@ -88,6 +90,8 @@ def read_value(key: str, text: str) -> Any:
     """
     field = _field(key)
     if field is not None and is_free_text(field.annotation):
+        if is_list(field.annotation) and f"{text[:1]}{text[-1:]}" == "[]":
+            return parse_yaml(text, f"set: the value in {f'{key}={text}'!r}")
         may_be_none = type(None) in get_args(field.annotation)
         return None if may_be_none and text in ("", "null") else text
     text = text.strip()

@@ -5,10 +5,11 @@ A `Config` is frozen and complete: everything a run depends on is in it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from fed_diffusion.config.federation import (
     Dtype,
@@ -20,6 +21,7 @@ from fed_diffusion.config.federation import (
     WireConfig,
     WorkerConfig,
 )
+from fed_diffusion.config.names import part
 from fed_diffusion.config.section import (
     LARGEST,
     ConfigError,
@@ -89,6 +91,23 @@ class Config(Section):
     worker: WorkerConfig = WorkerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     flower: FlowerConfig = FlowerConfig()
+    trackers: tuple[Annotated[str, part("csv")], ...] = ()
+    """Who is told how the run goes, beside the run directory. csv: rounds.csv in the run directory;
+    your_module:Tracker: see `report.trackers.Tracker`."""
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_alone(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := sorted({name for name in value if value.count(name) > 1}):
+            raise PydanticCustomError(
+                "twice", "{name} is given twice; give each tracker once", {"name": twice[0]}
+            )
+        return value
 
     @model_validator(mode="after")
     def _keep_per_client(self) -> Config:

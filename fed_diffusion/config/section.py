@@ -62,6 +62,11 @@ def is_free_text(annotation: Any) -> bool:
     )
 
 
+def is_list(annotation: Any) -> bool:
+    """Whether a setting takes several values."""
+    return get_origin(annotation) is tuple or any(map(is_list, get_args(annotation)))
+
+
 def as_numbers(value: Any) -> Any:
     """Decimal text as the number that it is, in lists too; 1 is a whole number and 1.0 is not.
 

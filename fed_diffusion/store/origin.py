@@ -24,7 +24,7 @@ from fed_diffusion.store.checkpoint import Checkpoint
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.store.rundir import RunDir
 
-CHANGEABLE = ("rounds", "evaluation", "worker", "flower", "data.dir")
+CHANGEABLE = ("rounds", "evaluation", "worker", "flower", "trackers", "data.dir")
 """Settings and sections that may change on purpose. Of data.dir only the place: the images in it
 are compared by their hash."""
 logger = logging.getLogger(__name__)
