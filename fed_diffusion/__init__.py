@@ -1,17 +1,99 @@
-"""Federated training of diffusion models across machines of unequal resources."""
+"""Federated training of diffusion models across machines of unequal resources.
+
+What stands in `__all__` is the public API. It is imported when it is first asked for: torch, which
+most of it needs, takes seconds.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fed_diffusion.config import Config, ConfigError, load_config
+    from fed_diffusion.data import ImageSet, Loader, Split
+    from fed_diffusion.diffusion.partitions import TimeGrid
+    from fed_diffusion.diffusion.samplers import Solver
+    from fed_diffusion.engines.either import resume, run
+    from fed_diffusion.evaluation.judge import Judge, JudgeFactory
+    from fed_diffusion.experiment import Experiment
+    from fed_diffusion.generate import Sampler
+    from fed_diffusion.models.own import NetworkFactory
+    from fed_diffusion.report.trackers import Tracker
+
+_PLACES = {
+    "Config": "config",
+    "ConfigError": "config",
+    "Experiment": "experiment",
+    "ImageSet": "data",
+    "Judge": "evaluation.judge",
+    "JudgeFactory": "evaluation.judge",
+    "Loader": "data",
+    "NetworkFactory": "models.own",
+    "Sampler": "generate",
+    "Solver": "diffusion.samplers",
+    "Split": "data",
+    "TimeGrid": "diffusion.partitions",
+    "Tracker": "report.trackers",
+    "load_config": "config",
+    "resume": "engines.either",
+    "run": "engines.either",
+}
+"""Public name -> the module it is in; the same names stand above, for type checkers."""
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Experiment",
+    "ImageSet",
+    "Judge",
+    "JudgeFactory",
+    "Loader",
+    "NetworkFactory",
+    "Sampler",
+    "Solver",
+    "Split",
+    "TimeGrid",
+    "Tracker",
+    "__version__",
+    "load",
+    "load_config",
+    "resume",
+    "run",
+]
+
+
+def load(run: str | Path, *, ema: bool = True) -> Sampler:
+    """The trained model of a run directory, ready to sample.
+
+    Parameters
+    ----------
+    run
+        The run directory.
+    ema
+        Take the moving average of the parameters, which samples better, and not the last ones.
+
+    Examples
+    --------
+    >>> import fed_diffusion as fd
+    >>> images = fd.load("runs/first").sample(16)  # uint8 [16, C, H, W]  # doctest: +SKIP
+    """
     from fed_diffusion.generate import Sampler
 
+    return Sampler.from_run(run, ema=ema)
 
-def load(run: str, **options: Any) -> Sampler:
-    """The trained model of a run directory, ready to sample: see `generate.Sampler`."""
-    from fed_diffusion.generate import Sampler
 
-    return Sampler.from_run(run, **options)
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

@@ -113,49 +113,34 @@ def parser() -> argparse.ArgumentParser:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Train a preset on the chosen engine; the run directory is the last line of the output."""
-    from fed_diffusion.checks import check
-    from fed_diffusion.data import content_hash
-    from fed_diffusion.experiment import Experiment
+    from fed_diffusion.engines.either import begin
     from fed_diffusion.store.rundir import RunDir
 
     config = load_config(arguments.preset, parse_pairs(arguments.set))
     if arguments.out is not None:
-        RunDir(arguments.out).refuse_existing()  # before the data are loaded
-
-    def begin() -> Experiment | RunDir:
-        if arguments.engine == "local":
-            return Experiment(config, arguments.out)
-        dataset = check(config)
-        assert dataset is not None
-        return RunDir.create(arguments.out, config, content_hash(dataset))
-
-    return _train(config, begin)
+        RunDir(arguments.out).refuse_existing()  # before a bar is shown
+    return _train(config, lambda: begin(config, arguments.out, arguments.engine))
 
 
 def resume_command(arguments: argparse.Namespace) -> int:
     """Go on from a run's last checkpoint; it ends with the bits it would have ended with."""
-    from fed_diffusion.checks import check_resume
-    from fed_diffusion.experiment import Experiment
+    from fed_diffusion.engines.either import begin_again
     from fed_diffusion.store.rundir import RunDir
 
     run = RunDir.open(arguments.run)
     accept = arguments.accept_changes
 
     def begin() -> Experiment | RunDir:
-        if arguments.engine == "local":
-            return Experiment.resume(run.path, accept_changes=accept)
-        run.lock()
-        check_resume(run, accept)
-        return run
+        return begin_again(run.path, arguments.engine, accept)[0]
 
-    return _train(run.config(), begin, resume=True, accept_changes=accept)
+    return _train(run.config(), begin, resumed=True, accept_changes=accept)
 
 
 def _train(
     config: Config,
     begin: Callable[[], Experiment | RunDir],
     *,
-    resume: bool = False,
+    resumed: bool = False,
     accept_changes: bool = False,
 ) -> int:
     """Run a new or stopped run to its end.
@@ -166,6 +151,7 @@ def _train(
         Claims the run directory: returns the experiment, for this process, or for the Flower
         engine the directory.
     """
+    from fed_diffusion.engines.either import carry
     from fed_diffusion.engines.superlink import stop_signals_interrupt
     from fed_diffusion.experiment import Experiment
     from fed_diffusion.store.origin import resume_command
@@ -174,18 +160,8 @@ def _train(
     with _live_progress(config) as report, stop_signals_interrupt():
         try:
             made = begin()
-            if isinstance(made, Experiment):
-                from fed_diffusion.engines.local import run_in_process
-
-                path = made.run.path
-                run_in_process(made, progress=report)
-            else:
-                from fed_diffusion.engines.flower import run_on_flower
-
-                path = made.path
-                run_on_flower(
-                    config, made, progress=report, resume=resume, accept_changes=accept_changes
-                )
+            path = made.run.path if isinstance(made, Experiment) else made.path
+            carry(made, config, report, resumed=resumed, accept_changes=accept_changes)
         except ConfigError:
             raise
         except RuntimeError as error:  # below quorum; a worker died; no disk

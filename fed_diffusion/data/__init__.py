@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fed_diffusion.data.datasets import (
+    Loader,
     class_count,
     content_hash,
     image_shape,
@@ -14,10 +15,12 @@ from fed_diffusion.data.datasets import (
 )
 from fed_diffusion.data.image_set import ImageSet
 from fed_diffusion.data.own import load_own
-from fed_diffusion.data.partition import partition, split_holdout
+from fed_diffusion.data.partition import Split, partition, split_holdout
 
 __all__ = [
     "ImageSet",
+    "Loader",
+    "Split",
     "class_count",
     "content_hash",
     "image_shape",

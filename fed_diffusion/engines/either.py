@@ -1,0 +1,158 @@
+"""A run on the engine of one's choice: what the command line and the public API share.
+
+torch and Flower take seconds to import, so both are imported where they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from fed_diffusion.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from fed_diffusion.experiment import Experiment
+    from fed_diffusion.store.rundir import RunDir
+
+Engine = Literal["local", "flower"]
+Progress = Callable[[dict[str, Any]], None]
+
+
+def run(
+    config: Config,
+    out: str | Path | None = None,
+    engine: Engine = "local",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train, sample, evaluate and write the report; returns what results.json holds.
+
+    Parameters
+    ----------
+    config
+        As `load_config` makes it.
+    out
+        The run directory, which must not exist yet; default: a new one under runs/.
+    engine
+        local: clients are processes of this machine, without Flower, one where there is one core.
+        flower: Flower's simulation engine, in a SuperLink that ends with the run. Both end with the
+        same parameters, bit for bit.
+    progress
+        Called with each round's line of metrics.jsonl, as soon as the round is done.
+
+    Raises
+    ------
+    ConfigError
+        Something cannot be as it is set; nothing was computed.
+    RuntimeError
+        The run ended early; the message says why, and how to resume.
+
+    Examples
+    --------
+    >>> import fed_diffusion as fd
+    >>> results = fd.run(fd.load_config("digits-quick"), "runs/first")  # doctest: +SKIP
+    >>> results["quality"]["fid"]  # doctest: +SKIP
+    """
+    return carry(begin(config, out, engine), config, progress)
+
+
+def resume(
+    run: str | Path,
+    engine: Engine = "local",
+    progress: Progress | None = None,
+    *,
+    accept_changes: bool = False,
+) -> dict[str, Any]:
+    """Go on with a run that was stopped or killed; it ends with the bits it would have ended with.
+
+    Parameters
+    ----------
+    run
+        The run directory.
+    engine, progress
+        As for `run`.
+    accept_changes
+        Let through rounds, trackers, evaluation.* and worker.* that were changed in its
+        config.yaml.
+
+    Raises
+    ------
+    ConfigError
+        There is no run, or nothing is left to do, or it is no longer what it was.
+    RuntimeError
+        The run ended early again.
+    """
+    made, config = begin_again(run, engine, accept_changes)
+    return carry(made, config, progress, resumed=True, accept_changes=accept_changes)
+
+
+def begin(config: Config, out: str | Path | None, engine: Engine) -> Experiment | RunDir:
+    """Check everything and claim the directory of a new run; see `carry` for what is returned."""
+    from fed_diffusion.checks import check
+    from fed_diffusion.data import content_hash
+    from fed_diffusion.experiment import Experiment
+    from fed_diffusion.store.rundir import RunDir
+
+    _check_engine(engine)
+    if out is not None:
+        RunDir(out).refuse_existing()  # before the data are loaded
+    if engine == "local":
+        return Experiment(config, out)
+    dataset = check(config)
+    assert dataset is not None
+    return RunDir.create(out, config, content_hash(dataset))
+
+
+def begin_again(
+    path: str | Path, engine: Engine, accept_changes: bool
+) -> tuple[Experiment | RunDir, Config]:
+    """Check everything and claim the directory of a run that is there; its settings, too."""
+    from fed_diffusion.checks import check_resume
+    from fed_diffusion.experiment import Experiment
+    from fed_diffusion.store.rundir import RunDir
+
+    _check_engine(engine)
+    run = RunDir.open(path)
+    config = run.config()
+    if engine == "local":
+        return Experiment.resume(run.path, accept_changes=accept_changes), config
+    run.lock()
+    try:
+        check_resume(run, accept_changes)
+    except BaseException:
+        run.unlock()
+        raise
+    return run, config
+
+
+def carry(
+    made: Experiment | RunDir,
+    config: Config,
+    progress: Progress | None = None,
+    *,
+    resumed: bool = False,
+    accept_changes: bool = False,
+) -> dict[str, Any]:
+    """Bring a run that has been claimed to its end; returns its results.
+
+    Parameters
+    ----------
+    made
+        The experiment, which this process runs, or for the Flower engine the run directory.
+    """
+    from fed_diffusion.experiment import Experiment
+
+    if isinstance(made, Experiment):
+        from fed_diffusion.engines.local import run_in_process
+
+        return run_in_process(made, progress=progress)
+    from fed_diffusion.engines.flower import run_on_flower
+
+    run_on_flower(config, made, progress=progress, resume=resumed, accept_changes=accept_changes)
+    return made.results()
+
+
+def _check_engine(engine: str) -> None:
+    if engine not in get_args(Engine):
+        known = ", ".join(get_args(Engine))
+        raise ConfigError(f"engine = {engine!r} is unknown. Allowed: {known}.")
