@@ -6,16 +6,55 @@ addresses hold both. Here nothing in a text has a meaning; only a label before i
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import IO, Any, cast
+
 from rich.console import Console
 from rich.text import Text
 
 
-def plain_console(*, stderr: bool = False) -> Console:
-    """A console that shows strings, also in tables and titles, as they are."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+class _StandardError:
+    """The standard error of the moment, where a run's words go and nothing depends on them.
+
+    A run does not end because they cannot be written: their reader has gone, or the disk of its
+    log is full. What is said from then on is thrown away; status.json says how a run ended.
+    """
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, method: str, *arguments: str) -> None:
+        if sys.stderr is None:  # closed before Python began
+            return
+        try:
+            getattr(sys.stderr, method)(*arguments)
+        except OSError:
+            # Python would try again at its end, and turn the exit code into 120
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stderr.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
-console = plain_console(stderr=True)
+def plain_console(file: IO[str] | None = None) -> Console:
+    """A console that shows strings, also in tables and titles, as they are.
+
+    Parameters
+    ----------
+    file
+        Default: standard output.
+    """
+    return Console(file=file, markup=False, emoji=False, highlight=False)
+
+
+console = plain_console(cast("IO[str]", _StandardError()))
 
 
 def tell(text: str, label: str = "") -> None:

@@ -46,6 +46,9 @@ from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.store.locks import STALE_S, FileLock, LockLost
 
 DEFAULT_ROOT = "runs"
+RESULTS = ("metrics.jsonl", NEWEST, PREVIOUS, "results.json")
+"""Where one of these is, a run has done something."""
+OTHERS = ("config.yaml", "report.html", "budgets.json", "privacy.jsonl", "samples/final.png")
 LOCK = ".run"
 LOCK_TOKEN = "FED_DIFFUSION_RUN_LOCK"
 """The variable by which a command lets the ServerApp that it starts hold its lock too."""
@@ -87,8 +90,9 @@ class RunDir:
         Raises
         ------
         RunTaken
-            The directory holds a run already (nothing is ever overwritten), or, as `RunBusy`,
-            another process is about to make one there.
+            The directory holds a run already, or files of the user's that are called as a run's
+            are (nothing is ever overwritten), or, as `RunBusy`, another process is about to make a
+            run there.
         ConfigError
             The directory cannot be written to.
         """
@@ -113,10 +117,17 @@ class RunDir:
         return run
 
     def refuse_existing(self) -> None:
-        """Raise `RunTaken` where a run has left anything that a new one would write over."""
-        names = ("metrics.jsonl", NEWEST, PREVIOUS, "results.json")
-        if any((self.path / name).exists() for name in names):
+        """Raise `RunTaken` where a new run would write over anything, of a run or of the user."""
+        if any((self.path / name).exists() for name in RESULTS):
             raise RunTaken(f"{self.path} holds a run already; give another directory (--out).")
+        if (self.path / "run.json").is_file() and "id" in self.identity():
+            return  # of a run that never began
+        for name in ("run.json", *OTHERS):
+            if (self.path / name).exists():
+                raise RunTaken(
+                    f"{self.path} holds {name}, which no run has left there and a new run would "
+                    "write over; give another directory (--out)."
+                )
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:

@@ -1,6 +1,10 @@
 """What a user is told is what a user can copy."""
 
+import os
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.table import Table
@@ -47,3 +51,28 @@ def test_the_command_that_resumes_a_run_is_one_word_for_its_path(name, engine, t
 def test_a_run_on_a_deployment_is_resumed_where_it_was_submitted(tmp_path):
     words = shlex.split(resume_command(tmp_path / "my run", engine="deployment"))
     assert words == ["flwr", "run", "...", "--run-config", f'resume="{tmp_path / "my run"}"']
+
+
+SAYS = """
+from fed_diffusion.common.terminal import tell
+tell('one'); tell('two', 'failed:'); print('done')
+"""
+
+
+@pytest.mark.parametrize("how", ["nobody reads it", "its disk is full", "it is closed"])
+def test_a_process_goes_on_where_its_standard_error_cannot_be_written(how):
+    if how == "its disk is full" and not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as pipe, open(os.devnull) as null:
+        if how == "its disk is full":
+            pipe = open("/dev/full", "w")  # noqa: SIM115
+        done = subprocess.run(
+            [sys.executable, "-c", SAYS],
+            stdout=subprocess.PIPE,
+            stderr=null if how == "it is closed" else pipe,
+            preexec_fn=(lambda: os.close(2)) if how == "it is closed" else None,
+        )
+        pipe.close()
+    assert (done.returncode, done.stdout) == (0, b"done\n")

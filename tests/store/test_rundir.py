@@ -149,6 +149,25 @@ def test_a_directory_where_a_run_has_left_anything_is_not_written_over(left, run
         RunDir.create(run, CONFIG)
 
 
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "run.json", "report.html", "budgets.json", "samples/final.png"]
+)
+def test_a_users_own_file_is_not_written_over_by_a_run_s_of_the_same_name(name, tmp_path, capsys):
+    mine = tmp_path / "mine" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    assert main(["run", "digits", "--out", str(tmp_path / "mine")]) == 2
+    assert f"holds {name}, which no run has left there" in capsys.readouterr().err
+    assert [p for p in (tmp_path / "mine").rglob("*") if p.is_file()] == [mine]
+    assert mine.read_text() == "{}"
+
+
+def test_a_run_that_never_began_leaves_its_directory_to_the_next_try(tmp_path):
+    RunDir.create(tmp_path / "run", CONFIG).unlock()  # killed before its first checkpoint
+    (tmp_path / "run/status.json").write_text('{"state": "failed"}')
+    Experiment(CONFIG, tmp_path / "run").close()
+
+
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path, capsys):
     (tmp_path / "file").touch()
     for out in ("file", "file/run"):
