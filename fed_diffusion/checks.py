@@ -87,7 +87,8 @@ def check_resume(run: RunDir, accept_changes: bool = False) -> None:
     """
     found = standing(run, VERSIONS, accept_changes)
     dataset = check(found.config)
-    check_same_data(run, found, None if dataset is None else content_hash(dataset))
+    data = None if dataset is None else content_hash(dataset)
+    check_same_data(run, found.config, found.checkpoint, data)
 
 
 VERSIONS = {"checkpoint": checkpoint.VERSION, "wire": wire.VERSION}

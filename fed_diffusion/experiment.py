@@ -71,7 +71,7 @@ class Experiment:
     dataset, needs_data
         See `check`.
     run
-        The run directory, where it is claimed already.
+        The directory of a run to go on with, locked; see `resume`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Experiment:
             self._written = self._saved = 0
             self._guarded = False
             self._began = self._round_began = time.perf_counter()
-            if not self.run.has_checkpoint():
+            if run is None:
                 self._checkpoint()  # of round 0: from now on a run without one has lost it
         except BaseException:
             self.close()
@@ -140,7 +140,7 @@ class Experiment:
         return experiment
 
     def _go_on(self, found: Standing) -> None:
-        check_same_data(self.run, found, self._data)
+        check_same_data(self.run, found.config, found.checkpoint, self._data)
         if found.checkpoint is not None:
             state = found.checkpoint.state
             try:
@@ -156,7 +156,7 @@ class Experiment:
             self._written = self._saved = self.coordinator.round
             self.coordinator.losses = [line.loss for line in found.rounds if line.clients]
         self.run.begin_again(found.rounds)
-        if found.changed:
+        if found.changed or found.checkpoint is None:
             self._checkpoint()  # from here on the run is one with the new settings
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from fed_diffusion.data import class_count, image_shape, to_uint8
 from fed_diffusion.diffusion.process import Score, per_image, sigma
 from fed_diffusion.diffusion.samplers import SAMPLERS, Solver
 from fed_diffusion.masks.budget import MARGIN, memory_allowed
+from fed_diffusion.store.origin import trained
 from fed_diffusion.store.rundir import DEFAULT_ROOT, RunDir
 
 __all__ = ["DEFAULT_ROOT", "RunDir", "Sampler", "batches_at_once", "sampler_partition"]
@@ -97,9 +98,15 @@ class Sampler:
 
     @classmethod
     def from_run(cls, path: str | Path, *, ema: bool = True) -> Sampler:
-        """The model of a run directory; its moving average unless ema=False."""
-        run = RunDir.open(path)
-        return cls(run.config(), run.load_theta(ema=ema))
+        """The model of a run directory; its moving average unless ema=False.
+
+        Raises
+        ------
+        ConfigError
+            See `fed_diffusion.store.origin.trained`.
+        """
+        config, checkpoint = trained(RunDir.open(path))
+        return cls(config, checkpoint.tensors["ema" if ema else "theta"])
 
     def score(self, labels: Tensor | None = None, guidance: float = 0.0) -> Score:
         """s_theta(y, u) = -eps / sigma_u as a function of (y, u).

@@ -59,23 +59,36 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
 
 def _measure_again(run: RunDir, arguments: argparse.Namespace) -> dict[str, Any]:
+    from fed_diffusion.data import content_hash, load_dataset, tell
     from fed_diffusion.evaluation.checks import OWN_DATA, check_evaluation
     from fed_diffusion.evaluation.generated import measure
     from fed_diffusion.generate import Sampler
     from fed_diffusion.report.html import write_report
+    from fed_diffusion.store.origin import check_same_data, resume_command, trained
 
-    results, settings = run.results(), run.config().to_dict()
+    results, (config, checkpoint) = run.results(), trained(run)
+    done = checkpoint.state["round"]
+    if results.get("rounds") not in (None, done):
+        raise ConfigError(
+            f"{run.path} cannot be measured: its results.json is of round {results['rounds']} and "
+            f"its checkpoint of round {done}. Finish it first: {resume_command(run.path)}"
+        )
+    settings = config.to_dict()
     names = ("samples", "reference", "extractor", "weights")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if "extractor" in given:  # the weights of the run's own extractor go with it
         given.setdefault("weights", None)
-    if given.get("reference", "none") not in (*OWN_DATA, "none"):
+    if given.get("reference", "none") not in (*OWN_DATA, "none", ""):
         given["reference"] = str(absolute(given["reference"], "--reference"))
     settings["evaluation"] |= given
     config = build_config(settings)
     check_evaluation(config)
-    sampler = Sampler(config, run.load_theta(ema=True))
-    quality = measure(sampler, sampler.sample(config.evaluation.samples), None)
+    dataset = None
+    if config.evaluation.reference in OWN_DATA and config.evaluation.samples:
+        dataset = tell(load_dataset(config.data))
+        check_same_data(run, config, checkpoint, content_hash(dataset))
+    sampler = Sampler(config, checkpoint.tensors["ema"])
+    quality = measure(sampler, sampler.sample(config.evaluation.samples), dataset)
     run.write_results(results | {"quality": quality})
     write_report(run.path)
     return quality

@@ -2,7 +2,8 @@
 
 A resumed run promises the bits that it would have ended with. That holds only for the same
 settings, the same images and the same meaning of what is stored, so each checkpoint carries all
-three, sealed, and everything is compared before anything is written.
+three, sealed, and everything is compared before anything is written. A trained model is sampled and
+measured with the settings and images of its training, too, or not at all.
 """
 
 from __future__ import annotations
@@ -117,32 +118,60 @@ def standing(run: RunDir, versions: Mapping[str, int], accept_changes: bool = Fa
     different = _differences(run, origin["config"], config)
     if different:
         _refuse_changes(run, different, accept_changes)
-    if round > config.rounds or (finished and round == config.rounds):
+    if round > config.rounds:
+        raise ConfigError(
+            f"{run.path} has done {round} rounds, more than rounds = {config.rounds} in its "
+            f"config.yaml; set rounds to {round} to end it there, or higher to go on."
+        )
+    if finished and round == config.rounds:
         raise _nothing_left(run)
     rounds = _recorded(run, round, accept_changes)
     new = [{"after_round": round, "key": k, "was": a, "is": b} for k, (a, b) in different.items()]
     return Standing(config, found, rounds, [*origin["changes"], *new], bool(new))
 
 
-def check_same_data(run: RunDir, found: Standing, data: str | None) -> None:
+def trained(run: RunDir) -> tuple[Config, Checkpoint]:
+    """The settings of a run and what was trained with them, to sample and measure with.
+
+    Raises
+    ------
+    ConfigError
+        Nothing is trained, or config.yaml is no longer what the parameters were trained with.
+    """
+    config, found = run.config(), run.load_trained()
+    origin = found.state.get("origin")
+    if isinstance(origin, dict):  # not of a version that noted none
+        different = _differences(run, origin["config"], config)
+        if fixed := {key: pair for key, pair in different.items() if not _may_change(key)}:
+            raise ConfigError(
+                f"{run.path} cannot be used as it is: its config.yaml is not what its network was "
+                f"trained with: {_changes(fixed)}. Put {', '.join(fixed)} back."
+            )
+    return config, found
+
+
+def check_same_data(
+    run: RunDir, config: Config, checkpoint: Checkpoint | None, data: str | None
+) -> None:
     """Refuse images that are not those of the run's beginning: `ConfigError`.
 
     Parameters
     ----------
+    checkpoint
+        The run's; None where it has none yet.
     data
         The hash of the images, where this process has them.
     """
-    if found.checkpoint is None:
-        return
-    then = found.checkpoint.state["origin"]["data"]
+    origin = run.identity() if checkpoint is None else checkpoint.state.get("origin", {})
+    then = origin.get("data")
     if then is None or data is None:
         logger.info("%s: the images are not on this machine, and were not compared", run.path)
     elif then != data:
         raise ConfigError(
-            f"{run.path} cannot be resumed: the images of data.name = {found.config.data.name!r}, "
-            f"data.dir = {found.config.data.dir!r} are not those that the run began with (SHA-256 "
-            f"{data[:12]}, and it was {then[:12]}): images, labels or their order have changed. "
-            "Put the images back as they were, or begin a new run with the new ones."
+            f"{run.path} cannot be used as it is: the images of data.name = {config.data.name!r}, "
+            f"data.dir = {config.data.dir!r} are not those that the run began with (SHA-256 "
+            f"{data[:12]}, and it was {str(then)[:12]}): images, labels or their order have "
+            "changed. Put the images back as they were, or begin a new run with the new ones."
         )
 
 
@@ -173,8 +202,9 @@ def resume_command(path: Path, *options: str, engine: str = "local") -> str:
 
 def _nothing_left(run: RunDir) -> ConfigError:
     return ConfigError(
-        f"{run.path} is finished; there is nothing to resume. For more rounds raise rounds in its "
-        f"config.yaml, then: {resume_command(run.path, '--accept-changes')}"
+        f"{run.path} is finished; there is nothing to resume. To measure it anew: "
+        f"{shlex.join(['fed-diffusion', 'evaluate', str(run.path)])}. For more rounds raise rounds "
+        f"in its config.yaml, then: {resume_command(run.path, '--accept-changes')}"
     )
 
 
@@ -194,8 +224,8 @@ def _differences(run: RunDir, then: Mapping[str, Any], now: Config) -> dict[str,
         before = dict(_flat(build_config(then).to_dict()))  # with the defaults of today
     except ConfigError as error:
         raise ConfigError(
-            f"{run.path} cannot be resumed: this version of fed-diffusion does not know the "
-            f"settings that the run began with. {error}"
+            f"{run.path} cannot be used: this version of fed-diffusion does not know the settings "
+            f"that the run began with. {error}"
         ) from error
     after = dict(_flat(now.to_dict()))
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
@@ -210,21 +240,25 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _refuse_changes(run: RunDir, different: Mapping[str, tuple[Any, Any]], accept: bool) -> None:
-    allowed = {
-        key for key in different if any(key == c or key.startswith(f"{c}.") for c in CHANGEABLE)
-    }
-    if accept and allowed == different.keys():
+    fixed = [key for key in different if not _may_change(key)]
+    if accept and not fixed:
         return
-    shown = ", ".join(f"{key} = {b!r} (it was {a!r})" for key, (a, b) in different.items())
-    fixed = [key for key in different if key not in allowed]
     if fixed:
         how = f"Put {', '.join(fixed)} back, or begin a new run: these decide on every bit."
     else:
         how = f"If that is on purpose: {resume_command(run.path, '--accept-changes')}"
     raise ConfigError(
         f"{run.path} cannot be resumed as it is: its config.yaml is not what the run began with: "
-        f"{shown}. {how}"
+        f"{_changes(different)}. {how}"
     )
+
+
+def _may_change(key: str) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in CHANGEABLE)
+
+
+def _changes(different: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key} = {now!r} (it was {then!r})" for key, (then, now) in different.items())
 
 
 def _recorded(run: RunDir, round: int, accept: bool) -> list[RoundSummary]:

@@ -295,11 +295,15 @@ class RunDir:
         except CheckpointError as error:
             raise ConfigError(f"{self.path} cannot be read as a trained run: {error}.") from error
 
-    def load_theta(self, *, ema: bool) -> dict[str, Tensor]:
+    def load_trained(self) -> Checkpoint:
+        """The newest whole checkpoint; `ConfigError` where no round is finished."""
         checkpoint = self.load_checkpoint()
         if checkpoint.state.get("round") == 0:
             raise ConfigError(f"{self.path} cannot be read as a trained run: no round is finished.")
-        return checkpoint.tensors["ema" if ema else "theta"]
+        return checkpoint
+
+    def load_theta(self, *, ema: bool) -> dict[str, Tensor]:
+        return self.load_trained().tensors["ema" if ema else "theta"]
 
     def read_rounds(self, last: int) -> tuple[list[RoundSummary], list[int]]:
         """The rounds of metrics.jsonl up to `last`, and the numbers of lines that are damaged.

@@ -13,6 +13,7 @@ from fed_diffusion.config import ConfigError, load_config
 from fed_diffusion.data import ImageSet, content_hash
 from fed_diffusion.engines.local import run_in_process, simulate
 from fed_diffusion.experiment import Experiment
+from fed_diffusion.generate import Sampler
 from fed_diffusion.store.checkpoint import load_checkpoint, save_checkpoint
 from fed_diffusion.store.rundir import RunDir
 from tests.tiny import TINY
@@ -140,6 +141,46 @@ def test_a_finished_run_goes_on_for_more_rounds_when_asked_to(tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_run_that_has_done_more_rounds_than_it_is_to_says_what_to_set(run):
+    edit(run, rounds=1)
+    refused(run, "has done 2 rounds, more than rounds = 1", "set rounds to 2", accept=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model__prediction": "eps"}, "model.prediction = 'eps' (it was 'v')"),
+        ({"diffusion__K": 30}, "diffusion.K = 30 (it was 20)"),
+        ({"model__widths": [8, 24]}, "model.widths = [8, 24] (it was [8, 16])"),
+        ({"data__holdout": 0.2}, "data.holdout = 0.2 (it was 0.1)"),
+    ],
+)
+def test_a_network_is_sampled_and_measured_with_the_settings_it_was_trained_with_or_not_at_all(
+    changes, words, run, tmp_path, capsys
+):
+    (run / "results.json").write_text('{"rounds": 2}')
+    edit(run, **changes)
+    before = contents(run)
+    for command in (["sample", str(run), "--out", str(tmp_path / "a.png")], ["evaluate", str(run)]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "is not what its network was trained with" in said
+        assert f"{words}. Put {words.split(' =')[0]} back" in said
+    assert contents(run) == before
+
+
+def test_what_only_concerns_sampling_may_be_changed_before_a_network_is_sampled(run):
+    edit(run, evaluation__batch=3, worker__memory_mb=99.0, rounds=9)
+    assert len(Sampler.from_run(run).sample(4)) == 4
+
+
+def test_a_run_that_went_on_after_its_results_is_not_measured_for_them(run, capsys):
+    (run / "results.json").write_text('{"rounds": 1}')
+    assert main(["evaluate", str(run)]) == 2
+    assert "results.json is of round 1 and its checkpoint of round 2" in capsys.readouterr().err
+    assert (run / "results.json").read_text() == '{"rounds": 1}'
+
+
 # --- images -------------------------------------------------------------------------------------
 
 
@@ -165,6 +206,25 @@ def test_images_that_came_changed_or_left_are_refused(tmp_path):
     refused(run, "data.dir", "--accept-changes")
     results = run_in_process(Experiment.resume(run, accept_changes=True), processes=1)
     assert results["rounds"] == 3
+
+
+def test_other_images_than_those_of_the_run_are_neither_measured_against_nor_begun_with(
+    tmp_path, capsys
+):
+    folder = tmp_path / "images"
+    write_images(folder, 20)
+    data = {"data.name": "image_folder", "data.dir": str(folder), "data.size": 8}
+    data |= {"data.channels": 1, "evaluation.reference": "none"}
+    run = stopped(tmp_path / "run", **data)
+    (run / "results.json").write_text('{"rounds": 2}')
+    (folder / "99.png").write_bytes((folder / "03.png").read_bytes())
+    command = ["evaluate", str(run), "--samples", "4", "--reference", "train"]
+    assert main([*command, "--extractor", "inception"]) == 2
+    assert "the images of" in capsys.readouterr().err
+    for name in ("checkpoint", "checkpoint-previous", "metrics.jsonl", "results.json"):
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    refused(run, "the images of")  # of a run that has done nothing yet, run.json knows them
 
 
 def test_the_hash_of_images_tells_pixels_labels_order_and_folders_apart():
