@@ -106,7 +106,7 @@ def _unbegun(run_config: UserConfig) -> RunDir | None:
     run = RunDir(path)
     try:
         run.refuse_existing()
-    except RunTaken:
+    except ConfigError:  # taken, or its run.json is damaged
         return None
     return run
 

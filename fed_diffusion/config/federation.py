@@ -148,7 +148,7 @@ class EvaluationConfig(Section):
     """Images on the final grid."""
     denoise: bool = False
     """End with a Tweedie step (not covered by the bound)."""
-    reference: str = "data"
+    reference: str = Field("data", min_length=1)
     """data: the run's own data set | train: what its clients trained on | test: the set's own test
     split, or what the clients held out | a folder of images | none: no quality figures."""
     extractor: Annotated[str, part("inception", "classifier")] = "inception"

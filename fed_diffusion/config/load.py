@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from fed_diffusion.config.methods import method_name, method_settings
 from fed_diffusion.config.names import UNKNOWN
 from fed_diffusion.config.schema import Config, ConfigError, Section, by_type, is_free_text
-from fed_diffusion.config.section import is_list
+from fed_diffusion.config.section import complaint, is_list
 from fed_diffusion.config.yaml import absolute, parse_yaml, read_yaml
 
 __all__ = [
@@ -284,7 +284,7 @@ def _explain(item: dict[str, Any]) -> str:
         return f"{prefix}{item['ctx']['error']}."
     if item["type"] == UNKNOWN:
         return f"{key} = {item['input']!r} is unknown. {item['msg']}."
-    return f"{key} = {item['input']!r} is not allowed: {item['msg']}{_allowed(key)}."
+    return f"{key} = {item['input']!r} is not allowed: {complaint(item)}{_allowed(key)}."
 
 
 def _allowed(key: str) -> str:
@@ -295,5 +295,5 @@ def _allowed(key: str) -> str:
             return ""
         model = model.model_fields[part].annotation if part in model.model_fields else None
     members = get_args(model) if isinstance(model, types.UnionType) else (model,)
-    names = [type_.__name__ for type_ in members if isinstance(type_, type)]
+    names = [type_.__name__ for type_ in members if type_ in (bool, int, float, str)]
     return f" (a {' or '.join(names)})" if names else ""

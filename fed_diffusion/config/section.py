@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -65,6 +66,18 @@ def is_free_text(annotation: Any) -> bool:
 def is_list(annotation: Any) -> bool:
     """Whether a setting takes several values."""
     return get_origin(annotation) is tuple or any(map(is_list, get_args(annotation)))
+
+
+def complaint(item: Mapping[str, Any]) -> str:
+    """What one of pydantic's errors says of a value, in the words of YAML."""
+    kind, context = item["type"], item.get("ctx", {})
+    if kind in ("tuple_type", "list_type"):
+        return "give a list, as in [1, 2]"
+    if kind == "too_short":
+        return f"give a list of at least {context['min_length']}"
+    if kind in ("dict_type", "model_type"):
+        return "give a section of keys and values"
+    return str(item["msg"])
 
 
 def as_numbers(value: Any) -> Any:

@@ -83,13 +83,18 @@ class Machine:
                 server=str(about["server"]),
                 root_certificates=folder / "ca.crt",
                 key=next((key for key in keys if key.exists()), None),
-                data=config.get("data-dir"),
-                dataset=config.get("dataset"),
+                data=_text(config, "data-dir"),
+                dataset=_text(config, "dataset"),
                 versions=about["versions"],
                 is_node=node.exists(),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{folder} is no bundle of fed-diffusion deploy: {error}") from error
+
+
+def _text(config: Mapping[str, object], key: str) -> str | None:
+    """A value of a node config as the node reads it: a folder may be called 2024."""
+    return str(config[key]) if config.get(key) else None
 
 
 def examine(machine: Machine) -> Iterator[Finding]:

@@ -29,11 +29,13 @@ from fed_diffusion.common.compute import device_of
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, ConfigError, conf_dir, load_config, refuse_overlaps
 from fed_diffusion.config.schema import LARGEST, DataConfig, Section, as_numbers
+from fed_diffusion.config.section import complaint
 from fed_diffusion.config.yaml import read_yaml
-from fed_diffusion.data import ImageSet, with_class_names
+from fed_diffusion.data import ImageSet, content_hash, with_class_names
 from fed_diffusion.engines.local import run_in_process
 from fed_diffusion.experiment import Experiment, Progress
 from fed_diffusion.store.locks import FileLock, LockLost
+from fed_diffusion.store.origin import check_same_data
 from fed_diffusion.store.rundir import DEFAULT_ROOT, RunBusy, RunDir
 
 MACHINES = "machines.txt"
@@ -107,8 +109,9 @@ def load_sweep(file: str) -> Sweep:
     except ValidationError as error:
         problems = "\n".join(
             f"sweep {path}: {'.'.join(map(str, item['loc']))} = {as_numbers(item['input'])!r} "
-            f"is not allowed: {item['msg']}."
+            f"is not allowed: {complaint(item)}."
             for item in error.errors()
+            if item["type"] != "too_short" or not item["input"]  # of a list whose parts are wrong
         )
         raise ConfigError(f"{problems}\nIts keys are {_keys()}.") from error
     for key in ("seed", "method", "preset"):
@@ -175,6 +178,7 @@ def check_runs(runs: Sequence[Run]) -> dict[DataConfig, ImageSet]:
         Names the run, the key and how to fix it.
     """
     datasets: dict[DataConfig, ImageSet] = {}
+    hashes: dict[DataConfig, str] = {}
     for run in runs:
         try:
             dataset = check(run.config, datasets.get(run.config.data))
@@ -184,6 +188,10 @@ def check_runs(runs: Sequence[Run]) -> dict[DataConfig, ImageSet]:
         datasets[run.config.data] = dataset
         if (run.path / "config.yaml").exists():
             _check_same(run, dataset)
+            if run.config.data not in hashes:
+                hashes[run.config.data] = content_hash(dataset)
+            # a finished one too: a table is of one set of images
+            check_same_data(RunDir(run.path), run.config, None, hashes[run.config.data])
     return datasets
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from fed_diffusion.config import ConfigError
 from fed_diffusion.report.records import Record, read_record
-from fed_diffusion.store.files import write_atomic
+from fed_diffusion.store.files import MEND, write_atomic
 from fed_diffusion.store.locks import FileLock, wait_for
 from fed_diffusion.sweep.figures import save_loss_figure, save_samples_figure
 from fed_diffusion.sweep.grid import MACHINES, Run
@@ -74,11 +74,25 @@ def finished(runs: Iterable[Run]) -> list[tuple[Run, Record]]:
     for run in runs:
         try:
             if run.finished():
-                run.results()
+                _check_figures(run)
                 done.append((run, read_record(run.path)))
         except ConfigError as error:
             logger.warning("%s is left out of the tables: %s", run.name, error)
     return done
+
+
+def _check_figures(run: Run) -> None:
+    """Refuse results that lack what the tables show: `ConfigError`."""
+    results = run.results()
+    try:
+        _evaluation_of(results["quality"])
+        values = [results["parameters"], *(figure.value(results) for figure in FIGURES)]
+        odd = [v for v in values if v is not None and not isinstance(v, int | float)]
+        problem = f"{odd[0]!r} is no number" if odd else None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        problem = repr(error)
+    if problem is not None:
+        raise ConfigError(f"{run.path / 'results.json'} is damaged: {problem}. {MEND}")
 
 
 def rows_of(done: Sequence[tuple[Run, Record]]) -> list[Row]:
@@ -253,6 +267,10 @@ def _evaluation(done: Sequence[tuple[Run, Record]]) -> str:
     }
     if missing:
         return f"Without quality figures, since {'; '.join(str(why) for why in missing)}."
+    return _evaluation_of(quality)
+
+
+def _evaluation_of(quality: Mapping[str, Any]) -> str:
     return (
         f"{quality['samples']} generated images of {quality['nfe']} network evaluations against "
         f"{quality['reference']}, extractor {quality['extractor']}, of the run's seed; uint8 "

@@ -90,6 +90,8 @@ REFUSED = {
         {"model.label_dropout": 0.1, "model.conditional": False},
         r"model\.label_dropout: 0\.1.*model\.conditional",
     ),
+    "a number for a list": ("digits", {"model.widths": 8}, r"model\.widths = 8 .*a list, as in"),
+    "no reference": ("digits", {"evaluation.reference": ""}, r"evaluation\.reference = ''"),
     "words for a number": ("digits", {"rounds": "many"}, r"rounds = 'many'"),
 }
 

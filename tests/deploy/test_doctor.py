@@ -1,6 +1,7 @@
 """`doctor`: with real files and a real TLS server, each line says ok or what to do."""
 
 import http.server
+import shutil
 import ssl
 import threading
 from contextlib import contextmanager
@@ -224,3 +225,10 @@ def _with(folder):
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is no bundle"):
         Machine.of_bundle(tmp_path)
+
+
+def test_a_folder_that_is_called_like_a_number_is_a_folder(tmp_path, bundles):
+    bundle = shutil.copytree(bundles / "node-1", tmp_path / "node-1")
+    (bundle / "node.toml").write_text("data-dir = 2024\ndataset = 1\n")
+    machine = Machine.of_bundle(bundle)
+    assert (machine.data, machine.dataset) == ("2024", "1")

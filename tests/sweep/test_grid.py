@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,14 @@ def test_settings_that_changed_since_a_run_began_are_refused(untouched, capsys):
     arguments = ["--out", str(untouched / "out"), "--resume", "--set", "local.steps=4"]
     assert main(["sweep", write(untouched), *arguments]) == 2
     assert "local differ" in capsys.readouterr().err
+
+
+def test_cells_of_other_images_are_not_put_beside_those_that_are_done(untouched, tmp_path, capsys):
+    out = shutil.copytree(untouched / "out", tmp_path / "out")
+    identity = out / "runs" / NAMES[0] / "run.json"
+    identity.write_text(json.dumps(json.loads(identity.read_text()) | {"data": "0" * 64}))
+    assert main(["sweep", write(tmp_path), "--out", str(out), "--resume"]) == 2
+    assert f"{identity.parent} cannot be used as it is: the images of" in capsys.readouterr().err
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, capfd):

@@ -127,8 +127,11 @@ def test_level_f_and_baselines_belong_beside_every_family():
     assert [family(method) for method in methods] == ["R", "T", None, None]
 
 
-def test_a_run_with_damaged_files_costs_its_own_row_and_no_more(runs, tmp_path, caplog):
-    (runs[0].path / "results.json").write_text("{")
+@pytest.mark.parametrize(
+    "damage", ["{", "{}", '{"quality": []}', '{"quality": {"fid": 1}, "loss": "much"}']
+)
+def test_a_run_with_damaged_files_costs_its_own_row_and_no_more(damage, runs, tmp_path, caplog):
+    (runs[0].path / "results.json").write_text(damage)
     (runs[1].path / "status.json").write_text("")
     with (runs[2].path / "metrics.jsonl").open("r+") as file:
         file.write("damaged")  # the first round
