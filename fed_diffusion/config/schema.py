@@ -105,7 +105,7 @@ class Config(Section):
     def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if twice := sorted({name for name in value if value.count(name) > 1}):
             raise PydanticCustomError(
-                "twice", "{name} is given twice; give each tracker once", {"name": twice[0]}
+                "twice", "{name} is given twice; give each tracker once", {"name": repr(twice[0])}
             )
         return value
 
