@@ -27,8 +27,9 @@ from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.diffusion.partitions import kappa_minimal, loss_weights
 from fed_diffusion.diffusion.process import sigma
 from fed_diffusion.masks.levels import level_ratios
-from fed_diffusion.masks.recipe import Masks, Recipe, pruning_error
-from fed_diffusion.masks.spaces import Block, Layout, Space
+from fed_diffusion.masks.mask import Masks, Scattered, mask_of, pruning_error
+from fed_diffusion.masks.recipe import Recipe
+from fed_diffusion.masks.spaces import Layout, Space
 from fed_diffusion.theory import gaussian
 from fed_diffusion.theory.bound import (
     Bound,
@@ -135,13 +136,13 @@ def as_score(theta: dict[str, Tensor]) -> gaussian.AffineScore:
 
 
 def masks_of(method: str, ratios: tuple[float, ...], theta: dict, r: int, seed: int) -> list[Masks]:
-    """Every client's mask of round r, as bool tensors."""
+    """Every client's mask of round r, as one of single weights."""
     masks = []
     for n, keep in enumerate(ratios):
         kind = METHODS[method] if keep < 1 else "full"
         recipe = Recipe(kind, keep, seed, r, n, scope="all", choice="rolling")
         made = recipe.mask(theta, LAYOUT)
-        masks.append({k: m.dense() if isinstance(m, Block) else m for k, m in made.items()})
+        masks.append({k: Scattered(m.dense()) for k, m in made.items()})
     return masks
 
 
@@ -181,8 +182,8 @@ def train(
         spread = float((gradients - whole).square().sum((1, 2, 3)).max()) ** 0.5
         masks = masks_of(method, ratios, theta, r, seed)
         mean = MaskedMean(theta, workers=N)
-        ones = {name: torch.ones(value.shape) for name, value in theta.items()}
-        m = torch.stack([join({**ones, **{k: v.float() for k, v in x.items()}}) for x in masks])
+        dense = [{n: mask_of(x, n, value).dense() for n, value in theta.items()} for x in masks]
+        m = torch.stack([join(x) for x in dense]).float()
         local = (join(theta) * m).double()
         for _ in range(S):
             local = local - eta * workers.gradient(local) * m
@@ -190,7 +191,7 @@ def train(
             mean.add({"W": local[n, ..., :D], "b": local[n, ..., D]}, masks[n])
         seen = Seen(
             max(seen.w2, *(pruning_error(x, theta) for x in masks)),
-            min(seen.gamma_star, mean.gamma()),
+            min(seen.gamma_star, mean.coverage.gamma()),
             max(seen.sigma2, spread),
             seen.gradient_norm + float(whole.square().sum()),
         )

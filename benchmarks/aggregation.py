@@ -28,8 +28,9 @@ from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.common.memory import peak_memory
 from fed_diffusion.config import Config, load_config
+from fed_diffusion.masks.mask import kept_values
 from fed_diffusion.masks.recipe import Recipe
-from fed_diffusion.protocol.codecs import cast, kept_of
+from fed_diffusion.protocol.codecs import cast
 from fed_diffusion.protocol.messages import Update
 from fed_diffusion.protocol.wire import Payload
 from fed_diffusion.server.coordinator import Coordinator
@@ -112,7 +113,7 @@ def ours(config: Config, clock: Clock) -> None:
     def replies() -> Iterator[Message]:
         for client, recipe in recipes.items():
             masks = top_k[0] if top_k else recipe.mask(theta, layout)
-            start = {name: kept_of(value, masks.get(name)) for name, value in theta.items()}
+            start = kept_values(theta, masks)
             arrays = {
                 name: cast(value + 1e-3 * client, "fp32", False, None).pack()
                 for name, value in start.items()

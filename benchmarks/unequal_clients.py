@@ -24,9 +24,8 @@ from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, load_config
 from fed_diffusion.engines.local import simulate
 from fed_diffusion.generate import RunDir
+from fed_diffusion.masks.mask import kept_values, pruning_error
 from fed_diffusion.masks.plan import known_ratios, plan_round
-from fed_diffusion.masks.recipe import pruning_error
-from fed_diffusion.masks.spaces import Block
 
 PRESET = "digits-unequal"
 
@@ -137,11 +136,8 @@ def spread(config: Config, theta: dict[str, torch.Tensor]) -> tuple[list[float],
     for recipe in recipes.values():
         kept = recipe.mask(theta, layout)
         w2.append(pruning_error(kept, theta))
-        blocks = {
-            name: mask.take(theta[name]) for name, mask in kept.items() if isinstance(mask, Block)
-        }
-        mean.add(theta | blocks, kept)
-    return w2, mean.gamma()
+        mean.add(kept_values(theta, kept), kept)
+    return w2, mean.coverage.gamma()
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fed_diffusion.aggregation.coverage import Coverage
+    from fed_diffusion.aggregation.named import Aggregator, AggregatorFactory
     from fed_diffusion.config import Config, ConfigError, load_config
     from fed_diffusion.data import ImageSet, Loader, Split
     from fed_diffusion.diffusion.partitions import TimeGrid
@@ -22,23 +24,32 @@ if TYPE_CHECKING:
     from fed_diffusion.evaluation.judge import Judge, JudgeFactory
     from fed_diffusion.experiment import Experiment
     from fed_diffusion.generate import Sampler
+    from fed_diffusion.masks.mask import Block, Mask, Masks, Scattered, Whole
     from fed_diffusion.models.own import NetworkFactory
     from fed_diffusion.report.trackers import Tracker
 
 _PLACES = {
+    "Aggregator": "aggregation.named",
+    "AggregatorFactory": "aggregation.named",
+    "Block": "masks.mask",
     "Config": "config",
     "ConfigError": "config",
+    "Coverage": "aggregation.coverage",
     "Experiment": "experiment",
     "ImageSet": "data",
     "Judge": "evaluation.judge",
     "JudgeFactory": "evaluation.judge",
     "Loader": "data",
+    "Mask": "masks.mask",
+    "Masks": "masks.mask",
     "NetworkFactory": "models.own",
     "Sampler": "generate",
+    "Scattered": "masks.mask",
     "Solver": "diffusion.samplers",
     "Split": "data",
     "TimeGrid": "diffusion.partitions",
     "Tracker": "report.trackers",
+    "Whole": "masks.mask",
     "load_config": "config",
     "resume": "engines.either",
     "run": "engines.either",
@@ -46,19 +57,27 @@ _PLACES = {
 """Public name -> the module it is in; the same names stand above, for type checkers."""
 
 __all__ = [
+    "Aggregator",
+    "AggregatorFactory",
+    "Block",
     "Config",
     "ConfigError",
+    "Coverage",
     "Experiment",
     "ImageSet",
     "Judge",
     "JudgeFactory",
     "Loader",
+    "Mask",
+    "Masks",
     "NetworkFactory",
     "Sampler",
+    "Scattered",
     "Solver",
     "Split",
     "TimeGrid",
     "Tracker",
+    "Whole",
     "__version__",
     "load",
     "load_config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fed_diffusion.aggregation.named import check_aggregator
 from fed_diffusion.aggregation.private import spent
 from fed_diffusion.build import channel_layout, check_structure, time_grid
 from fed_diffusion.config import Config, ConfigError
@@ -65,6 +66,7 @@ def check_training(config: Config) -> None:
     spent(config, 1)  # needs the accountant, if anything
     check_structure(config)
     check_trackers(config)
+    check_aggregator(config.round)
     check_pruning(config, channel_layout(config))
 
 

@@ -17,9 +17,9 @@ from fed_diffusion.common.compute import kernels, pinned_threads
 from fed_diffusion.common.rng import Purpose, torch_generator
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import ImageSet, class_count, image_shape
+from fed_diffusion.masks.mask import Masks, kept_values, pruning_error
 from fed_diffusion.masks.plan import able, known_ratios, plan_round
-from fed_diffusion.masks.recipe import Masks, Recipe, pruning_error
-from fed_diffusion.protocol.codecs import kept_of
+from fed_diffusion.masks.recipe import Recipe
 from fed_diffusion.theory.bound import Condition, Data, Training, to_F_scale
 from fed_diffusion.theory.curvature import curvature
 from fed_diffusion.theory.estimates import (
@@ -214,9 +214,9 @@ def _masks(config: Config, theta: dict[str, Tensor]) -> tuple[int, float, bool]:
     mean, w2 = MaskedMean(theta, config.clients), 0.0
     for recipe in recipes.values():
         masks = recipe.mask(theta, layout)
-        mean.add({n: kept_of(value, masks.get(n)) for n, value in theta.items()}, masks)
+        mean.add(kept_values(theta, masks), masks)
         w2 = max(w2, pruning_error(masks, theta))
-    return mean.gamma(), w2, full
+    return mean.coverage.gamma(), w2, full
 
 
 def _nothing_kept(config: Config, theta: dict[str, Tensor]) -> Masks:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fed_diffusion.common.rng import Purpose, philox
 from fed_diffusion.config import Config
-from fed_diffusion.masks.recipe import Masks, Numbers, Recipe, kept_count
-from fed_diffusion.masks.spaces import Block, Layout
-from fed_diffusion.protocol.codecs import Cast, Packed, cast, expand, kept_of, select, unpack
+from fed_diffusion.masks.mask import Mask, Masks, Scattered, mask_of
+from fed_diffusion.masks.recipe import Numbers, Recipe
+from fed_diffusion.masks.spaces import Layout
+from fed_diffusion.protocol.codecs import Cast, Packed, cast, unpack
 from fed_diffusion.protocol.errors import UpdateError
 
 if sys.byteorder != "little":  # pragma: no cover
@@ -73,7 +74,9 @@ def per_row(config: Config) -> bool:
 
 def encode_task(casts: Mapping[str, Cast], recipe: Recipe, masks: Masks) -> Payload:
     """What a client needs of theta_r: kept values, the recipe and, where needed, mask bits."""
-    arrays = {name: part.take(masks.get(name)).pack() for name, part in casts.items()}
+    arrays = {
+        name: part.take(mask_of(masks, name, part.codes)).pack() for name, part in casts.items()
+    }
     if recipe.needs_bits:
         arrays |= encode_bits(masks)
     return Payload(arrays, recipe.to_metrics())
@@ -93,10 +96,8 @@ def decode_task(
     if recipe.needs_bits:
         recipe.check_bits(masks, theta)
     kept = _decode(values, theta, masks, config.wire.down, per_row(config))
-    for name, mask in masks.items():
-        if isinstance(mask, Tensor):
-            kept[name] = expand(kept[name], mask)
-    return recipe, masks, kept
+    held = {name: mask.hold(kept[name]) for name, mask in masks.items()}
+    return recipe, masks, kept | held
 
 
 # --- towards the server -------------------------------------------------------------------------
@@ -120,12 +121,10 @@ def encode_update(
     stream = philox(config.seed, Purpose.ROUNDING, round, client)
     packed = {}
     for name, value in end.items():
-        mask = masks.get(name)
-        kept = value.detach().to("cpu", torch.float32)
+        held = value.detach().to("cpu", torch.float32)
         if config.wire.differences:
-            kept = kept - start[name]
-        if isinstance(mask, Tensor):
-            kept = select(kept, mask)
+            held = held - start[name]
+        kept = mask_of(masks, name, held).release(held)
         packed[name] = cast(kept, config.wire.up, per_row(config), stream).pack()
     return packed
 
@@ -161,14 +160,10 @@ def _decode(
         raise UpdateError(f"tensor names differ from the model's, first of them: {odd}")
     decoded = {}
     for name, whole in theta.items():
-        mask = masks.get(name)
-        if mask is None:
-            expected = tuple(whole.shape)
-        else:
-            expected = mask.kept if isinstance(mask, Block) else (kept_count(mask),)
-        values = unpack(name, arrays[name], dtype, expected, rows)
+        mask = mask_of(masks, name, whole)
+        values = unpack(name, arrays[name], dtype, mask.kept, rows)
         if base is not None:
-            values = values + kept_of(base[name], mask)
+            values = values + mask.take(base[name])
         decoded[name] = values
     return decoded
 
@@ -180,15 +175,14 @@ def encode_bits(masks: Masks) -> dict[str, Packed]:
     """Mask bits, eight to a byte, for a client that cannot derive them."""
     packed = {}
     for name, mask in masks.items():
-        assert isinstance(mask, Tensor)
-        bits = np.packbits(mask.flatten().numpy(), bitorder="little")
+        bits = np.packbits(mask.dense().flatten().numpy(), bitorder="little")
         packed[MASK_PREFIX + name] = Packed("bits", tuple(mask.shape), bits.tobytes())
     return packed
 
 
 def decode_bits(arrays: Mapping[str, Packed], theta: Mapping[str, Tensor]) -> Masks:
     """The inverse of `encode_bits`; raises `UpdateError` on a wrong name or length."""
-    masks: Masks = {}
+    masks: dict[str, Mask] = {}
     for key, packed in arrays.items():
         name = key.removeprefix(MASK_PREFIX)
         fits = name in theta and packed.shape == tuple(theta[name].shape)
@@ -199,5 +193,5 @@ def decode_bits(arrays: Mapping[str, Packed], theta: Mapping[str, Tensor]) -> Ma
             raise UpdateError(f"mask bits for {name} have {len(packed.data)} bytes")
         bits = np.frombuffer(packed.data, np.uint8)
         kept = np.unpackbits(bits, count=count, bitorder="little").view(bool)
-        masks[name] = torch.from_numpy(kept).view(packed.shape)
+        masks[name] = Scattered(torch.from_numpy(kept).view(packed.shape))
     return masks

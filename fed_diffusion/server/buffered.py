@@ -22,9 +22,10 @@ from typing import Any
 from torch import Tensor
 
 from fed_diffusion.config import Config
+from fed_diffusion.masks.mask import Masks, kept_values
 from fed_diffusion.masks.plan import plan_round
-from fed_diffusion.masks.recipe import Masks, Recipe
-from fed_diffusion.protocol.codecs import Packed, kept_of
+from fed_diffusion.masks.recipe import Recipe
+from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.errors import UpdateError
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.protocol.wire import decode_bits, encode_bits
@@ -164,7 +165,7 @@ class BufferedCoordinator(Coordinator):
         factor = (1 + self._stale(self.flights[client])) ** -self.config.round.staleness
         if factor == 1:
             return values
-        kept = {name: kept_of(self.theta[name], masks.get(name)) for name in values}
+        kept = kept_values(self.theta, masks)
         return {name: kept[name] + (value - kept[name]) * factor for name, value in values.items()}
 
     def _mask_of(self, client: int, recipe: Recipe) -> Masks:

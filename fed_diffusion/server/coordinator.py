@@ -10,22 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fed_diffusion.aggregation.mean import MaskedMean
+from fed_diffusion.aggregation.named import Aggregator, aggregator_of
 from fed_diffusion.aggregation.private import PrivateMean, drawn
-from fed_diffusion.aggregation.robust import RobustMean
 from fed_diffusion.build import channel_layout, time_grid
 from fed_diffusion.common.rng import Purpose, generator
 from fed_diffusion.config import Config
 from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
+from fed_diffusion.masks.mask import Masks, kept_fraction, pruning_error
 from fed_diffusion.masks.plan import able, known_ratios, plan_round
-from fed_diffusion.masks.recipe import (
-    Masks,
-    Recipe,
-    RecipeError,
-    kept_fraction,
-    pruning_error,
-)
+from fed_diffusion.masks.recipe import Recipe, RecipeError
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.divergence import exploded
 from fed_diffusion.protocol.errors import DivergedError, LimitError, UpdateError
@@ -52,7 +46,7 @@ MASK_BYTES = 64 << 20
 class _Open:
     """The round in progress."""
 
-    mean: MaskedMean
+    mean: Aggregator
     recipes: dict[int, Recipe]
     target: int
     """Updates that are enough to close the round early."""
@@ -338,7 +332,7 @@ class Coordinator:
         return self._mask(recipe) if packed is None else decode_bits(packed, self.theta)
 
     def _remember(self, state: _Open, client: int, recipe: Recipe, masks: Masks) -> None:
-        size = sum((mask.numel() + 7) // 8 for mask in masks.values())
+        size = sum((math.prod(mask.shape) + 7) // 8 for mask in masks.values())
         if recipe.by_channels or recipe.kind == "topk" or size > state.room:
             return
         state.packed[client] = encode_bits(masks)
@@ -403,13 +397,8 @@ class Coordinator:
         before.mean = self._mean(1)
         self._failed = before
 
-    def _mean(self, workers: int) -> MaskedMean:
-        settings = self.config.round
-        if settings.aggregation == "mean":
-            by_examples = settings.weighting == "examples"
-            return MaskedMean(self.theta, workers, EXAMPLES_LIMIT if by_examples else 1)
-        trim = 0.5 if settings.aggregation == "median" else settings.trim
-        return RobustMean(self.theta, trim, workers)
+    def _mean(self, workers: int) -> Aggregator:
+        return aggregator_of(self.theta, workers, self.config.round)
 
     def _update_ema(self, round: int) -> None:
         decay = min(self.config.ema.decay, (1 + round) / (10 + round))
@@ -429,7 +418,7 @@ class Coordinator:
         else:
             self._note_losses([loss] if heldout is None else [loss, heldout], round)
             self.losses.append(loss)
-        trainers = state.mean.trainers()
+        trainers = state.mean.coverage.trainers()
         gamma, w2_max = min(trainers), max((c.w2 for c in clients), default=0.0)
         return RoundSummary(
             round=round,

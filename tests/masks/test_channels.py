@@ -11,9 +11,9 @@ from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.build import build_network, channel_layout, parameters_of
 from fed_diffusion.config import ConfigError, load_config
 from fed_diffusion.masks import channels
+from fed_diffusion.masks.mask import Block, kept_fraction
 from fed_diffusion.masks.plan import check_pruning, known_ratios, plan_round
-from fed_diffusion.masks.recipe import Recipe, RecipeError, kept_fraction
-from fed_diffusion.masks.spaces import Block
+from fed_diffusion.masks.recipe import Recipe, RecipeError
 
 SMALL = {"model.widths": [16, 32], "model.group": 4, "pruning.kind": "channels"}
 CONFIG = load_config("digits", SMALL | {"pruning.keep": 0.5})
@@ -142,7 +142,7 @@ def test_balanced_channels_have_at_least_the_gamma_of_any_other_choice():
         for recipe in plan(keep=keeps, **pruning).values():
             masks, values = blocks_of(recipe)
             mean.add(values, masks)
-        return mean.gamma()
+        return mean.coverage.gamma()
 
     balanced = gamma(kind="balanced", unit="channels")
     others = [gamma(choice=choice) for choice in channels.CHOICES]
