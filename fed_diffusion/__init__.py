@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from fed_diffusion.evaluation.judge import Judge, JudgeFactory
     from fed_diffusion.experiment import Experiment
     from fed_diffusion.generate import Sampler
+    from fed_diffusion.masks.families import Family, FamilyFactory
     from fed_diffusion.masks.mask import Block, Mask, Masks, Scattered, Whole
+    from fed_diffusion.masks.recipe import Recipe
     from fed_diffusion.models.own import NetworkFactory
     from fed_diffusion.report.trackers import Tracker
 
@@ -36,6 +38,8 @@ _PLACES = {
     "ConfigError": "config",
     "Coverage": "aggregation.coverage",
     "Experiment": "experiment",
+    "Family": "masks.families",
+    "FamilyFactory": "masks.families",
     "ImageSet": "data",
     "Judge": "evaluation.judge",
     "JudgeFactory": "evaluation.judge",
@@ -43,6 +47,7 @@ _PLACES = {
     "Mask": "masks.mask",
     "Masks": "masks.mask",
     "NetworkFactory": "models.own",
+    "Recipe": "masks.recipe",
     "Sampler": "generate",
     "Scattered": "masks.mask",
     "Solver": "diffusion.samplers",
@@ -64,6 +69,8 @@ __all__ = [
     "ConfigError",
     "Coverage",
     "Experiment",
+    "Family",
+    "FamilyFactory",
     "ImageSet",
     "Judge",
     "JudgeFactory",
@@ -71,6 +78,7 @@ __all__ = [
     "Mask",
     "Masks",
     "NetworkFactory",
+    "Recipe",
     "Sampler",
     "Scattered",
     "Solver",

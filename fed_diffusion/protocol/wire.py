@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fed_diffusion.common.rng import Purpose, philox
 from fed_diffusion.config import Config
+from fed_diffusion.masks.families import derive, family_of
 from fed_diffusion.masks.mask import Mask, Masks, Scattered, mask_of
-from fed_diffusion.masks.recipe import Numbers, Recipe
+from fed_diffusion.masks.recipe import Numbers, Recipe, RecipeError
 from fed_diffusion.masks.spaces import Layout
 from fed_diffusion.protocol.codecs import Cast, Packed, cast, unpack
 from fed_diffusion.protocol.errors import UpdateError
@@ -29,7 +30,7 @@ if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("the wire format is little-endian and this machine is not")
 
 MASK_PREFIX = "mask:"
-VERSION = 1
+VERSION = 2
 """Raised when a payload would be read otherwise, or when the same settings make another one: runs
 that were begun before would not end with the bits they would have ended with."""
 
@@ -43,13 +44,18 @@ class Payload:
 
     @property
     def nbytes(self) -> int:
-        """The ledger's count: array bytes, and for each number eight bytes and its key."""
+        """The ledger's count: array bytes, and for each number eight bytes and its key.
+
+        A name counts as the bytes of its letters in the number's place.
+        """
         arrays = sum(len(packed.data) for packed in self.arrays.values())
-        numbers = sum(
-            8 * (len(value) if isinstance(value, list) else 1) + len(key.encode())
-            for key, value in self.numbers.items()
-        )
-        return arrays + numbers
+        return arrays + sum(len(k.encode()) + _size(value) for k, value in self.numbers.items())
+
+
+def _size(value: int | float | str | list[int]) -> int:
+    if isinstance(value, str):
+        return len(value.encode())
+    return 8 * (len(value) if isinstance(value, list) else 1)
 
 
 # --- towards the client -------------------------------------------------------------------------
@@ -68,8 +74,9 @@ def cast_theta(theta: Mapping[str, Tensor], config: Config, round: int) -> dict[
 def per_row(config: Config) -> bool:
     """Whether int8 has a scale per output channel: not where masks leave no rows to scale."""
     pruning = config.pruning
-    scattered = pruning.kind != "full" and not pruning.by_channels
-    return config.wire.scale == "channel" and not scattered
+    if config.wire.scale != "channel":
+        return False
+    return pruning.kind == "full" or family_of(pruning, config.seed).shrinks
 
 
 def encode_task(casts: Mapping[str, Cast], recipe: Recipe, masks: Masks) -> Payload:
@@ -92,12 +99,31 @@ def decode_task(
     recipe = Recipe.from_metrics(payload.numbers)
     bits = {k: v for k, v in payload.arrays.items() if k.startswith(MASK_PREFIX)}
     values = {k: v for k, v in payload.arrays.items() if not k.startswith(MASK_PREFIX)}
-    masks = recipe.mask(theta, layout) if not recipe.needs_bits else decode_bits(bits, theta)
-    if recipe.needs_bits:
-        recipe.check_bits(masks, theta)
+    masks = _masks(recipe, bits, theta, layout, config)
     kept = _decode(values, theta, masks, config.wire.down, per_row(config))
     held = {name: mask.hold(kept[name]) for name, mask in masks.items()}
     return recipe, masks, kept | held
+
+
+def _masks(
+    recipe: Recipe,
+    bits: Mapping[str, Packed],
+    theta: Mapping[str, Tensor],
+    layout: Layout | None,
+    config: Config,
+) -> Masks:
+    """A client's masks: of the configured family, whatever a message names."""
+    pruning = config.pruning
+    family = family_of(pruning, config.seed)
+    if not recipe.whole() and recipe.kind != pruning.kind:
+        raise RecipeError(f"recipe: kind = {recipe.kind!r}, and the run's is {pruning.kind!r}")
+    if recipe.needs_bits != (family.sends_bits and not recipe.whole()):
+        raise RecipeError(f"recipe: needs_bits = {recipe.needs_bits} is not {pruning.kind}'s")
+    if not recipe.needs_bits:
+        return derive(family, recipe, theta, layout)
+    masks = decode_bits(bits, theta)
+    family.check_bits(recipe, masks, theta)
+    return masks
 
 
 # --- towards the server -------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from fed_diffusion.config import Config
+from fed_diffusion.masks.families import derive
 from fed_diffusion.masks.mask import Masks, kept_values
 from fed_diffusion.masks.plan import plan_round
 from fed_diffusion.masks.recipe import Recipe
@@ -170,9 +171,9 @@ class BufferedCoordinator(Coordinator):
 
     def _mask_of(self, client: int, recipe: Recipe) -> Masks:
         bits = self.flights[client].bits
-        return (
-            recipe.mask(self.theta, self.layout) if bits is None else decode_bits(bits, self.theta)
-        )
+        if bits is not None:
+            return decode_bits(bits, self.theta)
+        return derive(self.family, recipe, self.theta, self.layout)
 
     def receive(self, update: Update, node: int | None = None) -> bool:
         """Check an update and add it, damped by its staleness."""

@@ -17,6 +17,7 @@ from fed_diffusion.common.rng import Purpose, generator
 from fed_diffusion.config import Config
 from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
+from fed_diffusion.masks.families import derive, family_of
 from fed_diffusion.masks.mask import Masks, kept_fraction, pruning_error
 from fed_diffusion.masks.plan import able, known_ratios, plan_round
 from fed_diffusion.masks.recipe import Recipe, RecipeError
@@ -56,8 +57,8 @@ class _Open:
     """client -> bytes sent to it, for those whose update is still out."""
     lost: dict[int, tuple[float, float]] = field(default_factory=dict)
     """client -> the part of all coordinates that its mask keeps, and w^2."""
-    top_k: dict[float, Masks] = field(default_factory=dict)
-    """keep ratio -> mask: the same for all clients of a round."""
+    shared: dict[float, Masks] = field(default_factory=dict)
+    """keep ratio -> mask, where it is the same for all clients of a round."""
     packed: dict[int, dict[str, Packed]] = field(default_factory=dict)
     """client -> its mask, where deriving it again costs ten times as much as unpacking it."""
     room: int = MASK_BYTES
@@ -93,6 +94,7 @@ class Coordinator:
         self.round = 0
         self.parameters = sum(value.numel() for value in self.theta.values())
         self.layout = channel_layout(config)
+        self.family = family_of(config.pruning, config.seed)
         self.keeps = known_ratios(config)
         self._Z = DSMLoss(time_grid(config)).Z
         self._d = math.prod(image_shape(config.data))
@@ -203,7 +205,7 @@ class Coordinator:
         else:
             self._open = _Open(self._mean(1), recipes, len(keeps), absent)
             self._open.mean = self._private_mean(round)
-        whole = [client for client, recipe in recipes.items() if recipe.kind == "full"]
+        whole = [client for client, recipe in recipes.items() if recipe.whole()]
         self.diagnostics.open(round, self.theta, whole)
         yield from self._encode(round, list(recipes))
 
@@ -211,7 +213,7 @@ class Coordinator:
         """Its denominators count all clients of the run, be they away or banned."""
         keeps = {client: self.keeps[client] for client in able(self.config, self.keeps)}
         recipes = plan_round(self.config, round, keeps, self.theta, self.layout)
-        masks = (self._mask(r) if r.kind != "full" else {} for r in recipes.values())
+        masks = (self._mask(recipe) for recipe in recipes.values())
         return PrivateMean(self.theta, masks, self.config.round.fraction, self.config.privacy)
 
     def _encode(self, round: int, clients: list[int]) -> Iterator[Task]:
@@ -221,7 +223,7 @@ class Coordinator:
         full: Payload | None = None
         for client in clients:
             recipe = state.recipes[client]
-            if recipe.kind == "full":  # the same bytes for everyone who trains the whole network
+            if recipe.whole():  # the same bytes for everyone who trains the whole network
                 full = full or encode_task(casts, recipe, {})
                 asked = self.diagnostics.question(client)
                 payload = Payload(full.arrays, recipe.to_metrics() | asked)
@@ -333,7 +335,7 @@ class Coordinator:
 
     def _remember(self, state: _Open, client: int, recipe: Recipe, masks: Masks) -> None:
         size = sum((math.prod(mask.shape) + 7) // 8 for mask in masks.values())
-        if recipe.by_channels or recipe.kind == "topk" or size > state.room:
+        if self.family.shrinks or self.family.shared or size > state.room:
             return
         state.packed[client] = encode_bits(masks)
         state.room -= size
@@ -452,11 +454,11 @@ class Coordinator:
         self._lowest = [min(self._lowest + now)]
 
     def _mask(self, recipe: Recipe) -> Masks:
-        if recipe.kind != "topk":
-            return recipe.mask(self.theta, self.layout)
-        cache = self._state().top_k
+        if recipe.whole() or not self.family.shared:
+            return derive(self.family, recipe, self.theta, self.layout)
+        cache = self._state().shared
         if recipe.keep not in cache:
-            cache[recipe.keep] = recipe.mask(self.theta)
+            cache[recipe.keep] = derive(self.family, recipe, self.theta, self.layout)
         return cache[recipe.keep]
 
     def _state(self) -> _Open:

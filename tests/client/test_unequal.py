@@ -19,6 +19,7 @@ from fed_diffusion.protocol.messages import Update
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.protocol.wire import Payload, decode_task, decode_update
 from fed_diffusion.server.coordinator import Coordinator
+from tests.masks.recipes import masks_of
 
 KEEP = [1, 1, 0.75, 0.5, 0.5]
 SIZES = {"model__widths": [16, 32], "model__group": 4, "pruning__keep": KEEP}
@@ -72,7 +73,7 @@ def test_a_round_on_small_networks_is_the_round_of_masked_whole_ones(tiny, digit
     diffusion = config.diffusion
     loss = DSMLoss(PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K))
     for task in coordinator.tasks(2):
-        masks = coordinator._open.recipes[task.client].mask(theta, coordinator.layout)
+        masks = masks_of(coordinator._open.recipes[task.client], theta, coordinator.layout)
         masks = {n: mask_of(masks, n, v).dense() for n, v in theta.items()}
         network = build_network(config)
         named = dict(network.named_parameters())

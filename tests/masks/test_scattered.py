@@ -11,6 +11,7 @@ from fed_diffusion.config import load_config
 from fed_diffusion.masks.mask import kept_fraction, pruning_error
 from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.masks.scattered import WORD, balanced_starts, dropped_length
+from tests.masks.recipes import masks_of
 
 THETA = {
     "a.weight": torch.randn(60, 50, generator=torch.Generator().manual_seed(1)),
@@ -29,7 +30,7 @@ def plan(keeps, round=1, kind="balanced"):
         },
     )
     recipes = plan_round(config, round, known_ratios(config), THETA)
-    return [recipe.mask(THETA) for recipe in recipes.values()]
+    return [masks_of(recipe, THETA) for recipe in recipes.values()]
 
 
 def coverage(masks):

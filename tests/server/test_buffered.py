@@ -14,6 +14,7 @@ from fed_diffusion.masks.recipe import Recipe
 from fed_diffusion.protocol.wire import decode_update
 from fed_diffusion.server.buffered import BufferedCoordinator
 from fed_diffusion.server.coordinator import Coordinator
+from tests.masks.recipes import masks_of
 
 SMALL = {"model__widths": [16], "model__group": 4, "wire__differences": True}
 SMALL |= {"evaluation__every": 0}
@@ -117,7 +118,7 @@ def test_theta_moves_as_in_fedbuff_per_coordinate_by_those_who_trained_it(tiny, 
             stale, numbers = coordinator.round + 1 - began, update.payload.numbers
             seen.add(stale)
             weight = numbers["examples"] if weighting == "examples" else 1
-            masks = Recipe.from_metrics(numbers).mask(coordinator.theta)
+            masks = masks_of(Recipe.from_metrics(numbers), coordinator.theta)
             zeros = {name: torch.zeros_like(value) for name, value in coordinator.theta.items()}
             change = decode_update(update.payload.arrays, zeros, masks, config)
             for name, value in change.items():

@@ -17,6 +17,7 @@ from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.protocol.wire import Packed, Payload, decode_task, decode_update
 from fed_diffusion.server.coordinator import Coordinator
+from tests.masks.recipes import masks_of
 
 
 def start(config, digits):
@@ -46,7 +47,7 @@ def test_masked_coordinates_stay_exactly_zero(tiny, digits, optimizer, method, s
     tasks = {task.client: task for task in coordinator.tasks(2)}
     worker.run(tasks[4])
     recipes = plan_round(config, 2, known_ratios(config), coordinator.theta)
-    found = recipes[4].mask(coordinator.theta)
+    found = masks_of(recipes[4], coordinator.theta)
     masks = {name: mask.dense() for name, mask in found.items()}
     trained = parameters_of(only_network(worker))
     assert sum(int((~mask).sum()) for mask in masks.values()) > 0
