@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fed_diffusion.aggregation.private import spent
-from fed_diffusion.analysis.measured import measured
+from fed_diffusion.analysis.results import results_of
 from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.checks import VERSIONS, check
 from fed_diffusion.common.compute import pinned_threads
 from fed_diffusion.common.rng import Purpose
-from fed_diffusion.config import Config, ConfigError, method_name
+from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import (
     ImageSet,
     content_hash,
@@ -31,7 +30,6 @@ from fed_diffusion.generate import Sampler
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.report.grids import save_grid
 from fed_diffusion.report.trackers import Trackers
-from fed_diffusion.server.buffered import BufferedCoordinator
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.server.divergence import Diverged
 from fed_diffusion.store.checkpoint import NEWEST
@@ -90,8 +88,7 @@ class Experiment:
         self._data = None if self.dataset is None else content_hash(self.dataset)
         self.run = RunDir.create(path, config, self._data) if run is None else run
         try:
-            kind = BufferedCoordinator if config.round.mode == "buffered" else Coordinator
-            self.coordinator: Coordinator = kind(config, parameters_of(build_network(config)))
+            self.coordinator = Coordinator(config, parameters_of(build_network(config)))
             self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "total": 0.0}
             self.history: list[RoundSummary] = []
             self.origin = origin_of(config, self._data, self.run, VERSIONS)
@@ -154,7 +151,7 @@ class Experiment:
             self.seconds = dict(state["seconds"])
             self.history = found.rounds
             self._written = self._saved = self.coordinator.round
-            self.coordinator.losses = [line.loss for line in found.rounds if line.clients]
+            self.coordinator.ledger.losses = [line.loss for line in found.rounds if line.clients]
         self.run.begin_again(found.rounds)
         if found.changed or found.checkpoint is None:
             self._checkpoint()  # from here on the run is one with the new settings
@@ -253,11 +250,12 @@ class Experiment:
     def announce(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
         """Note what each client's node can carry: its keep ratio and, where measured, why."""
         for client, budget in budgets.items():
-            self.coordinator.announce(client, budget["keep"])
+            self.coordinator.participation.announce(client, budget["keep"])
         self.run.write_budgets(self.run.budgets() | dict(budgets))
 
     def tasks(self, round: int, available: Collection[int] | None = None) -> Iterator[Task]:
-        self._round_began = time.perf_counter()
+        if self.coordinator.open is None:  # where tasks outlive rounds, a round asks repeatedly
+            self._round_began = time.perf_counter()
         if self.config.privacy.clip is not None:
             self.run.note_opened(round)  # before anything of it is sent: it counts from here on
         with pinned_threads(self.config.worker.threads):
@@ -340,38 +338,17 @@ class Experiment:
         return measure(sampler, images[: config.samples], self.dataset)
 
     def _results(self, quality: dict[str, Any]) -> dict[str, Any]:
-        last, config = self.history[-1], self.config
         total = self.seconds["total"] + time.perf_counter() - self._began
-        results = {
-            "preset": config.preset,
-            "method": config.method or method_name(config),
-            "clients": config.clients,
-            "rounds": last.round,
-            "seed": config.seed,
-            "parameters": self.coordinator.parameters,
-            "loss": last.loss,
-            "holdout_loss": last.holdout_loss,
-            "dsm_objective": last.dsm_objective,
-            "gamma_star": min(s.gamma for s in self.history),
-            "w2_max": max(s.w2_max for s in self.history),
-            "bytes_up": sum(s.bytes_up for s in self.history),
-            "bytes_down": sum(s.bytes_down for s in self.history),
-            "seconds": {k: round(v, 3) for k, v in (self.seconds | {"total": total}).items()},
-            "rejected": sum(len(s.rejected) for s in self.history),
-            "theory": measured(config, self.history, self.coordinator.theta),
-            "quality": quality,
-        }
-        if self.dataset is not None:
-            results["data"] = self.dataset.facts()
-        privacy = spent(config, self.run.opened(last.round), last.round)
-        if privacy is not None:
-            results["privacy"] = privacy
-        recorded = {s.round for s in self.history}
-        if lost := sorted(set(range(1, last.round + 1)) - recorded):
-            results["rounds_not_recorded"] = lost
-        if self.origin["changes"]:
-            results["changes"] = self.origin["changes"]
-        return results
+        return results_of(
+            self.config,
+            self.history,
+            self.coordinator.theta,
+            seconds=self.seconds | {"total": total},
+            quality=quality,
+            opened=self.run.opened(self.coordinator.round),
+            data=None if self.dataset is None else self.dataset.facts(),
+            changes=self.origin["changes"],
+        )
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
