@@ -70,7 +70,7 @@ class FedDiffusion:
                 "with pruning.budget a node's ratio is its clients', so its node config must say "
                 "which they are: partition-id=0 num-partitions=3"
             )
-        self.experiment.check_keep(numbers["keep"])
+        self.experiment.coordinator.participation.check(numbers["keep"])
 
     def _joined(self, host: Host) -> None:
         """What a node says it can carry holds for every client that it hosts."""

@@ -54,7 +54,7 @@ elif moment == "swapping":
     Path.rename = after(6, rename)  # of the second round: the newest is moved, no new one is there
 elif moment == "evaluating":
     import fed_diffusion.experiment as experiment
-    experiment.Experiment._evaluate = die
+    experiment._evaluate = die
 simulate(load_config("digits", settings), path, processes=1)
 """
 

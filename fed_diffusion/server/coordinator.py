@@ -64,7 +64,7 @@ class Coordinator:
         self.clock = 0.0
         self.parameters = sum(value.numel() for value in self.theta.values())
         self.layout = channel_layout(config)
-        self.participation = Participation(config)
+        self.participation = Participation(config, self.layout)
         self.policy: RoundPolicy = policy_of(config)
         self.flights = Flights(self.policy.overlapping)
         self._opening = Opening(config, self.participation, self.policy, self.layout)

@@ -6,10 +6,16 @@ from collections.abc import Collection, Iterable, Mapping
 
 from fed_diffusion.config import Config
 from fed_diffusion.masks.plan import able, known_ratios
+from fed_diffusion.masks.spaces import Layout
 
 
 class Participation:
     """The clients of a run, with what the server knows of each.
+
+    Parameters
+    ----------
+    layout
+        The network's channel spaces, where whole channels are dropped.
 
     Attributes
     ----------
@@ -19,14 +25,28 @@ class Participation:
         Client -> how many bad updates it has sent.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layout: Layout | None = None):
         self._config = config
+        self._layout = layout
         self.keeps = known_ratios(config)
         self.strikes: dict[int, int] = {}
 
     def announce(self, client: int, keep: float) -> None:
         """Note the keep ratio that a client's node gives it (pruning.budget: node or auto)."""
         self.keeps[client] = keep
+
+    def check(self, keep: float) -> None:
+        """Refuse a keep ratio that a node says and that cannot be used.
+
+        Raises
+        ------
+        ValueError
+            The ratio is out of range, or below that of the smallest network.
+        """
+        if not 0 < keep <= 1:
+            raise ValueError(f"its keep = {keep:g}; it must be above 0 and at most 1")
+        if self._layout is not None:
+            self._layout.counts(keep)
 
     def able(self) -> list[int]:
         """All clients but those that `exclusive` leaves out for their keep ratio."""
