@@ -7,6 +7,7 @@ from flwr.app import MessageType
 
 from fed_diffusion.config import load_config
 from fed_diffusion.experiment import Experiment
+from fed_diffusion.server.coordinator import BelowQuorum
 from server_app import exchange
 from server_app.nodes import most_out
 from server_app.strategy import FedDiffusion
@@ -63,6 +64,36 @@ def test_at_the_deadline_clients_whose_turn_never_came_are_named_too(tmp_path, m
     rejected = run.coordinator.open.rejected
     assert sorted(entry["client"] for entry in rejected) == [0, 1, 2, 3, 4]
     assert {entry["reason"] for entry in rejected} == {"no reply within 1 s"}
+
+
+class Slow(LocalGrid):
+    """Its replies come when `here` says so."""
+
+    here = False
+
+    def pull_messages(self, message_ids):
+        replies = super().pull_messages(message_ids) if self.here or message_ids[0] == "0" else []
+        return replies
+
+
+BUFFERED = {"round.mode": "buffered", "wire.differences": True}
+
+
+@pytest.mark.parametrize("more", [{}, BUFFERED], ids=["synchronous", "buffered"])
+def test_a_reply_behind_the_deadline_is_counted_as_late_and_thrown_away(tmp_path, more):
+    grid = Slow([{}])
+    run = experiment(tmp_path / "run", **{"round.deadline_s": 0.2, "clients": 2} | more)
+    exchange_of = exchange.Exchange(run, grid, FedDiffusion(run)._meet(grid))
+    exchange_of(1)
+    rejected = [(entry["client"], entry["reason"]) for entry in run.coordinator.open.rejected]
+    assert rejected == [(0, "no reply within 0.2 s"), (1, "no reply within 0.2 s")]
+    with pytest.raises(BelowQuorum):
+        run.close_round()
+    grid.here = True
+    exchange_of(1)
+    summary = run.close_round()
+    assert summary.late == 2
+    assert [client.client for client in summary.clients] == [0, 1]
 
 
 def test_supernodes_are_sent_their_messages_at_once():

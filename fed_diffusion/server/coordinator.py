@@ -27,7 +27,7 @@ from fed_diffusion.server.norms import NormLimit
 from fed_diffusion.server.open_round import OpenRound
 from fed_diffusion.server.opening import Opening, outgoing
 from fed_diffusion.server.participation import Participation
-from fed_diffusion.server.policies import RoundPolicy, policy_of
+from fed_diffusion.server.policies import RoundPolicy, checked, policy_of
 from fed_diffusion.server.summary import Ledger
 from fed_diffusion.store.ledger import RoundSummary
 
@@ -120,7 +120,8 @@ class Coordinator:
         """The clients that get a task now, of those that can be reached; None means all."""
         eligible = self.participation.eligible()
         here = [client for client in eligible if available is None or client in available]
-        return self.policy.ask(round, self.flights.free(here, self.round), len(eligible))
+        free = self.flights.free(here, self.round)
+        return checked(self.policy.ask(round, free, len(eligible)), free)
 
     # --- tasks out ------------------------------------------------------------------------------
 
@@ -215,6 +216,7 @@ class Coordinator:
             needed = min(needed, len(state.recipes))  # a draw of nobody is a round like any other
         if len(state.clients) < needed:
             self.ledger.give_up(state)
+            self.flights.again_from(round)
             eta = self.config.local.eta
             check_divergence(eta, eta_of(self.config, round), round, needed, state)
             raise BelowQuorum(_too_few(state, round, needed))

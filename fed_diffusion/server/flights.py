@@ -107,6 +107,10 @@ class Flights:
             begun = {flight.round for flight in self.out.values()}
             self.versions = {r: theta for r, theta in self.versions.items() if r in begun}
 
+    def again_from(self, round: int) -> None:
+        """Whoever was asked in this round may be asked in it again: it did not count."""
+        self._began = {client: began for client, began in self._began.items() if began < round}
+
     def forget(self) -> None:
         """All clients are free: on real machines nobody answers for a server that is gone."""
         self.out, self._began, self.versions = {}, {}, None

@@ -122,7 +122,7 @@ class Buffered:
 
     def target(self, eligible: int) -> int:
         """The updates behind a move of theta: round.buffer, or one of every client."""
-        return min(self._buffer or eligible, eligible)
+        return max(1, min(self._buffer or eligible, eligible))
 
     def quorum(self, eligible: int) -> int:
         """A move of theta needs a full buffer."""
@@ -156,10 +156,40 @@ def policy_of(config: Config) -> RoundPolicy:
     make = resolve("round.mode", name, POLICIES)
     with blamed("round.mode", name):
         policy: RoundPolicy = make(config)
-        overlapping = policy.overlapping
-    if overlapping and not config.wire.differences:
+        if name not in POLICIES:
+            _check(policy, config.clients)
+    if policy.overlapping and not config.wire.differences:
         raise ConfigError(
             f"round.mode = {name!r} lets tasks outlive their round, so it adds what each worker "
             "changed to a theta that has moved meanwhile; set wire.differences to true."
         )
     return policy
+
+
+def checked(asked: list[int], free: list[int]) -> list[int]:
+    """Whom a policy asks, each once and in ascending order.
+
+    Raises
+    ------
+    ValueError
+        Some of them are not free.
+    """
+    if odd := sorted(set(asked) - set(free)):
+        raise ValueError(f"the round policy asks clients {odd[:3]}, which are not free")
+    return sorted(set(asked))
+
+
+def _check(policy: RoundPolicy, clients: int) -> None:
+    """Try a policy of the user's on a first round; whatever is raised is told as its fault."""
+    target, quorum = policy.target(clients), policy.quorum(clients)
+    if type(target) is not int or not 1 <= target <= clients:
+        raise ValueError(f"target({clients}) is {target!r}, not a whole number from 1 to {clients}")
+    if type(quorum) is not int or not 1 <= quorum <= target:
+        raise ValueError(f"quorum({clients}) is {quorum!r}, not a whole number from 1 to {target}")
+    everyone = list(range(clients))
+    if not checked(policy.ask(1, everyone, clients), everyone):
+        raise ValueError("ask() names nobody where all clients are free")
+    for staleness in (0, 1) if policy.overlapping else (0,):
+        factor = policy.weight(staleness)
+        if not 0 < factor <= 1:
+            raise ValueError(f"weight({staleness}) is {factor!r}, not above 0 and at most 1")
