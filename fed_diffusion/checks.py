@@ -20,7 +20,7 @@ from fed_diffusion.generate import check_sampler, sampler_partition
 from fed_diffusion.masks.plan import check_pruning
 from fed_diffusion.protocol import wire
 from fed_diffusion.report.trackers import check_trackers
-from fed_diffusion.server.policies import policy_of
+from fed_diffusion.server.policy_of import policy_of
 from fed_diffusion.store import checkpoint
 from fed_diffusion.store.origin import (
     check_same_data,

@@ -13,24 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from fed_diffusion.analysis.results import results_of
 from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.checks import VERSIONS, check
 from fed_diffusion.common.compute import pinned_threads
-from fed_diffusion.common.rng import Purpose
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import (
     ImageSet,
     content_hash,
     with_class_names,
 )
-from fed_diffusion.evaluation import no_quality
-from fed_diffusion.evaluation.generated import measure
-from fed_diffusion.generate import Sampler
+from fed_diffusion.finish import finish, small_grid
 from fed_diffusion.protocol.messages import Task, Update
-from fed_diffusion.report.grids import save_grid
 from fed_diffusion.report.trackers import Trackers
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.server.divergence import Diverged
@@ -178,7 +171,7 @@ class Experiment:
                     progress(summary.to_dict())
             if self.record.saved < self.coordinator.round:
                 self._checkpoint()
-            return _finish(self)
+            return finish(self)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -235,7 +228,7 @@ class Experiment:
         self.trackers.round(summary.to_dict())
         every = config.evaluation.every
         if every and summary.round % every == 0 and summary.round < config.rounds:
-            _small_grid(self, summary.round)
+            small_grid(self, summary.round)
         return summary
 
     def _checkpoint(self) -> None:
@@ -260,60 +253,3 @@ def _round(experiment: Experiment, exchange: Callable[[int], None]) -> RoundSumm
             problem = error
             logger.warning("%s (attempt %d)", error, attempt + 1)
     raise RunStopped(f"{problem} It was tried {tries} times.") from problem
-
-
-def _finish(experiment: Experiment) -> dict[str, Any]:
-    """The hook behind the last round: samples, quality, results.json and the report."""
-    run, record = experiment.run, experiment.record
-    why = "the evaluation did not finish; fed-diffusion evaluate RUN does it again"
-    run.write_results(_results(experiment, no_quality(why, 0, 0)))
-    with record.timed("evaluate"):
-        quality = _evaluate(experiment)
-    results = _results(experiment, quality)
-    run.write_results(results)
-    from fed_diffusion.report.html import write_report  # matplotlib takes seconds to import
-
-    write_report(run.path)
-    run.write_status("finished")
-    experiment.trackers.end(results)
-    return results
-
-
-def _evaluate(experiment: Experiment) -> dict[str, Any]:
-    """Sample once; the first images make the grid, all of them the figures."""
-    sampler, config = _sampler(experiment), experiment.config.evaluation
-    images = sampler.sample(max(config.samples, config.grid))
-    _save(experiment, images[: config.grid], "final.png")
-    return measure(sampler, images[: config.samples], experiment.dataset)
-
-
-def _small_grid(experiment: Experiment, round: int) -> None:
-    """Images from the same noise each time."""
-    with experiment.record.timed("evaluate"):
-        images = _sampler(experiment).sample(16, purpose=Purpose.GRID)
-        _save(experiment, images, f"round-{round:04d}.png")
-
-
-def _save(experiment: Experiment, images: Tensor, name: str) -> None:
-    save_grid(images, experiment.run.path / "samples" / name)
-    experiment.trackers.images(experiment.coordinator.round, images)
-
-
-def _sampler(experiment: Experiment) -> Sampler:
-    """A sampler of the moving average, or of theta where there is none."""
-    config, coordinator = experiment.config, experiment.coordinator
-    return Sampler(config, coordinator.ema if config.ema.decay > 0 else coordinator.theta)
-
-
-def _results(experiment: Experiment, quality: dict[str, Any]) -> dict[str, Any]:
-    record, coordinator = experiment.record, experiment.coordinator
-    return results_of(
-        experiment.config,
-        record.history,
-        coordinator.theta,
-        seconds=record.seconds(),
-        quality=quality,
-        opened=experiment.run.opened(coordinator.round),
-        data=None if experiment.dataset is None else experiment.dataset.facts(),
-        changes=record.origin["changes"],
-    )

@@ -54,11 +54,12 @@ class Exchange:
     def __call__(self, round: int) -> None:
         """One round, until there are enough updates, or no more can come, or time is up."""
         self._drop_late()
-        tasks, deadline, patience = None, 0.0, Patience()
+        tasks, deadline, patience = None, math.inf, Patience()
         while not self._experiment.enough():
             if tasks is None or self._overlapping:
                 tasks = self._experiment.tasks(round, self._available())
-                deadline = time.monotonic() + self._seconds
+                # where tasks outlive rounds, each message has a deadline of its own
+                deadline = math.inf if self._overlapping else time.monotonic() + self._seconds
             self._fill(tasks, deadline)
             if not self._out or time.monotonic() >= deadline:
                 break
@@ -85,7 +86,7 @@ class Exchange:
         while len(self._out) < most and (task := next(tasks, None)):
             self._send(task, deadline)
 
-    def _send(self, task: Task, expires: float) -> None:
+    def _send(self, task: Task, deadline: float) -> None:
         """The task's message on its way to the client's node; else the client is rejected."""
         host = self._nodes.host_of(task.client)
         message_ids = self._grid.push_messages([self._message(task, host)]) if host else []
@@ -93,6 +94,7 @@ class Exchange:
         if not sent or host is None:
             self._reject(task.client, "its node cannot be reached", host.node if host else None)
             return
+        expires = min(deadline, time.monotonic() + self._seconds)
         self._out |= dict.fromkeys(sent, Sent(task.client, host.node, expires))
 
     def _message(self, task: Task, host: Host) -> Message:

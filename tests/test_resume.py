@@ -53,8 +53,8 @@ elif moment == "swapping":
     rename = Path.rename
     Path.rename = after(6, rename)  # of the second round: the newest is moved, no new one is there
 elif moment == "evaluating":
-    import fed_diffusion.experiment as experiment
-    experiment._evaluate = die
+    import fed_diffusion.finish as finish
+    finish._evaluate = die
 simulate(load_config("digits", settings), path, processes=1)
 """
 

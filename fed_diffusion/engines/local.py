@@ -5,12 +5,12 @@ One round goes through the program like this:
 1. `experiment.Experiment.train` calls this file's `Exchange` with the number of the round.
 2. `server/coordinator.py` opens the round: `server/policies.py` says which clients are asked (of
    those that `server/participation.py` knows to be eligible), `masks/plan.py` gives each one the
-   recipe of its mask (`masks/recipe.py`), and `server/opening.py` makes its task of theta_r under
+   recipe of its mask (`masks/recipe.py`), and `server/rounds.py` makes its task of theta_r under
    that mask, as `protocol/wire.py` encodes it.
 3. A runner (`engines/pool.py`) gives the task to a `client/worker.py`, which takes the local steps
    of equation (7) and sends an update back (`protocol/messages.py`).
-4. The coordinator looks the client's task up in `server/flights.py`; `server/intake.py` checks the
-   update and adds it to the sums of equation (8) in `aggregation/mean.py`.
+4. The coordinator looks the client's task up in `server/open_round.py`; `server/rounds.py` checks
+   the update and adds it to the sums of equation (8) in `aggregation/mean.py`.
 5. When there are enough, the coordinator closes the round: theta and its moving average move, and
    `server/summary.py` writes the round's line, which the experiment stores with a checkpoint.
 """

@@ -1,9 +1,8 @@
 """The server's side of a round: tasks out, updates in, equation (8), the moving average.
 
 The coordinator joins the parts: `participation` knows the clients, `policies` says who is asked and
-when a round closes, `opening` begins it and makes tasks, `flights` holds those that are out,
-`intake` checks the updates that come, `open_round` counts them, `summary` writes it down. None of
-them knows which engine carries a message.
+when a round closes, `rounds` makes tasks and checks updates, `open_round` holds what is out and
+what has come, `summary` writes it down. None of them knows which engine carries a message.
 """
 
 from __future__ import annotations
@@ -21,13 +20,12 @@ from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.server.diagnostics import Diagnostics
 from fed_diffusion.server.divergence import check_divergence
-from fed_diffusion.server.flights import Flights
-from fed_diffusion.server.intake import Intake
 from fed_diffusion.server.norms import NormLimit
-from fed_diffusion.server.open_round import OpenRound
-from fed_diffusion.server.opening import Opening, outgoing
+from fed_diffusion.server.open_round import Flights, OpenRound
 from fed_diffusion.server.participation import Participation
-from fed_diffusion.server.policies import RoundPolicy, checked, policy_of
+from fed_diffusion.server.policies import RoundPolicy
+from fed_diffusion.server.policy_of import checked, policy_of
+from fed_diffusion.server.rounds import Rounds
 from fed_diffusion.server.summary import Ledger
 from fed_diffusion.store.ledger import RoundSummary
 
@@ -67,11 +65,11 @@ class Coordinator:
         self.participation = Participation(config, self.layout)
         self.policy: RoundPolicy = policy_of(config)
         self.flights = Flights(self.policy.overlapping)
-        self._opening = Opening(config, self.participation, self.policy, self.layout)
         self.norms = NormLimit(config.round.max_norm, config.round.norm_factor)
         self.diagnostics = Diagnostics(config)
         self.ledger = Ledger(config, self.parameters)
-        self._intake = Intake(config, self.policy, self.norms, self.diagnostics, self.ledger)
+        parts = self.participation, self.policy, self.norms, self.diagnostics, self.ledger
+        self._rounds = Rounds(config, self.layout, *parts)
         self.open: OpenRound | None = None
 
     # --- what a checkpoint holds ----------------------------------------------------------------
@@ -136,13 +134,12 @@ class Coordinator:
             self.open = None
         asked = self.participants(round, available)
         if self.open is None:
-            self.open = self._opening.begin(round, self.theta, asked, available)
+            self.open = self._rounds.begin(round, self.theta, asked, available)
             whole = [c for c, recipe in self.open.recipes.items() if recipe.kind == "full"]
             self.diagnostics.open(round, self.theta, whole)
-        state, question = self.open, self.diagnostics.question
+        state = self.open
         recipes = {client: state.recipes[client] for client in asked if client in state.recipes}
-        sent = outgoing(self.config, round, self.theta, recipes, state.masks, question)
-        for task, flight in sent:
+        for task, flight in self._rounds.tasks(round, self.theta, recipes, state.masks):
             state.send(task)
             self.flights.send(task.client, flight, self.theta)
             yield task
@@ -152,9 +149,9 @@ class Coordinator:
         versions, began = self.flights.versions, self.flights.out[client].round
         assert versions is not None
         theta = versions[began]
-        recipe = self._opening.recipes(began, self.participation.eligible(), theta)[client]
-        masks, recipes = self._opening.masks(theta), {client: recipe}
-        ((task, flight),) = outgoing(self.config, began, theta, recipes, masks, lambda client: {})
+        recipe = self._rounds.recipes(began, self.participation.eligible(), theta)[client]
+        masks, recipes = self._rounds.masks(theta), {client: recipe}
+        ((task, flight),) = self._rounds.tasks(began, theta, recipes, masks)
         self.flights.out[client] = flight
         return task
 
@@ -168,7 +165,7 @@ class Coordinator:
             flight = self.flights.of(update)
             state.asked.add(update.client)
             stale = self.round + 1 - flight.round
-            self._intake.take(state, flight, update, self.theta, stale)
+            self._rounds.take(state, flight, update, self.theta, stale)
         except (UpdateError, RecipeError) as error:
             refused = error if isinstance(error, UpdateError) else UpdateError(str(error))
             if refused.strike:
