@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fed_diffusion.generate import Sampler
     from fed_diffusion.models.own import NetworkFactory
     from fed_diffusion.report.trackers import Tracker
+    from fed_diffusion.server.policies import RoundPolicy
 
 _PLACES = {
     "Config": "config",
@@ -34,6 +35,7 @@ _PLACES = {
     "JudgeFactory": "evaluation.judge",
     "Loader": "data",
     "NetworkFactory": "models.own",
+    "RoundPolicy": "server.policies",
     "Sampler": "generate",
     "Solver": "diffusion.samplers",
     "Split": "data",
@@ -54,6 +56,7 @@ __all__ = [
     "JudgeFactory",
     "Loader",
     "NetworkFactory",
+    "RoundPolicy",
     "Sampler",
     "Solver",
     "Split",

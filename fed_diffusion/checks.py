@@ -20,6 +20,7 @@ from fed_diffusion.generate import check_sampler, sampler_partition
 from fed_diffusion.masks.plan import check_pruning
 from fed_diffusion.protocol import wire
 from fed_diffusion.report.trackers import check_trackers
+from fed_diffusion.server.policy_of import policy_of
 from fed_diffusion.store import checkpoint
 from fed_diffusion.store.origin import (
     check_same_data,
@@ -65,6 +66,7 @@ def check_training(config: Config) -> None:
     spent(config, 1)  # needs the accountant, if anything
     check_structure(config)
     check_trackers(config)
+    policy_of(config)
     check_pruning(config, channel_layout(config))
 
 

@@ -125,6 +125,13 @@ def test_the_tracker_is_told_of_rounds_images_and_the_end(tmp_path):
     assert len((run.path / "rounds.csv").read_text().splitlines()) == 3
 
 
+def test_the_policy_asks_the_clients_in_turn(tmp_path):
+    run = run_as_told("own_policy", tmp_path / "run", clients=4, rounds=3)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    asked = [[client["client"] for client in line["clients"]] for line in lines]
+    assert asked == [[0, 1], [2, 3], [0, 1]]
+
+
 ALL = SMALL | {
     "pruning.kind": "random",
     "pruning.level": "S",
@@ -138,6 +145,7 @@ ALL = SMALL | {
     "evaluation.samples": 20,
     "evaluation.reference": "data",
     "evaluation.extractor": "examples.own_judge:Spectrum",
+    "round.mode": "examples.own_policy:Turns",
     "trackers": ["csv", "examples.own_tracker:Diary"],
 }
 SAME = ("loss", "holdout_loss", "bytes_up", "bytes_down", "gamma_star", "quality")
