@@ -29,7 +29,7 @@ from fed_diffusion.data import ImageSet, load_dataset, to_unit
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.engines.flower import run_on_flower
-from fed_diffusion.engines.local import task_runner
+from fed_diffusion.engines.pool import task_runner
 from fed_diffusion.experiment import Experiment
 from fed_diffusion.protocol.messages import Update
 

@@ -190,7 +190,7 @@ def opened(config: Config, dataset: ImageSet, run: Path, kept: Path) -> Experime
             coordinator.theta[name].copy_(value)
             coordinator.ema[name].copy_(value)
         coordinator.round = int(state["round"])
-        experiment.history, _ = RunDir(kept).read_rounds(coordinator.round)
+        experiment.record.history, _ = RunDir(kept).read_rounds(coordinator.round)
         experiment.run.begin_again(experiment.history)
     return experiment
 

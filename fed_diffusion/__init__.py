@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fed_diffusion.masks.recipe import Recipe
     from fed_diffusion.models.own import NetworkFactory
     from fed_diffusion.report.trackers import Tracker
+    from fed_diffusion.server.policies import RoundPolicy
 
 _PLACES = {
     "Aggregator": "aggregation.named",
@@ -48,6 +49,7 @@ _PLACES = {
     "Masks": "masks.mask",
     "NetworkFactory": "models.own",
     "Recipe": "masks.recipe",
+    "RoundPolicy": "server.policies",
     "Sampler": "generate",
     "Scattered": "masks.mask",
     "Solver": "diffusion.samplers",
@@ -79,6 +81,7 @@ __all__ = [
     "Masks",
     "NetworkFactory",
     "Recipe",
+    "RoundPolicy",
     "Sampler",
     "Scattered",
     "Solver",

@@ -13,37 +13,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fed_diffusion.aggregation.private import spent
-from fed_diffusion.analysis.measured import measured
 from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.checks import VERSIONS, check
 from fed_diffusion.common.compute import pinned_threads
-from fed_diffusion.common.rng import Purpose
-from fed_diffusion.config import Config, ConfigError, method_name
+from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import (
     ImageSet,
     content_hash,
     with_class_names,
 )
-from fed_diffusion.evaluation import no_quality
-from fed_diffusion.evaluation.generated import measure
-from fed_diffusion.generate import Sampler
+from fed_diffusion.finish import finish, small_grid
 from fed_diffusion.protocol.messages import Task, Update
-from fed_diffusion.report.grids import save_grid
 from fed_diffusion.report.trackers import Trackers
-from fed_diffusion.server.buffered import BufferedCoordinator
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.server.divergence import Diverged
-from fed_diffusion.store.checkpoint import NEWEST
 from fed_diffusion.store.ledger import RoundSummary
-from fed_diffusion.store.origin import (
-    Standing,
-    check_same_data,
-    note_where,
-    origin_of,
-    resume_command,
-    standing,
-)
+from fed_diffusion.store.origin import Standing, check_same_data, standing
+from fed_diffusion.store.record import Record
 from fed_diffusion.store.rundir import RunDir
 from fed_diffusion.store.stopping import RunDiverged, RunStopped, ending
 
@@ -90,15 +76,10 @@ class Experiment:
         self._data = None if self.dataset is None else content_hash(self.dataset)
         self.run = RunDir.create(path, config, self._data) if run is None else run
         try:
-            kind = BufferedCoordinator if config.round.mode == "buffered" else Coordinator
-            self.coordinator: Coordinator = kind(config, parameters_of(build_network(config)))
-            self.seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "total": 0.0}
-            self.history: list[RoundSummary] = []
-            self.origin = origin_of(config, self._data, self.run, VERSIONS)
-            """What the run depends on; see `fed_diffusion.store.origin`."""
-            self._written = self._saved = 0
+            self.coordinator = Coordinator(config, parameters_of(build_network(config)))
+            self.record = Record(config, self.run, self._data, VERSIONS)
             self._guarded = False
-            self._began = self._round_began = time.perf_counter()
+            self._round_began = time.perf_counter()
             if run is None:
                 self._checkpoint()  # of round 0: from now on a run without one has lost it
         except BaseException:
@@ -147,17 +128,16 @@ class Experiment:
                 self.coordinator.restore(found.checkpoint.tensors, state["coordinator"])
             except ValueError as error:
                 raise ConfigError(f"{self.run.path} cannot be resumed: {error}.") from error
-            then = state["origin"]
-            note_where(self.run, then["made_by"], self.origin["made_by"])
-            self.origin |= {"id": then["id"], "changes": found.changes}
-            self.origin["data"] = self.origin["data"] or then["data"]
-            self.seconds = dict(state["seconds"])
-            self.history = found.rounds
-            self._written = self._saved = self.coordinator.round
-            self.coordinator.losses = [line.loss for line in found.rounds if line.clients]
+            self.record.go_on(found, state)
+            self.coordinator.ledger.losses = [line.loss for line in found.rounds if line.clients]
         self.run.begin_again(found.rounds)
         if found.changed or found.checkpoint is None:
             self._checkpoint()  # from here on the run is one with the new settings
+
+    @property
+    def history(self) -> list[RoundSummary]:
+        """The rounds that are done."""
+        return self.record.history
 
     def close(self) -> None:
         """Free the run directory for others."""
@@ -186,10 +166,12 @@ class Experiment:
         with self.guarded():
             self.trackers.begin(self.run.path, [summary.to_dict() for summary in self.history])
             while self.coordinator.round < self.config.rounds:
-                summary = self._round(exchange)
+                summary = _round(self, exchange)
                 if progress is not None:
                     progress(summary.to_dict())
-            return self.finish()
+            if self.record.saved < self.coordinator.round:
+                self._checkpoint()
+            return finish(self)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -200,183 +182,74 @@ class Experiment:
             return
         self._guarded = True
         try:
-            with ending(self.run, self._save_last, self.how_to_resume):
+            with ending(self.run, self._save_last, lambda: self.record.how_to_resume(self.engine)):
                 yield
         finally:
             self._guarded = False
             self.close()
 
-    def _round(self, exchange: Callable[[int], None]) -> RoundSummary:
-        """One round, tried again while it is below its quorum."""
-        round = self.coordinator.round + 1
-        for attempt in range(self.config.round.retries + 1):
-            exchange(round)
-            try:
-                return self.close_round()
-            except Diverged as error:  # to resume would bring it again
-                raise RunDiverged(f"{error} {self._last_good()}") from error
-            except BelowQuorum as error:
-                problem = error
-                logger.warning("%s (attempt %d)", error, attempt + 1)
-        raise RunStopped(
-            f"{problem} It was tried {self.config.round.retries + 1} times."
-        ) from problem
-
-    def _save_last(self) -> None:
-        if self._written > self._saved and self._written == self.coordinator.round:
-            self._checkpoint()
-
-    def how_to_resume(self) -> str:
-        last = self._saved
-        where = f"The last checkpoint is of round {last}" if last else "No round was finished yet"
-        return f"{where}; go on with: {resume_command(self.run.path, engine=self.engine)}"
-
-    def _last_good(self) -> str:
-        """What is left of a run that diverged, and what to do."""
-        if not self.history:
-            return "No round was finished: start a new run with it."
-        last, best = self.history[-1], min(self.history, key=lambda summary: summary.loss)
-        return (
-            f"The last good checkpoint is of round {last.round}, with a loss of {last.loss:.4g} "
-            f"(the lowest was {best.loss:.4g}, in round {best.round}); it is in "
-            f"{self.run.path / NEWEST}. From there it would diverge again: start a new run with "
-            "the smaller step size."
-        )
-
-    def check_keep(self, keep: float) -> None:
-        """Refuse a keep ratio that a node says and that cannot be used: `ValueError`."""
-        if not 0 < keep <= 1:
-            raise ValueError(f"its keep = {keep:g}; it must be above 0 and at most 1")
-        if self.coordinator.layout is not None:
-            self.coordinator.layout.counts(keep)
-
     def announce(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
         """Note what each client's node can carry: its keep ratio and, where measured, why."""
         for client, budget in budgets.items():
-            self.coordinator.announce(client, budget["keep"])
+            self.coordinator.participation.announce(client, budget["keep"])
         self.run.write_budgets(self.run.budgets() | dict(budgets))
 
     def tasks(self, round: int, available: Collection[int] | None = None) -> Iterator[Task]:
-        self._round_began = time.perf_counter()
+        """See `Coordinator.tasks`."""
+        if self.coordinator.open is None:  # where tasks outlive rounds, a round asks repeatedly
+            self._round_began = time.perf_counter()
         if self.config.privacy.clip is not None:
             self.run.note_opened(round)  # before anything of it is sent: it counts from here on
         with pinned_threads(self.config.worker.threads):
             yield from self.coordinator.tasks(round, available)
 
     def receive(self, update: Update, node: int | None = None) -> bool:
-        with self._timed("aggregate"), pinned_threads(self.config.worker.threads):
+        """See `Coordinator.receive`."""
+        with self.record.timed("aggregate"), pinned_threads(self.config.worker.threads):
             return self.coordinator.receive(update, node)
 
     def reject(self, client: int, reason: str, node: int | None = None, nbytes: int = 0) -> None:
+        """See `Coordinator.reject`."""
         self.coordinator.reject(client, reason, node, nbytes)
 
     def enough(self) -> bool:
+        """See `Coordinator.enough`."""
         return self.coordinator.enough()
 
     def close_round(self) -> RoundSummary:
         """Average, write the round's line and checkpoint, draw the small grid where it is due."""
-        with self._timed("aggregate"), pinned_threads(self.config.worker.threads):
+        config, record = self.config, self.record
+        with record.timed("aggregate"), pinned_threads(config.worker.threads):
             summary = self.coordinator.close_round()
         summary.seconds = time.perf_counter() - self._round_began
-        self.seconds["train"] += summary.seconds
-        self.history.append(summary)
-        # first the line, then the checkpoint: a line without one is dropped when the run resumes
-        self.run.append_metrics(summary.to_dict())
-        self._written = summary.round
-        if summary.round % self.config.round.checkpoint_every == 0:
+        record.line(summary)
+        if summary.round % config.round.checkpoint_every == 0:
             self._checkpoint()
         self.trackers.round(summary.to_dict())
-        every = self.config.evaluation.every
-        if every and summary.round % every == 0 and summary.round < self.config.rounds:
-            with self._timed("evaluate"):
-                images = self._sampler().sample(16, purpose=Purpose.GRID)
-                save_grid(images, self.run.path / "samples" / f"round-{summary.round:04d}.png")
-            self.trackers.images(summary.round, images)
+        every = config.evaluation.every
+        if every and summary.round % every == 0 and summary.round < config.rounds:
+            small_grid(self, summary.round)
         return summary
 
     def _checkpoint(self) -> None:
-        now = time.perf_counter()
-        self.seconds["total"] += now - self._began
-        self._began = now
-        state = {
-            "round": self.coordinator.round,
-            "preset": self.config.preset,
-            "origin": self.origin,
-            "coordinator": self.coordinator.state(),
-            "seconds": self.seconds,
-        }
-        self.run.save_checkpoint(self.coordinator.tensors(), state)
-        self._saved = self.coordinator.round
-
-    def finish(self) -> dict[str, Any]:
-        """The post-training hook: samples, quality, results.json and the report."""
-        if self._saved < self.coordinator.round:
-            self._checkpoint()
-        why = "the evaluation did not finish; fed-diffusion evaluate RUN does it again"
-        self.run.write_results(self._results(no_quality(why, 0, 0)))
-        with self._timed("evaluate"):
-            quality = self._evaluate()
-        results = self._results(quality)
-        self.run.write_results(results)
-        from fed_diffusion.report.html import write_report  # matplotlib takes seconds to import
-
-        write_report(self.run.path)
-        self.run.write_status("finished")
-        self.trackers.end(results)
-        return results
-
-    def _sampler(self) -> Sampler:
         coordinator = self.coordinator
-        return Sampler(
-            self.config, coordinator.ema if self.config.ema.decay > 0 else coordinator.theta
-        )
+        self.record.checkpoint(coordinator.round, coordinator.tensors(), coordinator.state())
 
-    def _evaluate(self) -> dict[str, Any]:
-        """Sample once; the first images make the grid, all of them the figures."""
-        sampler, config = self._sampler(), self.config.evaluation
-        images = sampler.sample(max(config.samples, config.grid))
-        save_grid(images[: config.grid], self.run.path / "samples" / "final.png")
-        self.trackers.images(self.coordinator.round, images[: config.grid])
-        return measure(sampler, images[: config.samples], self.dataset)
+    def _save_last(self) -> None:
+        if self.record.unsaved(self.coordinator.round):
+            self._checkpoint()
 
-    def _results(self, quality: dict[str, Any]) -> dict[str, Any]:
-        last, config = self.history[-1], self.config
-        total = self.seconds["total"] + time.perf_counter() - self._began
-        results = {
-            "preset": config.preset,
-            "method": config.method or method_name(config),
-            "clients": config.clients,
-            "rounds": last.round,
-            "seed": config.seed,
-            "parameters": self.coordinator.parameters,
-            "loss": last.loss,
-            "holdout_loss": last.holdout_loss,
-            "dsm_objective": last.dsm_objective,
-            "gamma_star": min(s.gamma for s in self.history),
-            "w2_max": max(s.w2_max for s in self.history),
-            "bytes_up": sum(s.bytes_up for s in self.history),
-            "bytes_down": sum(s.bytes_down for s in self.history),
-            "seconds": {k: round(v, 3) for k, v in (self.seconds | {"total": total}).items()},
-            "rejected": sum(len(s.rejected) for s in self.history),
-            "theory": measured(config, self.history, self.coordinator.theta),
-            "quality": quality,
-        }
-        if self.dataset is not None:
-            results["data"] = self.dataset.facts()
-        privacy = spent(config, self.run.opened(last.round), last.round)
-        if privacy is not None:
-            results["privacy"] = privacy
-        recorded = {s.round for s in self.history}
-        if lost := sorted(set(range(1, last.round + 1)) - recorded):
-            results["rounds_not_recorded"] = lost
-        if self.origin["changes"]:
-            results["changes"] = self.origin["changes"]
-        return results
 
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        began = time.perf_counter()
+def _round(experiment: Experiment, exchange: Callable[[int], None]) -> RoundSummary:
+    """One round, tried again while it is below its quorum."""
+    round, tries = experiment.coordinator.round + 1, experiment.config.round.retries + 1
+    for attempt in range(tries):
+        exchange(round)
         try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - began
+            return experiment.close_round()
+        except Diverged as error:  # to resume would bring it again
+            raise RunDiverged(f"{error} {experiment.record.last_good()}") from error
+        except BelowQuorum as error:
+            problem = error
+            logger.warning("%s (attempt %d)", error, attempt + 1)
+    raise RunStopped(f"{problem} It was tried {tries} times.") from problem

@@ -201,23 +201,6 @@ def pull(grid: Grid, message_id: str) -> Iterator[Message | Exception]:
         yield error
 
 
-def replies(
-    grid: Grid, waiting: Mapping[str, object], deadline: float
-) -> Iterator[tuple[str, Message | Exception]]:
-    """Replies as they come, until `waiting` is empty (the caller removes) or time is up."""
-    patience = Patience()
-    while waiting and time.monotonic() < deadline:
-        arrived = False
-        for message_id in list(waiting):  # one at a time: one update in memory, not all of them
-            for reply in pull(grid, message_id):
-                arrived = True
-                yield message_id, reply
-        if arrived:
-            patience = Patience()
-        else:
-            time.sleep(min(patience.pause(), max(0.0, deadline - time.monotonic())))
-
-
 def most_out(grid: Grid) -> float:
     """How many messages of a round may be out at once: in a simulation two for each core of Ray's.
 

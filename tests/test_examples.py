@@ -144,6 +144,13 @@ def test_the_aggregator_moves_no_weight_by_more_than_it_says(tmp_path):
         check_training(fd.load_config("digits", ALL | {"round.weighting": "examples"}))
 
 
+def test_the_policy_asks_the_clients_in_turn(tmp_path):
+    run = run_as_told("own_policy", tmp_path / "run", clients=4, rounds=3)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    asked = [[client["client"] for client in line["clients"]] for line in lines]
+    assert asked == [[0, 1], [2, 3], [0, 1]]
+
+
 ALL = SMALL | {
     "pruning.kind": "random",
     "round.aggregation": "examples.own_aggregator:Cautious",
@@ -158,6 +165,7 @@ ALL = SMALL | {
     "evaluation.samples": 20,
     "evaluation.reference": "data",
     "evaluation.extractor": "examples.own_judge:Spectrum",
+    "round.mode": "examples.own_policy:Turns",
     "trackers": ["csv", "examples.own_tracker:Diary"],
 }
 SAME = ("loss", "holdout_loss", "bytes_up", "bytes_down", "gamma_star", "quality")

@@ -15,7 +15,7 @@ FLOORS = (
     ("deploy", "sweep"),
     ("engines", "apps"),
     ("experiment",),
-    ("checks",),
+    ("checks", "finish"),
     ("server", "analysis", "evaluation"),
     ("client", "aggregation", "generate"),
     ("protocol", "build", "report"),

@@ -86,6 +86,27 @@ class Blind(Nameless):
 class Summing(Blind):
     def __call__(self, images): return images.float().mean((1, 2)), images.sum()[None, None]
 
+class Waits:
+    overlapping = False
+    def __init__(self, config): pass
+    def target(self, eligible): return 2 * eligible
+    def quorum(self, eligible): return 1
+    def ask(self, round, free, eligible): return free
+    def weight(self, staleness): return 1.0
+class Asks(Waits):
+    def target(self, eligible): return 1
+    def ask(self, round, free, eligible): return [0, eligible]
+class Sleeps(Asks):
+    def ask(self, round, free, eligible): return []
+class Demands(Asks):
+    def quorum(self, eligible): return 2
+class Amplifies(Asks):
+    overlapping = True
+    def ask(self, round, free, eligible): return free
+    def weight(self, staleness): return 1.0 + staleness
+class Overlaps(Amplifies):
+    def weight(self, staleness): return 1.0
+
 MODULE = 3
 """
 REFUSED = {
@@ -118,6 +139,13 @@ REFUSED = {
     "an aggregator that moves alone": ("round.aggregation", "Sum", "without any update"),
     "an aggregator that divides by 0": ("round.aggregation", "Exploding", "is not finite"),
     "an aggregator that is none": ("round.aggregation", "MODULE", "not callable"),
+    "a policy that waits for ever": ("round.mode", "Waits", r"target\(5\) is 10, not a whole"),
+    "a policy that asks a stranger": ("round.mode", "Asks", r"asks clients \[5\], which are not"),
+    "a policy that asks nobody": ("round.mode", "Sleeps", "names nobody"),
+    "a policy that demands too much": ("round.mode", "Demands", r"quorum\(5\) is 2, .* 1 to 1"),
+    "a policy that amplifies": ("round.mode", "Amplifies", r"weight\(1\) is 2.0"),
+    "a policy without differences": ("round.mode", "Overlaps", "set wire.differences to true"),
+    "a policy that is not there": ("round.mode", "Nobody", "no attribute 'Nobody'"),
     "a tracker that is not there": ("trackers", "Nobody", "no attribute 'Nobody'"),
 }
 

@@ -24,7 +24,7 @@ import os, signal, sys
 from pathlib import Path
 import fed_diffusion.store.checkpoint as checkpoint
 from fed_diffusion.config import load_config
-from fed_diffusion.server import coordinator
+from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.engines.local import simulate
 from fed_diffusion.generate import RunDir
 from fed_diffusion.client.worker import Worker
@@ -44,7 +44,7 @@ moment, path, settings = sys.argv[1], sys.argv[2], eval(sys.argv[3])
 if moment == "training":
     Worker._train = after(8, Worker._train)  # in the second round of five clients
 elif moment == "aggregating":
-    coordinator.MaskedMean.result = after(2, coordinator.MaskedMean.result)
+    MaskedMean.result = after(2, MaskedMean.result)
 elif moment == "writing the line":
     RunDir.append_metrics = after(2, RunDir.append_metrics)
 elif moment == "writing tensors":
@@ -53,8 +53,8 @@ elif moment == "swapping":
     rename = Path.rename
     Path.rename = after(6, rename)  # of the second round: the newest is moved, no new one is there
 elif moment == "evaluating":
-    import fed_diffusion.experiment as experiment
-    experiment.Experiment._evaluate = die
+    import fed_diffusion.finish as finish
+    finish._evaluate = die
 simulate(load_config("digits", settings), path, processes=1)
 """
 
@@ -111,12 +111,12 @@ def test_a_run_resumed_by_another_engine_size_ends_alike(untouched, tmp_path):
 def test_what_a_limit_learned_and_who_was_banned_is_not_forgotten(tmp_path):
     config = load_config("digits", SETTINGS | {"round.norm_factor": 50})
     experiment = Experiment(config, tmp_path / "run")
-    experiment.coordinator.strikes = {3: 5}
+    experiment.coordinator.participation.strikes = {3: 5}
     with pytest.raises(KeyboardInterrupt):
         run_in_process(experiment, processes=1, progress=stop_after(2))
     resumed = Experiment.resume(tmp_path / "run")
     assert resumed.coordinator.round == 2
-    assert resumed.coordinator.banned() == [3]
+    assert resumed.coordinator.participation.banned() == [3]
     assert resumed.coordinator.norms.recent == experiment.coordinator.norms.recent != []
     assert resumed.coordinator.participants(3) == [0, 1, 2, 4]
 

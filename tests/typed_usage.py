@@ -12,6 +12,7 @@ from examples.own_aggregator import Cautious
 from examples.own_dataset import shapes
 from examples.own_judge import Spectrum
 from examples.own_network import Plain
+from examples.own_policy import Turns
 from examples.own_sampler import heun
 from examples.own_split import by_brightness
 from examples.own_tracker import Diary
@@ -25,6 +26,11 @@ make_network: fd.NetworkFactory = Plain
 split: fd.Split = by_brightness
 make_judge: fd.JudgeFactory = Spectrum
 make_aggregator: fd.AggregatorFactory = Cautious
+
+
+def policy(config: fd.Config) -> fd.RoundPolicy:
+    """It keeps to the contract."""
+    return Turns(config)
 
 
 def trackers(config: fd.Config) -> list[fd.Tracker]:

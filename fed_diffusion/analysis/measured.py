@@ -181,8 +181,8 @@ def _why_not(config: Config, history: Sequence[RoundSummary], rounds: Sequence[M
         return "theory.every is 0"
     if config.privacy.clip is not None:
         return "under privacy no gradient leaves a client unclipped, so nothing is measured"
-    if config.round.mode == "buffered":
-        return "buffered rounds are outside the theorem"
+    if config.round.mode != "synchronous":
+        return f"{config.round.mode} rounds are outside the theorem"
     if history and (lost := history[-1].round - len(history)):
         return f"metrics.jsonl has lost {lost} of the rounds, whose Gamma and w^2 are not known"
     if not rounds or rounds[0][0] != 1:

@@ -152,7 +152,7 @@ def _train(
         engine the directory.
     """
     from fed_diffusion.engines.either import carry
-    from fed_diffusion.engines.superlink import stop_signals_interrupt
+    from fed_diffusion.engines.signals import stop_signals_interrupt
     from fed_diffusion.experiment import Experiment
     from fed_diffusion.store.origin import resume_command
 
@@ -218,7 +218,7 @@ def _labels(text: str | None, num: int) -> Tensor | None:
 
 def sweep_command(arguments: argparse.Namespace) -> int:
     """Do what is left of a sweep; its directory is the last line of the output."""
-    from fed_diffusion.engines.superlink import stop_signals_interrupt
+    from fed_diffusion.engines.signals import stop_signals_interrupt
     from fed_diffusion.sweep import grid as sweeping
     from fed_diffusion.sweep.report import write_outputs
 

@@ -75,8 +75,9 @@ def measure(
     except Exception as error:
         # whatever it is, in code of one's own too: the client's update must not be lost for it
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        logger.warning("client %d, round %d: not measured: %s", task.client, task.round, why)
         data = why[:MOST_LETTERS].encode("utf-8", errors="replace")
+        text = data.decode("utf-8")  # of a file name that is no text, too: a log must take it
+        logger.warning("client %d, round %d: not measured: %s", task.client, task.round, text)
         arrays = arrays | {FAILED: Packed("uint8", (len(data),), data)}
     if FAILED in arrays and worker.device.type == "cuda":
         torch.cuda.empty_cache()  # what a failed try has left is training's

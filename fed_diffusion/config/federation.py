@@ -39,8 +39,9 @@ class RoundConfig(Section):
     """For trimmed_mean: the part of the values left out at either end of each coordinate."""
     checkpoint_every: int = Field(1, ge=1)
     """Rounds between checkpoints."""
-    mode: Literal["synchronous", "buffered"] = "synchronous"
-    """buffered (FedBuff): theta moves when `buffer` updates are in; `rounds` counts its moves."""
+    mode: Annotated[str, part("synchronous", "buffered")] = "synchronous"
+    """buffered (FedBuff): theta moves when `buffer` updates are in; `rounds` counts its moves;
+    your_module:Policy: see `server.policies.RoundPolicy`."""
     buffer: int | None = Field(None, ge=1)
     """Updates behind a move of theta; default: one of every client."""
     staleness: float = Field(0.5, ge=0)
@@ -63,6 +64,8 @@ class RoundConfig(Section):
         if self.mode == "synchronous":
             if self.buffer is not None:
                 raise ValueError("buffer: it needs round.mode buffered")
+            return self
+        if self.mode != "buffered":  # a policy of the user's takes from the settings what it wants
             return self
         if self.fraction != 1 or self.over_select or self.aggregation != "mean":
             raise ValueError(

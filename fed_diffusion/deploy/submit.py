@@ -19,7 +19,9 @@ from typing import Any
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.config.yaml import expanded
 from fed_diffusion.engines.flower import PRESET, short_temp_dir, stage_app, to_toml
-from fed_diffusion.engines.superlink import EngineError, bin_dirs, stop_signals_interrupt
+from fed_diffusion.engines.processes import bin_dirs
+from fed_diffusion.engines.signals import stop_signals_interrupt
+from fed_diffusion.engines.superlink import EngineError
 
 CONNECTION = "deployment"
 LOOK_S = 3.0

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, conf_dir
 from fed_diffusion.config.names import names_own_parts
-from fed_diffusion.engines.superlink import EngineError, SuperLink, stop_signals_interrupt
+from fed_diffusion.engines.signals import stop_signals_interrupt
+from fed_diffusion.engines.superlink import EngineError, SuperLink
 from fed_diffusion.store.files import in_words
 
 if TYPE_CHECKING:

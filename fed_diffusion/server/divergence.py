@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fed_diffusion.protocol.divergence import LEAST
 
 if TYPE_CHECKING:
-    from fed_diffusion.server.coordinator import _Open
+    from fed_diffusion.server.open_round import OpenRound
     from fed_diffusion.store.ledger import ClientRound
 
 OUTLIER = 10.0
@@ -83,7 +83,7 @@ def round_losses(
     return loss, mean, sorted({*outliers, *more})
 
 
-def check_divergence(eta: float, now: float, round: int, needed: int, state: _Open) -> None:
+def check_divergence(eta: float, now: float, round: int, needed: int, state: OpenRound) -> None:
     """Raise `Diverged` where that, and not who is away or lies, keeps a round from its quorum.
 
     Parameters
@@ -93,7 +93,7 @@ def check_divergence(eta: float, now: float, round: int, needed: int, state: _Op
     needed
         The updates without which the round is not closed.
     """
-    diverged, counted, asked = len(state.diverged), len(state.clients), len(state.lost)
+    diverged, counted, asked = len(state.diverged), len(state.clients), len(state.asked)
     if diverged <= counted or diverged + counted < needed or 2 * diverged < asked:
         return
     first = next(entry for entry in state.rejected if entry["client"] in state.diverged)

@@ -78,7 +78,7 @@ def test_there_is_room_for_as_many_updates_as_the_round_has_clients(tiny):
     config = tiny(clients=1100, round__aggregation="median", model__widths=[8])
     coordinator = Coordinator(config, {"w": torch.zeros(2)})
     next(coordinator.tasks(1))
-    mean = coordinator._open.mean
+    mean = coordinator.open.mean
     for value in range(1100):
         mean.add({"w": torch.full((2,), float(value))})
     assert mean.result()["w"].tolist() == [549.5, 549.5]

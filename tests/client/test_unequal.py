@@ -40,7 +40,7 @@ def start(config, digits):
 def play(coordinator, worker, rounds):
     for round in range(coordinator.round + 1, coordinator.round + rounds + 1):
         for task in coordinator.tasks(round):
-            assert coordinator.receive(worker.run(task)), coordinator._open.rejected
+            assert coordinator.receive(worker.run(task)), coordinator.open.rejected
         summary = coordinator.close_round()
     return summary
 
@@ -55,7 +55,7 @@ def test_a_worker_holds_and_trains_only_the_small_network(tiny, digits, kind):
     held = sum(p.numel() for p in network.parameters())
     assert held <= 0.5 * coordinator.parameters
     assert sum(p.numel() for p in worker._skeleton.parameters() if not p.is_meta) == 0
-    (line,) = coordinator._open.clients
+    (line,) = coordinator.open.clients
     assert line.keep == pytest.approx(held / coordinator.parameters)
 
 
@@ -73,7 +73,7 @@ def test_a_round_on_small_networks_is_the_round_of_masked_whole_ones(tiny, digit
     diffusion = config.diffusion
     loss = DSMLoss(PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K))
     for task in coordinator.tasks(2):
-        masks = masks_of(coordinator._open.recipes[task.client], theta, coordinator.layout)
+        masks = masks_of(coordinator.open.recipes[task.client], theta, coordinator.layout)
         masks = {n: mask_of(masks, n, v).dense() for n, v in theta.items()}
         network = build_network(config)
         named = dict(network.named_parameters())

@@ -28,7 +28,8 @@ from fed_diffusion.engines.flower import (
     run_on_flower,
     stage_app,
 )
-from fed_diffusion.engines.superlink import MARK, stop_signals_interrupt
+from fed_diffusion.engines.processes import MARK
+from fed_diffusion.engines.signals import stop_signals_interrupt
 
 FEDERATION = {
     "num-supernodes": 2,

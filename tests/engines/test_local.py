@@ -249,7 +249,7 @@ def test_an_evaluation_that_fails_leaves_results_that_can_be_completed(tiny, tmp
     def fail(*arguments):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("fed_diffusion.experiment.measure", fail)
+    monkeypatch.setattr("fed_diffusion.finish.measure", fail)
     with pytest.raises(MemoryError):
         simulate(tiny(rounds=1), tmp_path / "run", processes=1)
     quality = RunDir.open(tmp_path / "run").results()["quality"]

@@ -12,8 +12,8 @@ from fed_diffusion.generate import RunDir
 from fed_diffusion.masks.mask import mask_of
 from fed_diffusion.masks.recipe import Recipe
 from fed_diffusion.protocol.wire import decode_update
-from fed_diffusion.server.buffered import BufferedCoordinator
 from fed_diffusion.server.coordinator import Coordinator
+from fed_diffusion.server.policies import Buffered, Synchronous
 from tests.masks.recipes import masks_of
 
 SMALL = {"model__widths": [16], "model__group": 4, "wire__differences": True}
@@ -48,7 +48,7 @@ def test_a_buffer_of_all_clients_is_the_synchronous_round_bit_for_bit(
         tiny(**settings, round__mode="buffered", round__staleness=staleness),
         tmp_path / "buffered",
     )
-    assert isinstance(buffered.coordinator, BufferedCoordinator)
+    assert isinstance(buffered.coordinator.policy, Buffered)
     assert same(plain.coordinator.theta, buffered.coordinator.theta)
     assert same(plain.coordinator.ema, buffered.coordinator.ema)
     assert [s.staleness for s in buffered.history] == [0, 0, 0]
@@ -57,7 +57,7 @@ def test_a_buffer_of_all_clients_is_the_synchronous_round_bit_for_bit(
 def test_a_buffer_of_one_moves_theta_by_each_update_as_it_comes(tiny, digits):
     """Fully asynchronous, by an independent loop; an update that stands alone is damped as well."""
     config = tiny(**SMALL, round__mode="buffered", round__buffer=1, clients=3)
-    coordinator = BufferedCoordinator(config, parameters_of(build_network(config)))
+    coordinator = Coordinator(config, parameters_of(build_network(config)))
     worker = Worker(config, digits)
     theta = {name: value.clone() for name, value in coordinator.theta.items()}
     tasks = {task.client: task for task in coordinator.tasks(1)}
@@ -80,7 +80,7 @@ def test_a_buffer_of_one_moves_theta_by_each_update_as_it_comes(tiny, digits):
 def test_a_stale_update_counts_less_per_coordinate(tiny, digits):
     """Two updates in a buffer, one of them a move of theta late: factors 1 and 2^-a, over 2."""
     config = tiny(**SMALL, clients=3, round__mode="buffered", round__buffer=2, round__staleness=1.0)
-    coordinator = BufferedCoordinator(config, parameters_of(build_network(config)))
+    coordinator = Coordinator(config, parameters_of(build_network(config)))
     worker = Worker(config, digits)
     first = {task.client: worker.run(task) for task in coordinator.tasks(1)}
     for client in (0, 1):
@@ -106,7 +106,7 @@ def test_theta_moves_as_in_fedbuff_per_coordinate_by_those_who_trained_it(tiny, 
     settings = SMALL | {"clients": 5, "method": "R-FedDM-S", "data__partition": "dirichlet"}
     settings |= {"round__mode": "buffered", "round__buffer": 2, "round__staleness": 0.7}
     config = tiny(**settings, round__weighting=weighting)
-    coordinator = BufferedCoordinator(config, parameters_of(build_network(config)))
+    coordinator = Coordinator(config, parameters_of(build_network(config)))
     worker, out, seen = Worker(config, digits), {}, set()
     for pair in ((3, 1), (1, 4), (3, 0), (2, 1)):
         for task in coordinator.tasks(coordinator.round + 1):
@@ -137,13 +137,13 @@ def test_theta_moves_as_in_fedbuff_per_coordinate_by_those_who_trained_it(tiny, 
 
 def test_a_worker_trains_once_on_each_theta(tiny, digits):
     config = tiny(**SMALL, clients=3, round__mode="buffered", round__buffer=2)
-    coordinator = BufferedCoordinator(config, parameters_of(build_network(config)))
+    coordinator = Coordinator(config, parameters_of(build_network(config)))
     worker = Worker(config, digits)
     (zero, _, _) = list(coordinator.tasks(1))
     coordinator.receive(worker.run(zero))
     assert list(coordinator.tasks(1)) == []  # client 0 waits for theta to move
     assert not coordinator.receive(worker.run(zero))  # and a second copy does not count
-    assert "duplicate" in coordinator._open.rejected[0]["reason"]
+    assert "duplicate" in coordinator.open.rejected[0]["reason"]
 
 
 PACE = [1.0, 1.0, 1.0, 1.0, 5.0]
@@ -205,5 +205,5 @@ def test_settings_that_do_not_go_together_are_refused(tiny, settings, message):
         tiny(**SMALL, **settings)
 
 
-def test_the_synchronous_coordinator_is_the_default(tiny, tmp_path):
-    assert type(Experiment(tiny(), tmp_path / "run").coordinator) is Coordinator
+def test_the_synchronous_policy_is_the_default(tiny, tmp_path):
+    assert type(Experiment(tiny(), tmp_path / "run").coordinator.policy) is Synchronous

@@ -147,7 +147,7 @@ def test_a_client_that_claims_an_absurd_loss_is_named_first_and_refused_later(ti
         assert (refused["client"], summary.outliers) == (2, [])
         assert "its loss is 9e+15, and the lowest of a round was" in refused["reason"]
     assert later[2].banned == [2]
-    assert max(coordinator.losses) < 10
+    assert max(coordinator.ledger.losses) < 10
 
 
 def test_under_privacy_no_clients_loss_decides_whether_another_counts(tiny, digits):

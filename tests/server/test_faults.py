@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import ConfigError
-from fed_diffusion.engines.local import exchange
+from fed_diffusion.engines.local import Exchange
 from fed_diffusion.experiment import Experiment, RunStopped
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.messages import Update
 from fed_diffusion.protocol.wire import Payload
-from fed_diffusion.server.buffered import BufferedCoordinator
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.store.checkpoint import load_checkpoint
 
@@ -140,7 +139,7 @@ def play_schedule(tiny, digits, schedule, always):
         experiment = Experiment(config, Path(folder) / "run", digits)
         finished, why = True, None
         try:
-            experiment.train(lambda round: exchange(experiment, run, round))
+            experiment.train(Exchange(experiment, run))
         except RunStopped as stopped:
             finished, why = False, str(stopped)
         if not finished and "diverged: of" in why:  # more than half of those asked
@@ -173,7 +172,7 @@ def test_a_fault_is_named_and_costs_one_update(tiny, digits, tmp_path, fault):
     config, worker = parts(tiny, digits)
     run = faulty(worker, lambda r, c: fault if c == 2 else "fine", {"down": 0, "up": 0})
     experiment = Experiment(config, tmp_path / "run", digits)
-    exchange(experiment, run, 1)
+    Exchange(experiment, run)(1)
     summary = experiment.close_round()
     assert summary.rejected
     counted = {client.client for client in summary.clients}
@@ -304,8 +303,7 @@ def test_clients_with_the_most_examples_that_there_can_be_count_in_every_round(t
     """Weights of 2^24 in a run of five; buffered rounds weigh the same."""
     more = {"round__mode": "buffered", "round__buffer": 5} if mode == "buffered" else {}
     config = small(tiny, round__weighting="examples", wire__differences=True, rounds=3, **more)
-    experiment_of = BufferedCoordinator if more else Coordinator
-    coordinator = experiment_of(config, parameters_of(build_network(config)))
+    coordinator = Coordinator(config, parameters_of(build_network(config)))
     worker = Worker(config, digits)
     for round in (1, 2, 3):
         for task in coordinator.tasks(round):
@@ -313,7 +311,7 @@ def test_clients_with_the_most_examples_that_there_can_be_count_in_every_round(t
             update.payload.numbers["examples"] = 2**24 - task.client
             assert coordinator.receive(update)
         assert coordinator.close_round().gamma == 5
-    assert coordinator.strikes == {}
+    assert coordinator.participation.strikes == {}
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
@@ -328,7 +326,7 @@ def test_more_examples_than_there_is_room_for_are_a_fault_of_nobody(tiny, digits
             update.payload.numbers["examples"] = 2**24 + 1
         assert coordinator.receive(update) == (task.client > 0 or weighting == "uniform")
     summary = coordinator.close_round()
-    assert (coordinator.strikes, summary.banned) == ({}, [])
+    assert (coordinator.participation.strikes, summary.banned) == ({}, [])
     reasons = [entry["reason"] for entry in summary.rejected]
     assert len(reasons) == (weighting == "examples")
     assert all("16777217 images" in why and "use uniform" in why for why in reasons)

@@ -249,7 +249,7 @@ def test_a_server_without_images_goes_on_and_keeps_the_hash_that_was_known(run):
     experiment = Experiment.resume(run, needs_data=False)
     assert known is not None
     assert experiment.dataset is None
-    assert experiment.origin["data"] == known
+    assert experiment.record.origin["data"] == known
     experiment.close()
 
 

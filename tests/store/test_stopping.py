@@ -14,7 +14,8 @@ import pytest
 
 from fed_diffusion.cli.main import main
 from fed_diffusion.config import load_config
-from fed_diffusion.engines.local import exchange, run_in_process, task_runner
+from fed_diffusion.engines.local import Exchange, run_in_process
+from fed_diffusion.engines.pool import task_runner
 from fed_diffusion.experiment import Experiment, RunStopped
 from fed_diffusion.store.files import append_line, save_tensors, write_atomic
 from tests.tiny import TINY
@@ -192,7 +193,7 @@ def test_a_mount_that_is_full_or_becomes_read_only_ends_a_run_cleanly(tmp_path, 
 
 def exchange_of(experiment, round):
     with task_runner(experiment.config, experiment.dataset, 1) as runner:
-        exchange(experiment, runner, round)
+        Exchange(experiment, runner)(round)
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -1,0 +1,73 @@
+"""The processes of a run of Flower's: how they are found and ended, wherever they have re-parented.
+
+All of them inherit one environment variable with a value of the run's own, and stand in its private
+directory. Run as a script, this file is the watch: it waits until whoever started it is gone, and
+then ends the run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+import sysconfig
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+MARK = "FED_DIFFUSION_ENGINE"
+KILL_S = 20.0
+"""Ending is a matter of milliseconds, but for a process that hangs in a device driver."""
+
+
+def kill_run(mark: str, home: Path) -> None:
+    """Kill every process of a run."""
+    deadline = time.monotonic() + KILL_S
+    # again and again: one may be starting another while we look
+    while (left := marked(mark, home)) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.02)
+
+
+def marked(mark: str, home: Path) -> list[psutil.Process]:
+    """Every process of a run; a zombie has neither environment nor directory and does not count.
+
+    Some of Ray's write their title over their environment: those stand in `home` all the same.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # gone meanwhile, or another user's
+            if process.environ().get(MARK) == mark or home in Path(process.cwd()).parents:
+                found.append(process)
+    return found
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether a process is there, and more than a zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def bin_dirs() -> list[str]:
+    """Where this Python's executables are (its own link in a virtual environment: not resolved)."""
+    return list(dict.fromkeys([str(Path(sys.executable).parent), sysconfig.get_path("scripts")]))
+
+
+if __name__ == "__main__":  # the watch; see `SuperLink.start`
+    sys.stdin.buffer.read()
+    kill_run(sys.argv[1], Path(sys.argv[2]))
+    shutil.rmtree(sys.argv[2], ignore_errors=True)

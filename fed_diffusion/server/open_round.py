@@ -1,0 +1,236 @@
+"""The round in progress: the tasks that are out, what has come of them, and what did not count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fed_diffusion.aggregation.named import Aggregator
+from fed_diffusion.masks.recipe import Recipe
+from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.messages import Task, Update
+from fed_diffusion.server.mask_store import Bits, MaskStore
+from fed_diffusion.store.ledger import ClientRound
+
+Theta = dict[str, Tensor]
+VERSION = "theta-"
+"""The checkpoint's files of earlier theta are named so, with the number of their round."""
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A task that is out: on which theta it began, and what is known of its mask.
+
+    Attributes
+    ----------
+    round
+        The round that it was sent in.
+    nbytes
+        The bytes of the task as it was sent.
+    kept, w2
+        The part of all coordinates that its mask keeps, and w^2 of Assumption 4.2.
+    bits
+        What `MaskStore.pack` has kept of the mask.
+    """
+
+    round: int
+    recipe: Recipe
+    nbytes: int
+    kept: float
+    w2: float
+    bits: Bits | None
+
+
+@dataclass
+class OpenRound:
+    """What is known of the round in progress.
+
+    Attributes
+    ----------
+    mean
+        The running sums of equation (8).
+    recipes
+        Client -> the recipe of its mask, for all that may be asked in this round.
+    target
+        Updates that are enough to close the round.
+    absent
+        Clients that could not be reached when it began.
+    asked
+        Clients that were sent a task, or whose update has come.
+    diverged
+        Clients whose update did not count because their training has diverged.
+    norms
+        Root-mean-square differences of the updates, where their size is limited.
+    staleness
+        How often theta changed, at most, while a worker of this round trained.
+    """
+
+    mean: Aggregator
+    recipes: dict[int, Recipe]
+    masks: MaskStore
+    target: int
+    absent: list[int]
+    asked: set[int] = field(default_factory=set)
+    clients: list[ClientRound] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    diverged: list[int] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    staleness: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def enough(self) -> bool:
+        """Whether it has as many updates as it wants."""
+        return len(self.clients) >= self.target
+
+    def unsent(self) -> list[int]:
+        """Clients whose task has not been made yet."""
+        return [client for client in self.recipes if client not in self.asked]
+
+    def send(self, task: Task) -> None:
+        """Note a task that is sent."""
+        self.asked.add(task.client)
+        self.bytes_down += task.payload.nbytes
+
+    def count(self, flight: Flight, update: Update, measured: dict[str, Any], stale: int) -> None:
+        """Note an update that has been added to the mean."""
+        self.staleness = max(self.staleness, stale)
+        self.clients.append(
+            ClientRound(
+                client=update.client,
+                kind=flight.recipe.kind,
+                keep=flight.kept,
+                loss=measured["loss"],
+                holdout_loss=measured.get("holdout_loss"),
+                w2=flight.w2,
+                images=measured["images"],
+                seconds=measured["seconds"],
+                bytes_up=update.payload.nbytes,
+                bytes_down=flight.nbytes,
+                precision=measured.get("precision", "unknown"),
+            )
+        )
+
+    def reject(self, client: int, reason: str, node: int | None, nbytes: int) -> None:
+        """Note that a client's update does not count, and why; `nbytes` of it came."""
+        self.bytes_up += nbytes
+        where = {} if node is None else {"node": str(node)}
+        self.rejected.append({"client": client, "reason": reason, **where})
+
+
+class Flights:
+    """The tasks that are out, by client.
+
+    Parameters
+    ----------
+    overlapping
+        Whether tasks outlive their round; see `RoundPolicy`.
+
+    Attributes
+    ----------
+    sent_at
+        Client -> when its task was sent, on the simulated clock; the in-process engine notes it.
+    versions
+        Round -> the theta that tasks of it began on, while they are out, so that a resumed run can
+        send them again; None where tasks are not sent again.
+    """
+
+    def __init__(self, overlapping: bool):
+        self._overlapping = overlapping
+        self.out: dict[int, Flight] = {}
+        self._began: dict[int, int] = {}
+        """client -> the round of its last task: one task for each version of theta."""
+        self.sent_at: dict[int, float] = {}
+        self.versions: dict[int, Theta] | None = {} if overlapping else None
+
+    def free(self, clients: list[int], round: int) -> list[int]:
+        """Those without a task that have not trained on the theta after `round` rounds yet."""
+        return [c for c in clients if c not in self.out and self._began.get(c, 0) <= round]
+
+    def send(self, client: int, flight: Flight, theta: Theta) -> None:
+        """Note a task that is sent."""
+        self.out[client] = flight
+        self._began[client] = flight.round
+        if self.versions is not None:
+            self.versions[flight.round] = theta
+
+    def of(self, update: Update) -> Flight:
+        """The task that an update answers.
+
+        Raises
+        ------
+        UpdateError
+            Its client has no task, or another one.
+        """
+        flight = self.out.get(update.client)
+        if flight is None:
+            raise UpdateError("no update was expected from this client (a duplicate?)")
+        if update.round != flight.round:
+            raise UpdateError(
+                f"it is for round {update.round}, and its task is of round {flight.round}"
+            )
+        return flight
+
+    def land(self, client: int) -> None:
+        """Note that a client's task is over."""
+        self.out.pop(client, None)
+
+    def close(self) -> None:
+        """Note the end of a round: tasks that do not outlive it are over."""
+        if not self._overlapping:
+            self.forget()
+        elif self.versions is not None:
+            begun = {flight.round for flight in self.out.values()}
+            self.versions = {r: theta for r, theta in self.versions.items() if r in begun}
+
+    def again_from(self, round: int) -> None:
+        """Whoever was asked in this round may be asked in it again: it did not count."""
+        self._began = {client: began for client, began in self._began.items() if began < round}
+
+    def forget(self) -> None:
+        """All clients are free: on real machines nobody answers for a server that is gone."""
+        self.out, self._began, self.versions = {}, {}, None
+
+    def tensors(self) -> dict[str, Theta]:
+        """What a checkpoint holds of it, by file."""
+        return {f"{VERSION}{round}": theta for round, theta in (self.versions or {}).items()}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it beside tensors; nothing where no task outlives a round."""
+        if not self._overlapping:
+            return {}
+        return {
+            "flights": {client: flight.round for client, flight in self.out.items()},
+            "began": {str(client): round for client, round in self._began.items()},
+            "sent_at": {str(client): self.sent_at.get(client, 0.0) for client in self.out},
+        }
+
+    def restore(
+        self,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        names: list[str],
+    ) -> None:
+        """Go on from a checkpoint; what was out is out again if its theta is there, else free.
+
+        Parameters
+        ----------
+        names
+            The parameters in the model's order; a file has its own.
+        """
+        if not self._overlapping:
+            return
+        self.versions = {
+            int(file.removeprefix(VERSION)): {name: theta[name] for name in names}
+            for file, theta in tensors.items()
+            if file.startswith(VERSION)
+        }
+        self._began = {int(client): round for client, round in state["began"].items()}
+        self.sent_at = {int(client): float(when) for client, when in state["sent_at"].items()}
+        for client, round in state["flights"].items():
+            if round in self.versions:
+                blank = Recipe(round=round, client=int(client))
+                self.out[int(client)] = Flight(round, blank, 0, 1.0, 0.0, None)

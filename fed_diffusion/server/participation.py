@@ -1,0 +1,83 @@
+"""Who may take part in a run: the clients whose keep ratio is known and who are not banned."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from fed_diffusion.config import Config
+from fed_diffusion.masks.plan import able, known_ratios
+from fed_diffusion.masks.spaces import Layout
+
+
+class Participation:
+    """The clients of a run, with what the server knows of each.
+
+    Parameters
+    ----------
+    layout
+        The network's channel spaces, where whole channels are dropped.
+
+    Attributes
+    ----------
+    keeps
+        Client -> keep ratio, as far as the configuration or the client's node has said it.
+    strikes
+        Client -> how many bad updates it has sent.
+    """
+
+    def __init__(self, config: Config, layout: Layout | None = None):
+        self._config = config
+        self._layout = layout
+        self.keeps = known_ratios(config)
+        self.strikes: dict[int, int] = {}
+
+    def announce(self, client: int, keep: float) -> None:
+        """Note the keep ratio that a client's node gives it (pruning.budget: node or auto)."""
+        self.keeps[client] = keep
+
+    def check(self, keep: float) -> None:
+        """Refuse a keep ratio that a node says and that cannot be used.
+
+        Raises
+        ------
+        ValueError
+            The ratio is out of range, or below that of the smallest network.
+        """
+        if not 0 < keep <= 1:
+            raise ValueError(f"its keep = {keep:g}; it must be above 0 and at most 1")
+        if self._layout is not None:
+            self._layout.counts(keep)
+
+    def able(self) -> list[int]:
+        """All clients but those that `exclusive` leaves out for their keep ratio."""
+        return able(self._config, self.keeps)
+
+    def eligible(self) -> list[int]:
+        """Clients that may take part: able, and not banned."""
+        banned = self.banned()
+        return [client for client in self.able() if client not in banned]
+
+    def banned(self) -> list[int]:
+        """Clients that have sent round.ban_after bad updates."""
+        limit = self._config.round.ban_after
+        return sorted(c for c, count in self.strikes.items() if limit and count >= limit)
+
+    def absent(self, available: Collection[int] | None) -> list[int]:
+        """Eligible clients that cannot be reached; None means that all can."""
+        return [c for c in self.eligible() if available is not None and c not in available]
+
+    def strike(self, client: int) -> None:
+        """Note a bad update of a client."""
+        self.strikes[client] = self.strikes.get(client, 0) + 1
+
+    def ratios(self, clients: Iterable[int]) -> dict[int, float]:
+        """The keep ratios of these clients."""
+        return {client: self.keeps[client] for client in clients}
+
+    def state(self) -> dict[str, int]:
+        """The strikes, as a checkpoint holds them."""
+        return {str(client): count for client, count in self.strikes.items()}
+
+    def restore(self, strikes: Mapping[str, int]) -> None:
+        """The inverse of `state`."""
+        self.strikes = {int(client): int(count) for client, count in strikes.items()}

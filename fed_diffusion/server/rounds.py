@@ -1,0 +1,197 @@
+"""What becomes of a round: how it begins, the tasks that go out, and the updates that come in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from torch import Tensor
+
+from fed_diffusion.aggregation.named import Aggregator, aggregator_of
+from fed_diffusion.aggregation.private import PrivateMean
+from fed_diffusion.config import Config
+from fed_diffusion.masks.families import family_of
+from fed_diffusion.masks.mask import Masks, kept_fraction, kept_values, pruning_error
+from fed_diffusion.masks.plan import plan_round
+from fed_diffusion.masks.recipe import Recipe, RecipeError
+from fed_diffusion.masks.spaces import Layout
+from fed_diffusion.protocol.errors import LimitError
+from fed_diffusion.protocol.messages import EXAMPLES_LIMIT, Task, Update, measurements
+from fed_diffusion.protocol.wire import Payload, cast_theta, decode_update, encode_task
+from fed_diffusion.server.diagnostics import Diagnostics
+from fed_diffusion.server.mask_store import MaskStore
+from fed_diffusion.server.norms import NormLimit
+from fed_diffusion.server.open_round import Flight, OpenRound
+from fed_diffusion.server.participation import Participation
+from fed_diffusion.server.policies import RoundPolicy
+from fed_diffusion.server.summary import Ledger
+
+Theta = Mapping[str, Tensor]
+
+
+class Rounds:
+    """Begins rounds and takes their updates; theta and the open round are the coordinator's.
+
+    Parameters
+    ----------
+    layout
+        The network's channel spaces, where whole channels are dropped.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout | None,
+        participation: Participation,
+        policy: RoundPolicy,
+        norms: NormLimit,
+        diagnostics: Diagnostics,
+        ledger: Ledger,
+    ):
+        self._config = config
+        self._layout = layout
+        self._family = family_of(config.pruning, config.seed)
+        self._participation = participation
+        self._policy = policy
+        self._norms = norms
+        self._diagnostics = diagnostics
+        self._ledger = ledger
+
+    def begin(
+        self, round: int, theta: Theta, asked: list[int], available: Collection[int] | None
+    ) -> OpenRound:
+        """A round at theta_r with nothing in it yet.
+
+        Parameters
+        ----------
+        asked
+            The clients that get a task at once.
+        available
+            Clients that can be reached; None means all.
+        """
+        participation, overlapping = self._participation, self._policy.overlapping
+        eligible = participation.eligible()
+        masks = self.masks(theta)
+        target = self._policy.target(len(eligible))
+        mean: Aggregator
+        if self._config.privacy.clip is not None:
+            mean, target = self._private_mean(round, theta, masks), len(asked)
+        elif overlapping:
+            mean = aggregator_of(theta, target, self._config.round)
+        else:
+            mean = aggregator_of(theta, max(1, len(asked)), self._config.round)
+        recipes = self.recipes(round, eligible if overlapping else asked, theta)
+        return OpenRound(mean, recipes, masks, target, participation.absent(available))
+
+    def recipes(self, round: int, clients: list[int], theta: Theta) -> dict[int, Recipe]:
+        """Client -> the recipe of its mask in a round at theta_r."""
+        keeps = self._participation.ratios(clients)
+        return plan_round(self._config, round, keeps, theta, self._layout)
+
+    def masks(self, theta: Theta) -> MaskStore:
+        """An empty store of masks of theta_r."""
+        return MaskStore(theta, self._family, self._layout, self._policy.overlapping)
+
+    def tasks(
+        self, round: int, theta: Theta, recipes: Mapping[int, Recipe], masks: MaskStore
+    ) -> Iterator[tuple[Task, Flight]]:
+        """Each client's task, made when it is asked for, and what is to be remembered of it.
+
+        Parameters
+        ----------
+        theta
+            theta_r; it is cast once for all of these clients.
+        """
+        casts = cast_theta(theta, self._config, round)
+        full: Payload | None = None
+        for client, recipe in recipes.items():
+            kept, w2, bits = 1.0, 0.0, None
+            if recipe.whole():  # the same bytes for everyone who trains the whole network
+                full = full or encode_task(casts, recipe, {})
+                asked = self._diagnostics.question(client)
+                payload = Payload(full.arrays, recipe.to_metrics() | asked)
+            else:
+                mask = masks.derive(recipe)
+                payload = encode_task(casts, recipe, mask)
+                kept, w2 = kept_fraction(mask, theta), pruning_error(mask, theta)
+                bits = masks.pack(recipe, mask)
+            flight = Flight(round, recipe, payload.nbytes, kept, w2, bits)
+            yield Task(round, client, payload), flight
+
+    def take(
+        self,
+        state: OpenRound,
+        flight: Flight,
+        update: Update,
+        theta: Theta,
+        staleness: int,
+    ) -> None:
+        """Add an update; where it is bad, nothing of it has been added.
+
+        Parameters
+        ----------
+        flight
+            The task that the update answers.
+        theta
+            theta_r, which the round began with.
+        staleness
+            How often theta has changed since the task was sent.
+
+        Raises
+        ------
+        UpdateError, RecipeError
+            What is wrong with it.
+        """
+        numbers = update.payload.numbers
+        recipe = Recipe.from_metrics(numbers)
+        if recipe != flight.recipe:
+            odd = recipe.differences(flight.recipe)
+            raise RecipeError(f"the recipe is not the one agreed on: {odd}")
+        measured = measurements(numbers)
+        self._ledger.check_loss(measured["loss"])
+        masks = state.masks.of(recipe, flight.bits)
+        arrays, answer = self._diagnostics.split(update)
+        values = decode_update(arrays, theta, masks, self._config)
+        rms = self._norms.check(values, theta, masks)
+        weight = weight_of(self._config, measured["examples"])
+        factor = self._policy.weight(staleness)
+        state.mean.add(damped(values, theta, masks, factor), masks, weight)
+        self._diagnostics.add(update.client, answer)
+        state.count(flight, update, measured, staleness)
+        state.norms += [] if rms is None else [rms]
+
+    def _private_mean(self, round: int, theta: Theta, masks: MaskStore) -> PrivateMean:
+        """Its denominators count all clients of the run, be they away or banned."""
+        recipes = self.recipes(round, self._participation.able(), theta).values()
+        everyone = (masks.derive(recipe) for recipe in recipes)
+        return PrivateMean(theta, everyone, self._config.round.fraction, self._config.privacy)
+
+
+def weight_of(config: Config, examples: int) -> int:
+    """How often an update counts: once, or as often as its client has images.
+
+    Raises
+    ------
+    LimitError
+        There is no room for so many images.
+    """
+    if config.round.weighting != "examples":
+        return 1
+    if examples > EXAMPLES_LIMIT:
+        raise LimitError(
+            f"it trained on {examples} images, and round.weighting = examples has room for "
+            f"{EXAMPLES_LIMIT} on one client: use uniform, or make several clients of it"
+        )
+    return examples
+
+
+def damped(
+    values: dict[str, Tensor],
+    theta: Theta,
+    masks: Masks,
+    factor: float,
+) -> dict[str, Tensor]:
+    """theta + factor Delta, the very same values where the factor is 1."""
+    if factor == 1:
+        return values
+    kept = kept_values(theta, masks)
+    return {name: kept[name] + (value - kept[name]) * factor for name, value in values.items()}

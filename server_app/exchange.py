@@ -1,0 +1,177 @@
+"""A round's messages out and back on Flower's grid, whatever the round policy."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from logging import WARNING
+
+from flwr.app import Message, MessageType
+from flwr.common import log
+from flwr.serverapp import Grid
+
+from client_app.messages import to_records, to_update
+from fed_diffusion.experiment import Experiment
+from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.messages import Task
+from server_app.nodes import JOIN_S, Host, Nodes, Patience, most_out, pull, reason_of
+
+DEAD_ACTOR = "ray.exceptions.ActorDiedError"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message that is out: whose task it carries, to which node, and when it expires."""
+
+    client: int
+    node: int
+    expires: float
+
+
+class Exchange:
+    """The loop of this engine: tasks out, and replies folded in as they arrive and dropped at once.
+
+    A client that fails costs its own update, and nodes come and go. Where tasks outlive rounds,
+    what is out stays out when a round has enough, and whoever has become free is asked at each
+    look. Else a round asks once, and what has not come by its end is late.
+    """
+
+    def __init__(self, experiment: Experiment, grid: Grid, nodes: Nodes):
+        self._experiment = experiment
+        self._grid = grid
+        self._nodes = nodes
+        self._clients = list(range(experiment.config.clients))
+        self._seconds = experiment.config.round.deadline_s
+        self._config_json = json.dumps(experiment.config.to_dict())
+        self._overlapping = experiment.coordinator.policy.overlapping
+        self._out: dict[str, Sent] = {}
+        self._late: dict[str, float] = {}
+        """Messages that are no longer waited for -> when they expire."""
+
+    def __call__(self, round: int) -> None:
+        """One round, until there are enough updates, or no more can come, or time is up."""
+        self._drop_late()
+        tasks, deadline, patience = None, math.inf, Patience()
+        while not self._experiment.enough():
+            if tasks is None or self._overlapping:
+                tasks = self._experiment.tasks(round, self._available())
+                # where tasks outlive rounds, each message has a deadline of its own
+                deadline = math.inf if self._overlapping else time.monotonic() + self._seconds
+            self._fill(tasks, deadline)
+            if not self._out or time.monotonic() >= deadline:
+                break
+            if self._look(tasks, deadline):
+                patience = Patience()
+            else:
+                time.sleep(min(patience.pause(), max(0.0, deadline - time.monotonic())))
+        if not self._overlapping:
+            self._give_up()
+        for client, node, reason in self._nodes.refusals(self._clients):
+            self._reject(client, reason, node)
+
+    def _available(self) -> set[int]:
+        """The clients whose node is there; a round that asks once waits for its quorum of them."""
+        count = 1 if self._overlapping else self._experiment.coordinator.quorum()
+        return self._nodes.wait_for(self._clients, count, min(self._seconds, JOIN_S))
+
+    # --- out ------------------------------------------------------------------------------------
+
+    def _fill(self, tasks: Iterator[Task], deadline: float) -> None:
+        """Send tasks while there is room for messages; each is encoded when it is sent."""
+        # a window would starve high client numbers where low ones become free again and again
+        most = math.inf if self._overlapping else most_out(self._grid)
+        while len(self._out) < most and (task := next(tasks, None)):
+            self._send(task, deadline)
+
+    def _send(self, task: Task, deadline: float) -> None:
+        """The task's message on its way to the client's node; else the client is rejected."""
+        host = self._nodes.host_of(task.client)
+        message_ids = self._grid.push_messages([self._message(task, host)]) if host else []
+        sent = [message_id for message_id in message_ids if message_id]
+        if not sent or host is None:
+            self._reject(task.client, "its node cannot be reached", host.node if host else None)
+            return
+        expires = min(deadline, time.monotonic() + self._seconds)
+        self._out |= dict.fromkeys(sent, Sent(task.client, host.node, expires))
+
+    def _message(self, task: Task, host: Host) -> Message:
+        return Message(
+            to_records(task, self._config_json),
+            dst_node_id=host.node,
+            message_type=MessageType.TRAIN,
+            ttl=self._seconds,
+            group_id=str(task.round),
+        )
+
+    # --- back -----------------------------------------------------------------------------------
+
+    def _look(self, tasks: Iterator[Task], deadline: float) -> bool:
+        """Look once for each reply that is out, until there are enough; whether any came."""
+        came = False
+        for message_id, sent in list(self._out.items()):  # one update in memory, not all of them
+            for reply in pull(self._grid, message_id):
+                came = True
+                self._out.pop(message_id, None)
+                self._receive(reply, sent.client, sent.node)
+            if self._experiment.enough():
+                break
+            if message_id not in self._out:
+                self._fill(tasks, deadline)
+            elif time.monotonic() > sent.expires:
+                self._late[message_id] = self._out.pop(message_id).expires
+                self._reject(sent.client, self._no_reply(), sent.node)
+        return came
+
+    def _receive(self, reply: Message | Exception, client: int, node: int | None) -> None:
+        if isinstance(reply, Exception):
+            self._reject(client, f"its reply cannot be read: {reply!r}", node)
+            return
+        if reply.has_error():
+            reason = reason_of(reply.error)
+            if reply.error.code == 0 and DEAD_ACTOR in reason:
+                # Flower puts a dead actor back in its pool, where it eats message after message
+                raise RuntimeError(f"a Ray worker process died (out of memory?): {reason}")
+            self._reject(client, reason, node)
+            return
+        try:
+            update = to_update(reply.content)
+        except UpdateError as error:
+            self._reject(client, str(error), node)
+            return
+        if update.client != client:
+            reason = f"the reply is for client {update.client}"
+            self._reject(client, reason, node, update.payload.nbytes)
+            return
+        if not self._experiment.receive(update, node):
+            log(WARNING, "the update of client %d was rejected; see metrics.jsonl", client)
+
+    def _reject(self, client: int, reason: str, node: int | None, nbytes: int = 0) -> None:
+        log(WARNING, "client %d does not count in this round: %s", client, reason)
+        self._experiment.reject(client, reason, node, nbytes)
+
+    # --- what does not come ---------------------------------------------------------------------
+
+    def _give_up(self) -> None:
+        """Name the clients whose update the round ends without."""
+        coordinator, early = self._experiment.coordinator, self._experiment.enough()
+        why = "there were enough updates without it" if early else self._no_reply()
+        nodes = {sent.client: sent.node for sent in self._out.values()}
+        self._late |= {message_id: sent.expires for message_id, sent in self._out.items()}
+        self._out.clear()
+        for client in coordinator.waiting() + ([] if early else coordinator.unsent()):
+            self._reject(client, why, nodes.get(client))
+
+    def _no_reply(self) -> str:
+        return f"no reply within {self._seconds:g} s"
+
+    def _drop_late(self) -> None:
+        """Replies that are no longer waited for are recognised and thrown away."""
+        for message_id, expires in list(self._late.items()):
+            found = list(pull(self._grid, message_id))
+            if any(isinstance(reply, Message) and reply.has_content() for reply in found):
+                self._experiment.coordinator.ledger.late()
+            if found or time.monotonic() > expires:
+                del self._late[message_id]
