@@ -24,8 +24,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fed_diffusion.aggregation.mean import MaskedMean
+from fed_diffusion.config.training import PruningConfig
 from fed_diffusion.diffusion.partitions import kappa_minimal, loss_weights
 from fed_diffusion.diffusion.process import sigma
+from fed_diffusion.masks.families import derive, family_of
 from fed_diffusion.masks.levels import level_ratios
 from fed_diffusion.masks.mask import Masks, Scattered, mask_of, pruning_error
 from fed_diffusion.masks.recipe import Recipe
@@ -45,7 +47,12 @@ from fed_diffusion.theory.bound import (
 
 D, K, T, DELTA = 14, 40, 3.0, 1e-2
 N, S, R = 10, 5, 150
-METHODS = {"F": "full", "R": "random", "T": "topk", "C": "channels"}
+METHODS = {
+    "F": PruningConfig(),
+    "R": PruningConfig(kind="random", scope="all"),
+    "T": PruningConfig(kind="topk", scope="all"),
+    "C": PruningConfig(kind="channels", choice="rolling"),
+}
 COLOURS = {"F": "#8a8f98", "R": "#cc4b4b", "T": "#3d85c6", "C": "#d9822b"}
 PLACES = {"level S": level_ratios("S", N), "all at 0.75": (0.75,) * N}
 SHOWN = (0, 1, 3, 10, 30, 100, R)
@@ -137,13 +144,11 @@ def as_score(theta: dict[str, Tensor]) -> gaussian.AffineScore:
 
 def masks_of(method: str, ratios: tuple[float, ...], theta: dict, r: int, seed: int) -> list[Masks]:
     """Every client's mask of round r, as one of single weights."""
-    masks = []
-    for n, keep in enumerate(ratios):
-        kind = METHODS[method] if keep < 1 else "full"
-        recipe = Recipe(kind, keep, seed, r, n, scope="all", choice="rolling")
-        made = recipe.mask(theta, LAYOUT)
-        masks.append({k: Scattered(m.dense()) for k, m in made.items()})
-    return masks
+    family = family_of(METHODS[method], seed)
+    weak = {n: keep for n, keep in enumerate(ratios) if keep < 1}
+    recipes = family.plan(r, weak, theta, LAYOUT)
+    made = [derive(family, recipes.get(n, Recipe()), theta, LAYOUT) for n in range(len(ratios))]
+    return [{k: Scattered(mask.dense()) for k, mask in masks.items()} for masks in made]
 
 
 @dataclass

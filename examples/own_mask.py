@@ -50,5 +50,5 @@ class Neighbours(Family):
 def largest(value: Tensor, of: int, kept: int) -> Tensor:
     """True at the `kept` largest magnitudes of every `of` neighbours; ties go to the first."""
     groups = pad(value.abs().flatten(), (0, -value.numel() % of), value=-1.0).view(-1, of)
-    order = groups.argsort(1, descending=True, stable=True)
-    return (order.argsort(1) < kept).flatten()[: value.numel()].view(value.shape)
+    order = groups.argsort(dim=1, descending=True, stable=True)
+    return (order.argsort(dim=1) < kept).flatten()[: value.numel()].view(value.shape)

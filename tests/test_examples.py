@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fed_diffusion as fd
-from examples import own_aggregator, own_dataset, own_judge, own_network, own_sampler
+from examples import own_aggregator, own_dataset, own_judge, own_mask, own_network, own_sampler
 from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.checks import check_training
 from fed_diffusion.cli.main import main
@@ -144,6 +144,23 @@ def test_the_aggregator_moves_no_weight_by_more_than_it_says(tmp_path):
         check_training(fd.load_config("digits", ALL | {"round.weighting": "examples"}))
 
 
+def test_the_masks_keep_the_largest_of_every_few_neighbours(tmp_path):
+    for which, of, kept in ((0, 4, {1: 4, 0.5: 2, 0.25: 1}), (1, 2, {0.5: 1})):
+        run = run_as_told("own_mask", tmp_path / f"run{which}", which, clients=5)
+        config, theta = run.config(), run.load_theta(ema=False)
+        keeps = dict(enumerate(keep for keep in kept if keep < 1))
+        family = own_mask.Neighbours(config.pruning, 0)
+        for recipe in family.plan(1, keeps, theta, None).values():
+            for name, mask in family.derive(recipe, theta, None).items():
+                groups = mask.bools.flatten()[: theta[name].numel() // of * of].view(-1, of)
+                assert set(groups.sum(1).tolist()) == {kept[recipe.keep]}
+                size = theta[name].abs().flatten()[: groups.numel()].view(-1, of)
+                least = size.where(groups, torch.inf).amin(1)
+                assert bool((size.where(~groups, -1).amax(1) <= least).all())
+    with pytest.raises(fd.ConfigError, match="it has `of`, from 2 to 64"):
+        check_training(fd.load_config("digits", ALL | {"pruning.options": {"of": 1}}))
+
+
 def test_the_policy_asks_the_clients_in_turn(tmp_path):
     run = run_as_told("own_policy", tmp_path / "run", clients=4, rounds=3)
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
@@ -152,7 +169,7 @@ def test_the_policy_asks_the_clients_in_turn(tmp_path):
 
 
 ALL = SMALL | {
-    "pruning.kind": "random",
+    "pruning.kind": "examples.own_mask:Neighbours",
     "round.aggregation": "examples.own_aggregator:Cautious",
     "pruning.level": "S",
     "data.name": "examples.own_dataset:shapes",
