@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fed_diffusion.cli.output import say
-from fed_diffusion.config import ConfigError, build_config
+from fed_diffusion.config import ConfigError, build_config, read_value
 from fed_diffusion.config.yaml import absolute
 from fed_diffusion.store.files import check_writable
 
@@ -22,8 +22,16 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument("--samples", type=int, metavar="N", help="how many images to generate")
     evaluate.add_argument("--reference", help="data, train, test or a folder of images")
-    evaluate.add_argument("--extractor", metavar="NAME", help="as evaluation.extractor")
-    evaluate.add_argument("--weights", help="a file of the extractor's weights")
+    evaluate.add_argument(
+        "--extractor",
+        metavar="NAME",
+        action="append",
+        help="as evaluation.extractor; again for each further one",
+    )
+    evaluate.add_argument(
+        "--weights",
+        help="a file of the extractor's weights, or as evaluation.weights: {NAME: FILE, ...}",
+    )
     evaluate.set_defaults(command=evaluate_command)
 
     features = commands.add_parser("features", help="extractors of one's own")
@@ -76,6 +84,8 @@ def _measure_again(run: RunDir, arguments: argparse.Namespace) -> dict[str, Any]
     settings = config.to_dict()
     names = ("samples", "reference", "extractor", "weights")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if "weights" in given:
+        given["weights"] = read_value("evaluation.weights", given["weights"])
     if "extractor" in given:  # the weights of the run's own extractor go with it
         given.setdefault("weights", None)
     if given.get("reference", "none") not in (*OWN_DATA, "none", ""):

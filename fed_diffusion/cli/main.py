@@ -292,18 +292,25 @@ class _live_progress:
             tell(f"round {line['round']}/{self._rounds}  {text}")
 
 
+def _fid(found: dict[str, Any], samples: int) -> str:
+    """A judge's FID with what it depends on, or why there is none."""
+    if found["fid"] is None:
+        return f"no quality figures: {found['why']}"
+    return (
+        f"FID {found['fid']:.2f} (floor {found['fid_floor']:.2f}, {found['extractor']}, "
+        f"{samples} samples)"
+    )
+
+
 def _print_results(path: Path) -> None:
     from fed_diffusion.store.rundir import RunDir
 
     results = RunDir(path).results()
     quality, seconds = results["quality"], results["seconds"]
-    fid = (
-        f"FID {quality['fid']:.2f} (floor {quality['fid_floor']:.2f}, {quality['extractor']}, "
-        f"{quality['samples']} samples)"
-        if quality["fid"] is not None
-        else f"no quality figures: {quality['why']}"
-    )
+    fid = _fid(quality, quality["samples"])
     tell(f"{results['method']}  loss {results['loss']:.4f}  Gamma* {results['gamma_star']}  {fid}")
+    for name, found in quality["others"].items():
+        tell(f"{name}: {_fid(found, quality['samples'])}")
     copied = (quality["memorisation"] or {}).get("copied")
     if copied:
         named = ", ".join(map(str, copied))

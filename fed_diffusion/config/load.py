@@ -79,9 +79,9 @@ def read_value(key: str, text: str) -> Any:
     """A typed value, as far as it can be read without a check.
 
     A setting that takes any text (a path, a name) takes it as typed, and null where it may be
-    none; one that takes several texts takes them as a list in brackets, or by name in braces. For
-    the others [1, 0.5], {steps: 3} and "S" are YAML, and everything else is text, which the
-    setting's type reads: numbers are decimal.
+    none; one that takes several texts takes them as a list in brackets, or in braces where each
+    has a name. For the others [1, 0.5], {steps: 3} and "S" are YAML, and everything else is text,
+    which the setting's type reads: numbers are decimal.
 
     Raises
     ------
@@ -91,7 +91,9 @@ def read_value(key: str, text: str) -> Any:
     field = _field(key)
     if field is not None and is_free_text(field.annotation):
         ends = f"{text[:1]}{text[-1:]}"
-        if (is_list(field.annotation), ends) == (True, "[]") or is_mapping(field.annotation):
+        if (ends == "[]" and is_list(field.annotation)) or (
+            ends == "{}" and is_mapping(field.annotation)
+        ):
             return parse_yaml(text, f"set: the value in {f'{key}={text}'!r}")
         may_be_none = type(None) in get_args(field.annotation)
         return None if may_be_none and text in ("", "null") else text
@@ -163,6 +165,11 @@ def _absolute(config: Config) -> Config:
         return str(absolute(path, key)) if path else path
 
     evaluation = config.evaluation
+    weights: Any = evaluation.weights
+    if isinstance(weights, dict):
+        weights = {name: resolve(file, "evaluation.weights") for name, file in weights.items()}
+    else:
+        weights = resolve(weights, "evaluation.weights")
     reference = evaluation.reference
     if reference not in ("data", "train", "test", "none"):
         reference = str(resolve(reference, "evaluation.reference"))
@@ -172,7 +179,7 @@ def _absolute(config: Config) -> Config:
             "evaluation": evaluation.model_copy(
                 update={
                     "reference": reference,
-                    "weights": resolve(evaluation.weights, "evaluation.weights"),
+                    "weights": weights,
                 }
             ),
         }
@@ -291,7 +298,8 @@ def _explain(item: dict[str, Any]) -> str:
         prefix = f"{key}." if key else ""
         return f"{prefix}{item['ctx']['error']}."
     if item["type"] == UNKNOWN:
-        return f"{key} = {item['input']!r} is unknown. {item['msg']}."
+        name = item["ctx"].get("name", item["input"])  # of a list, the one that is unknown
+        return f"{key} = {name!r} is unknown. {item['msg']}."
     return f"{key} = {item['input']!r} is not allowed: {complaint(item)}{_allowed(key)}."
 
 

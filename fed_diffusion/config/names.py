@@ -56,6 +56,29 @@ def part(*built_in: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def parts(*built_in: str) -> AfterValidator:
+    """What a setting takes that names one part or a list of them; see `part`.
+
+    A list of one is that one.
+    """
+
+    def check(names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        listed = (names,) if isinstance(names, str) else names
+        if not listed:
+            raise PydanticCustomError("too_few", "the list is empty; name at least one")
+        for name in listed:
+            if name not in built_in and not is_own(name):
+                context = {"says": allowed(name, built_in), "name": name}
+                raise PydanticCustomError(UNKNOWN, "{says}", context)
+            if listed.count(name) > 1:
+                raise PydanticCustomError(
+                    "twice", "{name} is given twice; give it once", {"name": repr(name)}
+                )
+        return listed[0] if len(listed) == 1 else listed
+
+    return AfterValidator(check)
+
+
 def names_own_parts(config: BaseModel) -> bool:
     """Whether any setting names a part by module:attribute, so that its module must be found."""
 

@@ -69,8 +69,8 @@ def is_list(annotation: Any) -> bool:
 
 
 def is_mapping(annotation: Any) -> bool:
-    """Whether a setting takes names of the user's with a value each."""
-    return get_origin(annotation) is dict
+    """Whether a setting takes values by name."""
+    return get_origin(annotation) is dict or any(map(is_mapping, get_args(annotation)))
 
 
 def complaint(item: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ from fed_diffusion.common.compute import device_of
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.config.yaml import expanded
 from fed_diffusion.data.datasets import class_count, image_shape
-from fed_diffusion.evaluation.judge import BUILT_IN, check_judge
+from fed_diffusion.evaluation.choice import WEIGHTS_FILE, Choice, choices
+from fed_diffusion.evaluation.judge import check_judge
 from fed_diffusion.evaluation.weights import check_features
 
+logger = logging.getLogger(__name__)
 FEWEST_IMAGES = 2
 OWN_DATA = ("data", "train", "test")
 """Words for evaluation.reference that mean the run's own data set, or a part of it."""
-WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
 def check_evaluation(config: Config) -> None:
     """Refuse, before training, an evaluation that is bound to fail after it.
+
+    Of a judge that evaluation.extractor leaves open it says which one is taken, and why.
 
     Raises
     ------
@@ -45,13 +49,21 @@ def check_evaluation(config: Config) -> None:
             "own data set), train or test (parts of it), none (no quality figures) or an existing "
             "folder of images."
         )
-    if settings.extractor not in BUILT_IN:
+    for choice in choices(settings, image_shape(config.data)):
+        _check_choice(config, choice, folder)
+        if choice.because is not None:
+            logger.warning("evaluation.extractor = auto takes %s: %s.", choice.name, choice.because)
+
+
+def _check_choice(config: Config, choice: Choice, folder: Path | None) -> None:
+    settings = choice.settings
+    if choice.name not in ("inception", "classifier"):
         check_judge(settings, image_shape(config.data), device_of(config))
-    elif settings.extractor == "inception":
+    elif choice.name == "inception":
         if settings.weights is not None:
-            check_weights(settings.weights)
+            check_weights(str(settings.weights))
     elif settings.weights is not None:
-        check_features(settings.weights, image_shape(config.data))
+        check_features(str(settings.weights), image_shape(config.data))
     elif folder is not None:
         _check_class_folders(folder)
     elif class_count(config.data) is None:
@@ -109,6 +121,8 @@ def no_quality(
     split: str | None = None,
     extractor: str | None = None,
     extractor_sha256: str | None = None,
+    extractor_because: str | None = None,
+    others: dict[str, Any] | None = None,
     sampler: str | None = None,
     guidance: float | None = None,
     memorisation: dict[str, Any] | None = None,
@@ -128,6 +142,8 @@ def no_quality(
         "split": split,
         "extractor": extractor,
         "extractor_sha256": extractor_sha256,
+        "extractor_because": extractor_because,
+        "others": others or {},
         "sampler": sampler,
         "guidance": guidance,
         "nfe": nfe,

@@ -14,10 +14,12 @@ from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
+from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.common.plugins import blamed
 from fed_diffusion.config.schema import ConfigError, EvaluationConfig
 from fed_diffusion.data.datasets import ImageSet
 from fed_diffusion.evaluation.checks import check_weights
+from fed_diffusion.evaluation.choice import INCEPTION as INCEPTION_NAME
 from fed_diffusion.evaluation.features import (
     CLASSIFIER,
     FEATURES,
@@ -26,12 +28,19 @@ from fed_diffusion.evaluation.features import (
     trained_classifier,
     weights_hash,
 )
-from fed_diffusion.evaluation.judge import BUILT_IN, KEY, look, made
+from fed_diffusion.evaluation.judge import BATCH as SEEN_AT_ONCE
+from fed_diffusion.evaluation.judge import KEY, look, made
+from fed_diffusion.evaluation.public import PUBLIC
 from fed_diffusion.evaluation.trained import RESNET, WIDTH, load_features
+from fed_diffusion.generate import batches_at_once
 
 INCEPTION = "inception-v3-compat"
+JUDGE = "judge"
+"""The kind of a public judge."""
 OWN = "own"
 """The kind of a judge that evaluation.extractor names by module:attribute."""
+RESIZING = (INCEPTION, JUDGE)
+"""The kinds that take images of any size."""
 LAYERS = {
     CLASSIFIER: (str(FEATURES), "logits"),
     RESNET: (str(WIDTH), "logits"),
@@ -81,7 +90,7 @@ class Extractor:
     Attributes
     ----------
     kind
-        Its name with torch-fidelity, a key of `LAYERS`, or `OWN`.
+        Its name with torch-fidelity, a key of `LAYERS`, or `JUDGE`, or `OWN`.
     identity
         What its weights come from.
     shown
@@ -97,20 +106,21 @@ class Extractor:
 
 
 def extractor_of(config: EvaluationConfig, teacher: ImageSet, seed: int) -> Extractor:
-    """The extractor that evaluation.extractor and evaluation.weights name."""
-    if config.extractor not in BUILT_IN:
-        identity = f"{config.extractor} {config.weights}"
-        return Extractor(OWN, identity, config.extractor, lambda to: _Own(config, to))
-    if config.extractor == "inception":
-        weights = None if config.weights is None else str(check_weights(config.weights))
+    """The extractor that the settings of one judge (`choice.Choice`) name."""
+    name, file = str(config.extractor), None if config.weights is None else str(config.weights)
+    if name not in (INCEPTION_NAME, "classifier"):
+        kind = JUDGE if name in PUBLIC else OWN
+        return Extractor(kind, f"{name} {file}", name, lambda to: _Judged(config, to))
+    if name == INCEPTION_NAME:
+        weights = None if file is None else str(check_weights(file))
 
         def make_inception(device: torch.device) -> Eyes:
             return _Fidelity(INCEPTION, _inception(weights, device), device)
 
         # Inception is the same network at every seed
         return Extractor(INCEPTION, str(weights), INCEPTION, make_inception)
-    if config.weights is not None:
-        network, header = load_features(config.weights, tuple(teacher.images.shape[1:]))
+    if file is not None:
+        network, header = load_features(file, tuple(teacher.images.shape[1:]))
         shown = f"classifier({header.dataset}, {WIDTH} features, sha256 {header.sha256[:12]})"
         return Extractor(
             RESNET, header.sha256, shown, lambda to: _wrapped(RESNET, shown, network.to(to), to)
@@ -151,8 +161,8 @@ class _Fidelity:
         return found[self.layer], found[self._classified]
 
 
-class _Own:
-    """A judge of the user's own; see `Eyes`. What goes wrong in it costs the figures, not the run.
+class _Judged:
+    """A `Judge`, public or the user's; see `Eyes`. What goes wrong costs its figures, not the run.
 
     Raises
     ------
@@ -160,19 +170,25 @@ class _Own:
         It cannot be made, or gives something else than `Judge` says.
     """
 
-    kept = False
-
     def __init__(self, config: EvaluationConfig, device: torch.device) -> None:
-        self.layer = config.extractor
+        self.layer = str(config.extractor)
+        self.kept = self.layer in PUBLIC
         self._device = device
         with _unavailable():
             self._judge = made(config, device)
-        self.shown = f"{self._judge.name} ({config.extractor})"
+        name = self._judge.name
+        self.shown = name if self.kept else f"{name} ({self.layer})"
         self.sha256 = self._judge.sha256
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with _unavailable(), blamed(KEY, self.layer):
-            return look(self._judge, images, self._device)
+            if not self.kept:  # a user's judge need not bear several threads
+                return look(self._judge, images, self._device)
+            with batches_at_once(self._device, usable_cores()) as pool:
+                parts = images.split(SEEN_AT_ONCE)
+                seen = pool.map(lambda some: look(self._judge, some, self._device), parts)
+                features, logits = zip(*seen, strict=True)
+            return torch.cat(features), torch.cat(logits)
 
 
 @contextlib.contextmanager
@@ -207,7 +223,8 @@ def _inception(weights: str | None, device: torch.device) -> FeatureExtractorBas
         what = "read" if weights else "downloaded"
         raise Unavailable(
             f"the Inception weights could not be {what} ({type(error).__name__}: {error}); set "
-            "evaluation.weights=FILE to a copy, or evaluation.extractor=classifier"
+            "evaluation.weights=FILE to a copy, or evaluation.extractor to efficientnet_lite0 or "
+            "classifier"
         ) from error
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.config.schema import EvaluationConfig
+from fed_diffusion.evaluation.public import PUBLIC
 
-BUILT_IN = {"inception": None, "classifier": None}
-"""torch-fidelity's networks and those trained here, which `evaluation.quality` makes."""
+BUILT_IN: dict[str, Any] = {"auto": None, "inception": None, "classifier": None, **PUBLIC}
+"""By name; `choice` says what auto is, and `extractors` makes the two after it: torch-fidelity's
+network and those trained here."""
 KEY = "evaluation.extractor"
 BATCH = 64
 
@@ -55,7 +57,8 @@ class JudgeFactory(Protocol):
     Parameters
     ----------
     config
-        The section `evaluation` of the configuration; `weights` is an absolute path or None.
+        The section `evaluation` of the configuration, as if this were its only judge: `extractor`
+        is its name, and `weights` an absolute path or None.
     device
         Where the judge is to compute.
     """
@@ -64,15 +67,15 @@ class JudgeFactory(Protocol):
 
 
 def factory_of(config: EvaluationConfig) -> JudgeFactory:
-    """The judge of the user's own that evaluation.extractor names."""
-    factory: JudgeFactory = resolve(KEY, config.extractor, BUILT_IN)
+    """The public judge, or that of the user's own, that evaluation.extractor names."""
+    factory: JudgeFactory = resolve(KEY, str(config.extractor), BUILT_IN)
     return factory
 
 
 def made(config: EvaluationConfig, device: torch.device) -> Judge:
-    """A judge of the user's own; `ConfigError` where it cannot be made."""
+    """What `factory_of` makes; `ConfigError` where it cannot be made."""
     factory = factory_of(config)
-    with blamed(KEY, config.extractor):
+    with blamed(KEY, str(config.extractor)):
         judge = factory(config, device)
         for key in ("name", "sha256"):
             if not (isinstance(value := getattr(judge, key, None), str) and value):
@@ -108,7 +111,7 @@ def _looked(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_judge(config: EvaluationConfig, shape: tuple[int, ...], device: torch.device) -> None:
-    """Make a judge of the user's own and show it two images [C, H, W] = shape.
+    """Make a judge of `factory_of`'s and show it two images [C, H, W] = shape.
 
     Raises
     ------
@@ -116,5 +119,5 @@ def check_judge(config: EvaluationConfig, shape: tuple[int, ...], device: torch.
         Names evaluation.extractor and what went wrong.
     """
     judge = made(config, device)
-    with blamed(KEY, config.extractor):
+    with blamed(KEY, str(config.extractor)):
         look(judge, torch.zeros((2, *shape), dtype=torch.uint8), device)

@@ -23,8 +23,9 @@ from fed_diffusion.evaluation.checks import (
     check_evaluation,
     no_quality,
 )
+from fed_diffusion.evaluation.choice import Choice, choices
 from fed_diffusion.evaluation.extractors import (
-    INCEPTION,
+    RESIZING,
     Extractor,
     Eyes,
     Unavailable,
@@ -73,7 +74,7 @@ def evaluate(
     reference
         Real images.
     config
-        Which extractor, and the file of its weights.
+        Which extractors, and the files of their weights.
     seed
         Of the classifier, of the floor's splits and of the intervals' groups: figures compare at
         the same seed.
@@ -92,39 +93,68 @@ def evaluate(
     dict
         fid, fid_floor, inception_score [mean, std over 10 splits], kid, precision, recall,
         intervals (95 %, and how), memorisation (see there), samples, reference, split, extractor,
-        extractor_sha256, nfe, seed, why. Where there can be no figures they are None and `why` is
-        the reason; else `why` is None.
+        extractor_sha256, extractor_because (why it was taken in Inception's place), nfe, seed, why.
+        Where there can be no figures they are None and `why` is the reason; else `why` is None.
+        All that is of the first extractor; `others` has `JUDGED` of each further one, by its name.
 
     Raises
     ------
     TypeError
         `images` are not uint8 [n, 1 or 3, H, W].
     ConfigError
-        `config.weights` names no usable file.
+        `config.weights` names no usable file, or a judge is not installed.
     """
     require_images(images)
     images, name = images.cpu(), reference.name or "images"
-    extractor = extractor_of(config, reference if teacher is None else teacher, seed)
+    teacher = reference if teacher is None else teacher
+    named = [
+        (choice, extractor_of(choice.settings, teacher, seed))
+        for choice in choices(config, tuple(reference.images.shape[1:]))
+    ]
     stated: dict[str, Any] = {
         "seed": seed,
         "reference": f"{name} ({len(reference)} images)",
         "split": config.reference if config.reference in OWN_DATA else "folder",
-        "extractor": extractor.shown,
         "sampler": config.sampler,
         "guidance": config.guidance,
         "memorisation": memorisation(images, holdings, device),
     }
+    first, *further = [
+        _judged(choice, extractor, images, reference, seed, str(device))
+        for choice, extractor in named
+    ]
+    names = [choice.name for choice, _ in named[1:]]
+    stated["others"] = dict(zip(names, further, strict=True))
+    return {**no_quality("", len(images), nfe, **stated), **first}
+
+
+JUDGED = (
+    *("fid", "fid_floor", "inception_score", "kid", "precision", "recall", "intervals"),
+    *("extractor", "extractor_sha256", "extractor_because", "why"),
+)
+"""What is a judge's own among the keys of `evaluate`."""
+
+
+def _judged(
+    choice: Choice,
+    extractor: Extractor,
+    images: Tensor,
+    reference: ImageSet,
+    seed: int,
+    device: str,
+) -> dict[str, Any]:
+    """`JUDGED` of one judge: its figures, or why there are none."""
+    found: dict[str, Any] = dict.fromkeys(JUDGED)
+    found |= {"extractor": extractor.shown, "extractor_because": choice.because}
     try:
         _check_comparable(images, reference, extractor)
-        judge = _judge(fingerprint(reference), extractor, str(device))
-        stated["extractor"] = judge.eyes.shown
-        found = judge.figures(images, seed)
+        judge = _judge(fingerprint(reference), extractor, device)
+        found["extractor"] = judge.eyes.shown
+        found |= judge.figures(images, seed)
     except Unavailable as reason:
-        return no_quality(str(reason), len(images), nfe, **stated)
+        return found | {"why": str(reason)}
     found["fid_floor"] = judge.floor(min(len(images), len(reference) // 2), seed)
-    found["why"] = None
-    stated["extractor_sha256"] = judge.eyes.sha256
-    return {**no_quality("", len(images), nfe, **stated), **found}
+    return found | {"extractor_sha256": judge.eyes.sha256}
 
 
 def _check_comparable(images: Tensor, reference: ImageSet, extractor: Extractor) -> None:
@@ -137,12 +167,11 @@ def _check_comparable(images: Tensor, reference: ImageSet, extractor: Extractor)
         raise Unavailable(
             f"the reference set has {len(reference)} images, at least {FEWEST_REFERENCE} are needed"
         )
-    # Inception resizes what it gets
-    if extractor.kind != INCEPTION and images.shape[1:] != reference.images.shape[1:]:
+    if extractor.kind not in RESIZING and images.shape[1:] != reference.images.shape[1:]:
         raise Unavailable(
             f"generated images are {list(images.shape[1:])} and the reference's "
             f"{list(reference.images.shape[1:])}; a classifier compares images of one shape, "
-            "evaluation.extractor=inception resizes them"
+            "evaluation.extractor=inception or efficientnet_lite0 resizes them"
         )
 
 
@@ -191,7 +220,7 @@ class Comparison:
         return self._floors[side, seed]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=3)  # each of a run's few judges is asked again by the next run of a sweep
 def _judge(key: Fingerprinted, extractor: Extractor, device: str) -> Comparison:
     place = torch.device(device)
     with _current(place):

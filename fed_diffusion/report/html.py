@@ -7,7 +7,7 @@ a client chooses them.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,8 @@ FIGURES = {
     "precision": "precision",
     "recall": "recall",
 }
-STATED = {
-    "extractor": "extractor",
-    "extractor_sha256": "SHA-256 of its weights",
+JUDGE = {"extractor": "extractor", "extractor_sha256": "SHA-256 of its weights"}
+STATED = JUDGE | {
     "reference": "reference",
     "samples": "generated images",
     "nfe": "network evaluations per image (NFE)",
@@ -214,20 +213,36 @@ def _quality(record: Record) -> str:
     quality = mapping(record.results.get("quality"))
     if not quality:
         return section("Quality", '<p class="soft">No quality figures.</p>')
-    intervals = mapping(quality.get("intervals"))
-    rows = [
-        (label, pair(quality.get(key), " ± "), pair(intervals.get(key), " to "))
-        for key, label in FIGURES.items()
-    ]
-    rows += [(label, number(quality.get(key)), "") for key, label in STATED.items()]
+    rows = [(label, number(quality.get(key)), "") for key, label in STATED.items()]
     rows.append(("seed", plain(quality.get("seed", record.fact("seed"))), ""))
-    why = quality.get("why")
-    note = warning(f"No figures: {escape(str(why))}.") if why else ""
+    note = _why_not(quality)
     note += "<p>Figures compare only with others of the same extractor, reference and number of "
     note += "images. All images are uint8, 0 to 255.</p>"
-    figures = table(("figure", "value", "95 % interval"), rows, text=(1,))
-    how = f'<p class="soft">Intervals: {plain(intervals["how"])}</p>' if "how" in intervals else ""
-    return section("Quality", note + figures + how) + _memorisation(quality.get("memorisation"))
+    body = note + _figures(quality, rows)
+    for name, other in mapping(quality.get("others")).items():
+        found = mapping(other)
+        rows = [(label, number(found.get(key)), "") for key, label in JUDGE.items()]
+        body += f"<h3>By {escape(str(name))}</h3>" + _why_not(found) + _figures(found, rows)
+    how = mapping(quality.get("intervals")).get("how")
+    body += f'<p class="soft">Intervals: {plain(how)}</p>' if how else ""
+    return section("Quality", body) + _memorisation(quality.get("memorisation"))
+
+
+def _why_not(found: Mapping[str, Any]) -> str:
+    """Why a judge has no figures, and why it was taken in another's place."""
+    why, because = found.get("why"), found.get("extractor_because")
+    note = warning(f"No figures: {escape(str(why))}.") if why else ""
+    return note + (f"<p>Why this extractor: {escape(str(because))}.</p>" if because else "")
+
+
+def _figures(found: Mapping[str, Any], stated: Sequence[tuple[str, str, str]]) -> str:
+    """The table of one judge's figures with their intervals, and what they depend on."""
+    intervals = mapping(found.get("intervals"))
+    rows = [
+        (label, pair(found.get(key), " ± "), pair(intervals.get(key), " to "))
+        for key, label in FIGURES.items()
+    ]
+    return table(("figure", "value", "95 % interval"), [*rows, *stated], text=(1,))
 
 
 def _memorisation(found: Any) -> str:

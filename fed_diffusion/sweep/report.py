@@ -37,11 +37,17 @@ class Figure:
 
 
 def _quality(key: str) -> Callable[[Mapping[str, Any]], Any]:
-    def value(results: Mapping[str, Any]) -> Any:
-        found = results["quality"].get(key)
-        return found[0] if isinstance(found, list) else found  # [mean, deviation over splits]
+    return lambda results: _figure(results["quality"], key)
 
-    return value
+
+def _quality_by(judge: str, key: str) -> Callable[[Mapping[str, Any]], Any]:
+    """A figure of one of quality's `others`; None where a run was not shown to it."""
+    return lambda results: _figure((results["quality"].get("others") or {}).get(judge, {}), key)
+
+
+def _figure(found: Mapping[str, Any], key: str) -> Any:
+    value = found.get(key)
+    return value[0] if isinstance(value, list) else value  # [mean, deviation over splits]
 
 
 FIGURES = (
@@ -66,6 +72,22 @@ class Row:
     method: str
     seeds: tuple[int, ...]
     figures: dict[str, tuple[float, float] | None]
+    columns: tuple[Figure, ...] = FIGURES
+
+
+OF_OTHERS = (("inception_score", "IS", 2), ("fid", "FID", 2), ("fid_floor", "FID floor", 2))
+
+
+def columns_of(results: Sequence[Mapping[str, Any]]) -> tuple[Figure, ...]:
+    """`FIGURES`, and behind them those of every further judge, named after it."""
+    names: dict[str, None] = {}
+    for result in results:
+        names |= dict.fromkeys(result["quality"].get("others") or {})
+    return FIGURES + tuple(
+        Figure(f"{key}_{name}", f"{title} by {name}", _quality_by(name, key), digits)
+        for name in names
+        for key, title, digits in OF_OTHERS
+    )
 
 
 def finished(runs: Iterable[Run]) -> list[tuple[Run, Record]]:
@@ -86,7 +108,8 @@ def _check_figures(run: Run) -> None:
     results = run.results()
     try:
         _evaluation_of(results["quality"])
-        values = [results["parameters"], *(figure.value(results) for figure in FIGURES)]
+        columns = columns_of([results])
+        values = [results["parameters"], *(figure.value(results) for figure in columns)]
         odd = [v for v in values if v is not None and not isinstance(v, int | float)]
         problem = f"{odd[0]!r} is no number" if odd else None
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -103,12 +126,13 @@ def rows_of(done: Sequence[tuple[Run, Record]]) -> list[Row]:
     presets = dict.fromkeys(run.config.preset for run, _ in done)
     rows = []
     for preset in presets:
+        columns = columns_of([r.results for run, r in done if run.config.preset == preset])
         for (of, method), group in groups.items():
             if of == preset:
                 first = group[0][0].config
-                figures = {f.key: _over_seeds(f, [r.results for _, r in group]) for f in FIGURES}
+                figures = {f.key: _over_seeds(f, [r.results for _, r in group]) for f in columns}
                 seeds = tuple(run.config.seed for run, _ in group)
-                rows.append(Row(preset, first.data.name, method, seeds, figures))
+                rows.append(Row(preset, first.data.name, method, seeds, figures, columns))
     return rows
 
 
@@ -190,10 +214,11 @@ def tables(rows: Sequence[Row]) -> list[str]:
     for preset in dict.fromkeys(row.preset for row in rows):
         mine = [row for row in rows if row.preset == preset]
         paper = TABLE_2.get(mine[0].dataset)
-        titles = ["method", *(f.title for f in FIGURES), *(["paper IS", "paper FID"] * bool(paper))]
+        columns = mine[0].columns
+        titles = ["method", *(f.title for f in columns), *(["paper IS", "paper FID"] * bool(paper))]
         lines += [f"**{preset}**", "", _line(titles), _line(["---"] * len(titles))]
         for row in mine:
-            cells = [row.method, *(_cell(f, row) for f in FIGURES)]
+            cells = [row.method, *(_cell(f, row) for f in columns)]
             if paper:
                 known = paper.get(row.method)
                 cells += [f"{value:.2f}" for value in known] if known else ["–", "–"]
@@ -267,7 +292,23 @@ def _evaluation(done: Sequence[tuple[Run, Record]]) -> str:
     }
     if missing:
         return f"Without quality figures, since {'; '.join(str(why) for why in missing)}."
-    return _evaluation_of(quality)
+    return _evaluation_of(quality) + _judges(done)
+
+
+def _judges(done: Sequence[tuple[Run, Record]]) -> str:
+    """The further judges, and a warning where one column is by several."""
+    found = [record.results["quality"] for _, record in done]
+    text = ""
+    for name, judge in (found[0].get("others") or {}).items():
+        why = f": no figures, since {judge['why']}" if judge["why"] else ""
+        text += f" Also by {name}, extractor {judge['extractor']}{why}."
+    first = dict.fromkeys(str(quality["extractor"]) for quality in found)
+    if len(first) > 1:
+        text += (
+            f" NOT ALL RUNS HAVE THE SAME JUDGE: {'; '.join(first)}. Their figures do not compare; "
+            "fed-diffusion evaluate RUN --extractor NAME measures a run again."
+        )
+    return text
 
 
 def _evaluation_of(quality: Mapping[str, Any]) -> str:
@@ -279,19 +320,21 @@ def _evaluation_of(quality: Mapping[str, Any]) -> str:
 
 
 def table_csv(rows: Sequence[Row]) -> str:
-    titles = [f"{f.key}_{part}" for f in FIGURES for part in ("mean", "std")]
+    columns = list({f.key: f for row in rows for f in row.columns}.values())
+    titles = [f"{f.key}_{part}" for f in columns for part in ("mean", "std")]
     lines: list[list[Any]] = [["preset", "method", "seeds", *titles, "paper_is", "paper_fid"]]
     for row in rows:
-        numbers = [value for f in FIGURES for value in row.figures[f.key] or ("", "")]
+        numbers = [value for f in columns for value in row.figures.get(f.key) or ("", "")]
         paper = TABLE_2.get(row.dataset, {}).get(row.method, ("", ""))
         lines.append([row.preset, row.method, " ".join(map(str, row.seeds)), *numbers, *paper])
     return _csv(lines)
 
 
 def runs_csv(done: Sequence[tuple[Run, Record]]) -> str:
-    lines: list[list[Any]] = [["run", "preset", "method", "seed", *(f.key for f in FIGURES)]]
+    columns = columns_of([record.results for _, record in done])
+    lines: list[list[Any]] = [["run", "preset", "method", "seed", *(f.key for f in columns)]]
     for run, record in done:
-        numbers = [f.value(record.results) for f in FIGURES]
+        numbers = [f.value(record.results) for f in columns]
         lines.append([run.name, run.config.preset, run.method, run.config.seed, *numbers])
     return _csv(lines)
 

@@ -31,6 +31,7 @@ INCEPTION = EvaluationConfig(extractor="inception")
 KEYS = {
     *("fid", "fid_floor", "inception_score", "kid", "precision", "recall", "intervals"),
     *("memorisation", "samples", "reference", "split", "extractor", "extractor_sha256"),
+    *("extractor_because", "others"),
     *("sampler", "guidance", "nfe", "seed", "why"),
 }
 
@@ -283,7 +284,7 @@ def test_float_images_are_refused(digits: ImageSet) -> None:
 def test_inception_gets_grey_images_as_three_equal_channels(
     digits: ImageSet, inception_weights: str
 ) -> None:
-    config = EvaluationConfig(weights=inception_weights)
+    config = EvaluationConfig(extractor="inception", weights=inception_weights)
     few = digits.subset(range(4))
     found = evaluate(digits.images[4:6], few, config, seed=0, nfe=1)
     assert found["extractor"] == "inception-v3-compat"
