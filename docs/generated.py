@@ -20,30 +20,32 @@ from fed_diffusion.config.section import Section
 
 SETTINGS = """# Settings
 
-A run is described by a preset and by what is changed in it. A preset is a YAML file: one of those in
-`conf/`, or one of yours. `--set KEY=VALUE` changes a setting on the command line, a dictionary does so
-in `load_config`, and `--run-config` in `flwr run`. The run directory's `config.yaml` has every setting
-with the value that the run was made with, and is itself a preset that repeats the run.
+A run is described by a preset and by what is changed in it. A preset is a YAML file: one of those
+in `conf/`, or one of yours. `--set KEY=VALUE` changes a setting on the command line, a dictionary
+does so in `load_config`, and `--run-config` in `flwr run`. The run directory's `config.yaml` has
+every setting with the value that the run was made with. It is itself a preset, and repeats the run.
 
-**How values are read.** The type of a setting decides how its value is read, in `--set`, in presets, in
-sweeps and in Flower's run config alike. A setting that is text (`data.dir`, a name) takes the text as it
-is typed, with `#`, blanks and digits. Numbers are decimal: `010` is 10 and `1e-2` is 0.01. `null` means
-"no value". Lists are written `[1, 0.5]`. `round.quorum` tells a count (`1`) from a part (`1.0`). Files
-are read as UTF-8, and a key that stands twice in a file is refused with both of its lines.
+**How values are read.** The type of a setting decides how its value is read, in `--set`, in
+presets, in sweeps and in Flower's run config alike. A setting that is text (`data.dir`, a name)
+takes the text as it is typed, with `#`, blanks and digits. Numbers are decimal: `010` is 10 and
+`1e-2` is 0.01. `null` means "no value". Lists are written `[1, 0.5]`. `round.quorum` tells a count
+(`1`) from a part (`1.0`). Files are read as UTF-8, and a key that stands twice in a file is refused
+with both of its lines.
 
-A value that is not allowed, and two settings that contradict each other, are refused before training
-starts; the message says what is allowed.
+A value that is not allowed, and two settings that contradict each other, are refused before
+training starts; the message says what is allowed.
 """
 
 CLI = """# Commands
 
-Every command ends with exit code 0 when it has done its work, 1 when it failed on the way, 2 when it
-refused what it was asked before it began, and 130 when it was interrupted by Ctrl-C.
+Every command ends with exit code 0 when it has done its work, 1 when it failed on the way, 2 when
+it refused what it was asked before it began, and 130 when it was interrupted by Ctrl-C.
 """
 
 API = """# Python API
 
-Everything on this page can be imported from `fed_diffusion`. Modules below it may move between releases.
+Everything on this page can be imported from `fed_diffusion`. The modules that are named here may
+change between releases.
 """
 
 
