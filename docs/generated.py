@@ -159,7 +159,7 @@ def linked(text: str) -> str:
     def link(found: re.Match[str]) -> str:
         name = found[1]
         public = name in fed_diffusion.__all__
-        return f"[`fed_diffusion.{name}`](api.md#{place_of(name)})" if public else found[0]
+        return f"[`fed_diffusion.{name}`](api.md#fed_diffusion.{name})" if public else found[0]
 
     return re.sub(r"`[\w.]+\.(\w+)`", link, text)
 
@@ -187,20 +187,10 @@ def commands(
             yield from commands(below, (*words, name), said.get(name, ""))
 
 
-def place_of(name: str) -> str:
-    """The dotted path of a public name, as mkdocstrings finds it; it is the anchor too."""
-    place = fed_diffusion._PLACES.get(name)
-    return ".".join(filter(None, ("fed_diffusion", place, name)))
-
-
 def api_page() -> str:
     """What `fed_diffusion.__all__` exports, each by mkdocstrings."""
     names = [name for name in fed_diffusion.__all__ if not name.startswith("__")]
     first = ("load_config", "run", "resume", "load")
     ordered = [*first, *(name for name in names if name not in first)]
-    blocks = [
-        f"::: {place_of(name)}\n    options:\n      heading: fed_diffusion.{name}\n"
-        f"      toc_label: {name}"
-        for name in ordered
-    ]
+    blocks = [f"::: fed_diffusion.{name}\n    options: {{toc_label: {name}}}" for name in ordered]
     return "\n\n".join([API, *blocks]) + "\n"
