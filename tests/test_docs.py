@@ -23,6 +23,7 @@ PAGES = {
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
 SMALL = TINY | {"rounds": 1, "local.steps": 2, "evaluation.every": 0, "evaluation.grid": 2}
+SMALL["model.group"] = 8
 del SMALL["model.conditional"]  # so that samples may have labels
 IN_RESULTS = {"theory.estimates", "theory.covered", "data.notes"}
 """Names in results.json that look like settings."""
