@@ -24,11 +24,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fed_diffusion.aggregation.mean import MaskedMean
+from fed_diffusion.config.training import PruningConfig
 from fed_diffusion.diffusion.partitions import kappa_minimal, loss_weights
 from fed_diffusion.diffusion.process import sigma
+from fed_diffusion.masks.families import derive, family_of
 from fed_diffusion.masks.levels import level_ratios
-from fed_diffusion.masks.recipe import Masks, Recipe, pruning_error
-from fed_diffusion.masks.spaces import Block, Layout, Space
+from fed_diffusion.masks.mask import Masks, Scattered, mask_of, pruning_error
+from fed_diffusion.masks.recipe import Recipe
+from fed_diffusion.masks.spaces import Layout, Space
 from fed_diffusion.theory import gaussian
 from fed_diffusion.theory.bound import (
     Bound,
@@ -44,7 +47,12 @@ from fed_diffusion.theory.bound import (
 
 D, K, T, DELTA = 14, 40, 3.0, 1e-2
 N, S, R = 10, 5, 150
-METHODS = {"F": "full", "R": "random", "T": "topk", "C": "channels"}
+METHODS = {
+    "F": PruningConfig(),
+    "R": PruningConfig(kind="random", scope="all"),
+    "T": PruningConfig(kind="topk", scope="all"),
+    "C": PruningConfig(kind="channels", choice="rolling"),
+}
 COLOURS = {"F": "#8a8f98", "R": "#cc4b4b", "T": "#3d85c6", "C": "#d9822b"}
 PLACES = {"level S": level_ratios("S", N), "all at 0.75": (0.75,) * N}
 SHOWN = (0, 1, 3, 10, 30, 100, R)
@@ -135,14 +143,12 @@ def as_score(theta: dict[str, Tensor]) -> gaussian.AffineScore:
 
 
 def masks_of(method: str, ratios: tuple[float, ...], theta: dict, r: int, seed: int) -> list[Masks]:
-    """Every client's mask of round r, as bool tensors."""
-    masks = []
-    for n, keep in enumerate(ratios):
-        kind = METHODS[method] if keep < 1 else "full"
-        recipe = Recipe(kind, keep, seed, r, n, scope="all", choice="rolling")
-        made = recipe.mask(theta, LAYOUT)
-        masks.append({k: m.dense() if isinstance(m, Block) else m for k, m in made.items()})
-    return masks
+    """Every client's mask of round r, as one of single weights."""
+    family = family_of(METHODS[method], seed)
+    weak = {n: keep for n, keep in enumerate(ratios) if keep < 1}
+    recipes = family.plan(r, weak, theta, LAYOUT)
+    made = [derive(family, recipes.get(n, Recipe()), theta, LAYOUT) for n in range(len(ratios))]
+    return [{k: Scattered(mask.dense()) for k, mask in masks.items()} for masks in made]
 
 
 @dataclass
@@ -181,8 +187,8 @@ def train(
         spread = float((gradients - whole).square().sum((1, 2, 3)).max()) ** 0.5
         masks = masks_of(method, ratios, theta, r, seed)
         mean = MaskedMean(theta, workers=N)
-        ones = {name: torch.ones(value.shape) for name, value in theta.items()}
-        m = torch.stack([join({**ones, **{k: v.float() for k, v in x.items()}}) for x in masks])
+        dense = [{n: mask_of(x, n, value).dense() for n, value in theta.items()} for x in masks]
+        m = torch.stack([join(x) for x in dense]).float()
         local = (join(theta) * m).double()
         for _ in range(S):
             local = local - eta * workers.gradient(local) * m
@@ -190,7 +196,7 @@ def train(
             mean.add({"W": local[n, ..., :D], "b": local[n, ..., D]}, masks[n])
         seen = Seen(
             max(seen.w2, *(pruning_error(x, theta) for x in masks)),
-            min(seen.gamma_star, mean.gamma()),
+            min(seen.gamma_star, mean.coverage.gamma()),
             max(seen.sigma2, spread),
             seen.gradient_norm + float(whole.square().sum()),
         )

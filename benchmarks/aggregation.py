@@ -28,8 +28,10 @@ from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.common.memory import peak_memory
 from fed_diffusion.config import Config, load_config
+from fed_diffusion.masks.families import derive, family_of
+from fed_diffusion.masks.mask import kept_values
 from fed_diffusion.masks.recipe import Recipe
-from fed_diffusion.protocol.codecs import cast, kept_of
+from fed_diffusion.protocol.codecs import cast
 from fed_diffusion.protocol.messages import Update
 from fed_diffusion.protocol.wire import Payload
 from fed_diffusion.server.coordinator import Coordinator
@@ -107,12 +109,13 @@ def ours(config: Config, clock: Clock) -> None:
     recipes = {
         task.client: Recipe.from_metrics(task.payload.numbers) for task in coordinator.tasks(1)
     }
-    top_k = [recipes[0].mask(theta)] if recipes[0].kind == "topk" else []  # the same for all
+    family = family_of(config.pruning, config.seed)
+    same = derive(family, recipes[0], theta, layout) if family.shared else None
 
     def replies() -> Iterator[Message]:
         for client, recipe in recipes.items():
-            masks = top_k[0] if top_k else recipe.mask(theta, layout)
-            start = {name: kept_of(value, masks.get(name)) for name, value in theta.items()}
+            masks = derive(family, recipe, theta, layout) if same is None else same
+            start = kept_values(theta, masks)
             arrays = {
                 name: cast(value + 1e-3 * client, "fp32", False, None).pack()
                 for name, value in start.items()

@@ -24,9 +24,9 @@ from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, load_config
 from fed_diffusion.engines.local import simulate
 from fed_diffusion.generate import RunDir
+from fed_diffusion.masks.families import derive, family_of
+from fed_diffusion.masks.mask import kept_values, pruning_error
 from fed_diffusion.masks.plan import known_ratios, plan_round
-from fed_diffusion.masks.recipe import pruning_error
-from fed_diffusion.masks.spaces import Block
 
 PRESET = "digits-unequal"
 
@@ -133,15 +133,13 @@ def on_one_theta(path: Path) -> str:
 def spread(config: Config, theta: dict[str, torch.Tensor]) -> tuple[list[float], int]:
     layout = channel_layout(config)
     recipes = plan_round(config, config.rounds, known_ratios(config), theta, layout)
+    family = family_of(config.pruning, config.seed)
     mean, w2 = MaskedMean(theta), []
     for recipe in recipes.values():
-        kept = recipe.mask(theta, layout)
+        kept = derive(family, recipe, theta, layout)
         w2.append(pruning_error(kept, theta))
-        blocks = {
-            name: mask.take(theta[name]) for name, mask in kept.items() if isinstance(mask, Block)
-        }
-        mean.add(theta | blocks, kept)
-    return w2, mean.gamma()
+        mean.add(kept_values(theta, kept), kept)
+    return w2, mean.coverage.gamma()
 
 
 def main() -> None:

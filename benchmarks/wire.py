@@ -23,6 +23,7 @@ import torch
 from fed_diffusion.build import build_network, channel_layout, parameters_of
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, load_config
+from fed_diffusion.masks.families import derive, family_of
 from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.masks.recipe import Recipe
 from fed_diffusion.protocol.wire import (
@@ -46,6 +47,7 @@ class Exchange:
     def __init__(self, config: Config, theta: dict[str, torch.Tensor]):
         self.config, self.theta = config, theta
         self.layout = channel_layout(config)
+        self.family = family_of(config.pruning, config.seed)
         self.recipes = plan_round(config, 1, known_ratios(config), theta, self.layout)
         self.shapes = {n: torch.empty(v.shape, device="meta") for n, v in theta.items()}
         self.casts: dict[str, Any] = {}
@@ -55,7 +57,7 @@ class Exchange:
     def client(self, recipe: Recipe) -> tuple[int, int]:
         """Bytes down and up of one client; the seconds of its parts are noted."""
         config, theta, layout = self.config, self.theta, self.layout
-        masks = self._timed("mask", lambda: recipe.mask(theta, layout))
+        masks = self._timed("mask", lambda: derive(self.family, recipe, theta, layout))
         task = self._timed("encode task", lambda: encode_task(self.casts, recipe, masks))
         _, _, start = self._timed(
             "decode task", lambda: decode_task(task, self.shapes, layout, config)

@@ -8,16 +8,19 @@ of a hundred tensors would spend its round on them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from fed_diffusion.masks.recipe import PREFIX, Numbers
 from fed_diffusion.protocol.errors import UpdateError
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.protocol.wire import Packed, Payload
 
 STYPE = "fed-diffusion.raw"
 VALUES = "values"
+MOST_KEY = 100
+"""Letters of a key that go into messages."""
 ALIGNMENT = 8
 """Bytes: tensors are read where they lie, and start at multiples of it."""
 
@@ -34,10 +37,18 @@ def to_records(part: Task | Update, config_json: str | None = None) -> RecordDic
     if config_json is not None:
         about["config"] = config_json
     array = Array(dtype="uint8", shape=(len(values),), stype=STYPE, data=values)
+    metrics: dict[str, int | float | list[int]] = {}
+    names: dict[str, str] = {}  # Flower's metrics hold no text
+    for key, value in part.payload.numbers.items():
+        if isinstance(value, str):
+            names[key] = value
+        else:
+            metrics[key] = value
     return RecordDict(
         {
             "arrays": ArrayRecord({VALUES: array}),
-            "metrics": MetricRecord(dict(part.payload.numbers)),
+            "metrics": MetricRecord(dict(metrics)),
+            "names": ConfigRecord(dict(names)),
             "about": ConfigRecord(dict(about)),
         }
     )
@@ -61,16 +72,19 @@ def _parts(content: RecordDict) -> tuple[int, int, Payload]:
     # content[...], not content.array_records: that view makes a reference cycle, and the arrays
     # would then wait for the garbage collector
     try:
-        arrays, numbers, about = content["arrays"], content["metrics"], content["about"]
+        arrays, numbers = content["arrays"], content["metrics"]
+        names, about = content["names"], content["about"]
         assert isinstance(arrays, ArrayRecord)
         assert isinstance(numbers, MetricRecord)
+        assert isinstance(names, ConfigRecord)
         assert isinstance(about, ConfigRecord)
         array, index = arrays.pop(VALUES), about["index"]
         assert isinstance(index, str)
         if array.stype != STYPE:
             raise UpdateError(f"its values have stype {array.stype!r}, not {STYPE!r}")
         packed = dict(_unpacked(array.data, index))
-        fields = {key: _number(key, value) for key, value in numbers.items()}
+        fields: Numbers = {key: _number(key, value) for key, value in numbers.items()}
+        fields |= {key: _name(key, value, numbers) for key, value in names.items()}
         round, client = about["round"], about["client"]
         assert isinstance(round, int)
         assert isinstance(client, int)
@@ -105,6 +119,13 @@ def _entry(
     if not all(type(count) is int and count >= 0 for count in (*shape, length)):
         raise ValueError(f"a count of {name!r} is not a whole number from 0")
     return name, dtype, tuple(shape), length
+
+
+def _name(key: str, value: object, numbers: Container[str]) -> str:
+    """Names are a recipe's, and stand beside the numbers."""
+    if not isinstance(value, str) or not key.startswith(PREFIX) or key in numbers:
+        raise UpdateError(f"{key[:MOST_KEY]} is not a name of a recipe")
+    return value
 
 
 def _number(key: str, value: int | float | list[int] | list[float]) -> int | float | list[int]:

@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fed_diffusion.aggregation.coverage import Coverage
+    from fed_diffusion.aggregation.named import Aggregator, AggregatorFactory
     from fed_diffusion.config import Config, ConfigError, load_config
     from fed_diffusion.data import ImageSet, Loader, Split
     from fed_diffusion.diffusion.partitions import TimeGrid
@@ -22,25 +24,39 @@ if TYPE_CHECKING:
     from fed_diffusion.evaluation.judge import Judge, JudgeFactory
     from fed_diffusion.experiment import Experiment
     from fed_diffusion.generate import Sampler
+    from fed_diffusion.masks.families import Family, FamilyFactory
+    from fed_diffusion.masks.mask import Block, Mask, Masks, Scattered, Whole
+    from fed_diffusion.masks.recipe import Recipe
     from fed_diffusion.models.own import NetworkFactory
     from fed_diffusion.report.trackers import Tracker
     from fed_diffusion.server.policies import RoundPolicy
 
 _PLACES = {
+    "Aggregator": "aggregation.named",
+    "AggregatorFactory": "aggregation.named",
+    "Block": "masks.mask",
     "Config": "config",
     "ConfigError": "config",
+    "Coverage": "aggregation.coverage",
     "Experiment": "experiment",
+    "Family": "masks.families",
+    "FamilyFactory": "masks.families",
     "ImageSet": "data",
     "Judge": "evaluation.judge",
     "JudgeFactory": "evaluation.judge",
     "Loader": "data",
+    "Mask": "masks.mask",
+    "Masks": "masks.mask",
     "NetworkFactory": "models.own",
+    "Recipe": "masks.recipe",
     "RoundPolicy": "server.policies",
     "Sampler": "generate",
+    "Scattered": "masks.mask",
     "Solver": "diffusion.samplers",
     "Split": "data",
     "TimeGrid": "diffusion.partitions",
     "Tracker": "report.trackers",
+    "Whole": "masks.mask",
     "load_config": "config",
     "resume": "engines.either",
     "run": "engines.either",
@@ -48,20 +64,31 @@ _PLACES = {
 """Public name -> the module it is in; the same names stand above, for type checkers."""
 
 __all__ = [
+    "Aggregator",
+    "AggregatorFactory",
+    "Block",
     "Config",
     "ConfigError",
+    "Coverage",
     "Experiment",
+    "Family",
+    "FamilyFactory",
     "ImageSet",
     "Judge",
     "JudgeFactory",
     "Loader",
+    "Mask",
+    "Masks",
     "NetworkFactory",
+    "Recipe",
     "RoundPolicy",
     "Sampler",
+    "Scattered",
     "Solver",
     "Split",
     "TimeGrid",
     "Tracker",
+    "Whole",
     "__version__",
     "load",
     "load_config",

@@ -19,6 +19,7 @@ from fed_diffusion.data import (
 from fed_diffusion.diffusion.loss import Network
 from fed_diffusion.diffusion.partitions import PARTITIONS, TimeGrid, check_times
 from fed_diffusion.masks.channels import ordered
+from fed_diffusion.masks.families import family_of
 from fed_diffusion.masks.levels import keep_ratios
 from fed_diffusion.masks.spaces import Layout, layout_of
 from fed_diffusion.masks.subnetwork import resized
@@ -107,7 +108,7 @@ def channel_layout(config: Config) -> Layout | None:
     ConfigError
         Channels of a network of one's own: which belong together is not known.
     """
-    if not config.pruning.by_channels:
+    if not family_of(config.pruning, config.seed).shrinks:
         return None
     try:
         return layout_of(skeleton(config))

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from fed_diffusion.aggregation.named import check_aggregator
 from fed_diffusion.aggregation.private import spent
-from fed_diffusion.build import channel_layout, check_structure, time_grid
+from fed_diffusion.build import (
+    channel_layout,
+    check_structure,
+    parameters_of,
+    skeleton,
+    time_grid,
+)
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import (
     ImageSet,
@@ -17,7 +24,7 @@ from fed_diffusion.data import (
 from fed_diffusion.evaluation import check_evaluation
 from fed_diffusion.evaluation.reference import reference_set
 from fed_diffusion.generate import check_sampler, sampler_partition
-from fed_diffusion.masks.plan import check_pruning
+from fed_diffusion.masks.plan import check_own_family, check_pruning
 from fed_diffusion.protocol import wire
 from fed_diffusion.report.trackers import check_trackers
 from fed_diffusion.server.policy_of import policy_of
@@ -66,8 +73,11 @@ def check_training(config: Config) -> None:
     spent(config, 1)  # needs the accountant, if anything
     check_structure(config)
     check_trackers(config)
+    check_aggregator(config.round)
     policy_of(config)
-    check_pruning(config, channel_layout(config))
+    layout = channel_layout(config)
+    check_pruning(config, layout)
+    check_own_family(config, parameters_of(skeleton(config)), layout)
 
 
 def check_device(config: Config) -> None:

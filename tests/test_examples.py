@@ -9,14 +9,16 @@ import pytest
 import torch
 
 import fed_diffusion as fd
-from examples import own_dataset, own_judge, own_network, own_sampler
+from examples import own_aggregator, own_dataset, own_judge, own_mask, own_network, own_sampler
 from examples.own_time_grid import karras
-from fed_diffusion.build import time_grid
+from fed_diffusion.build import build_network, parameters_of, time_grid
+from fed_diffusion.checks import check_training
 from fed_diffusion.cli.main import main
 from fed_diffusion.data import partition
 from fed_diffusion.diffusion.partitions import kappa_minimal
 from fed_diffusion.engines import local
 from fed_diffusion.experiment import Experiment
+from fed_diffusion.protocol.errors import UpdateError
 from fed_diffusion.store.rundir import RunDir
 from fed_diffusion.theory.gaussian import gaussian_score
 from server_app.strategy import FedDiffusion
@@ -136,6 +138,39 @@ def test_the_tracker_is_told_of_rounds_images_and_the_end(tmp_path):
     assert len((run.path / "rounds.csv").read_text().splitlines()) == 3
 
 
+def test_the_aggregator_moves_no_weight_by_more_than_it_says(tmp_path):
+    run = run_as_told("own_aggregator", tmp_path / "run", **{"local__eta": 0.1})
+    before, after = parameters_of(build_network(run.config())), run.load_theta(ema=False)
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in before]).abs()
+    assert 0.9e-3 < float(moved.max()) <= 1e-3 + 2**-24
+    theta = {"w": torch.zeros(3)}
+    mean = own_aggregator.Cautious(theta, 2, run.config().round)
+    mean.add({"w": torch.tensor([5e-4, -4.0])}, {"w": fd.Scattered(torch.tensor([1, 0, 1]) > 0)})
+    mean.add({"w": torch.tensor([2e-4, 0.0, 3e-4])})
+    assert mean.result()["w"].tolist() == pytest.approx([3.5e-4, 0, -3.5e-4], abs=2e-9)
+    with pytest.raises(UpdateError, match="not finite"):
+        mean.add({"w": torch.full((3,), torch.nan)})
+    with pytest.raises(fd.ConfigError, match="every update counts alike"):
+        check_training(fd.load_config("digits", ALL | {"round.weighting": "examples"}))
+
+
+def test_the_masks_keep_the_largest_of_every_few_neighbours(tmp_path):
+    for which, of, kept in ((0, 4, {1: 4, 0.5: 2, 0.25: 1}), (1, 2, {0.5: 1})):
+        run = run_as_told("own_mask", tmp_path / f"run{which}", which, clients=5)
+        config, theta = run.config(), run.load_theta(ema=False)
+        keeps = dict(enumerate(keep for keep in kept if keep < 1))
+        family = own_mask.Neighbours(config.pruning, 0)
+        for recipe in family.plan(1, keeps, theta, None).values():
+            for name, mask in family.derive(recipe, theta, None).items():
+                groups = mask.bools.flatten()[: theta[name].numel() // of * of].view(-1, of)
+                assert set(groups.sum(1).tolist()) == {kept[recipe.keep]}
+                size = theta[name].abs().flatten()[: groups.numel()].view(-1, of)
+                least = size.where(groups, torch.inf).amin(1)
+                assert bool((size.where(~groups, -1).amax(1) <= least).all())
+    with pytest.raises(fd.ConfigError, match="it has `of`, from 2 to 64"):
+        check_training(fd.load_config("digits", ALL | {"pruning.options": {"of": 1}}))
+
+
 def test_the_policy_asks_the_clients_in_turn(tmp_path):
     run = run_as_told("own_policy", tmp_path / "run", clients=4, rounds=3)
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
@@ -144,7 +179,8 @@ def test_the_policy_asks_the_clients_in_turn(tmp_path):
 
 
 ALL = SMALL | {
-    "pruning.kind": "random",
+    "pruning.kind": "examples.own_mask:Neighbours",
+    "round.aggregation": "examples.own_aggregator:Cautious",
     "pruning.level": "S",
     "data.name": "examples.own_dataset:shapes",
     "data.size": 8,

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fed_diffusion.aggregation.named import AGGREGATORS
 from fed_diffusion.build import time_grid
 from fed_diffusion.checks import check, check_training
 from fed_diffusion.config import ConfigError, load_config, parse_pairs
@@ -15,6 +16,7 @@ from tests.tiny import TINY
 
 SOURCE = """
 import numpy as np, torch
+from fed_diffusion import Coverage
 
 def shrunk(score, y, u, *, generator=None, denoise=False, callback=None):
     return y[:, :, :-1]
@@ -60,6 +62,20 @@ class Empty(torch.nn.Module):
         super().__init__()
     def forward(self, x, u, labels=None):
         return x
+
+class Uncounted:
+    def __init__(self, theta, workers, settings):
+        self.theta, self.coverage = theta, Coverage(theta, workers)
+    def add(self, values, masks=None, weight=1.0): pass
+    def result(self): return self.theta
+class Counting(Uncounted):
+    def add(self, values, masks=None, weight=1.0): self.coverage.add(masks or {})
+class Double(Counting):
+    def result(self): return {n: v.double() for n, v in self.theta.items()}
+class Sum(Counting):
+    def result(self): return {n: v + 1 for n, v in self.theta.items()}
+class Exploding(Counting):
+    def result(self): return {n: v / 0 for n, v in self.theta.items()}
 
 class Nameless:
     sha256 = "0"
@@ -117,6 +133,12 @@ REFUSED = {
     "a judge without a name": ("evaluation.extractor", "Nameless", "its name is None"),
     "a judge that sees nothing": ("evaluation.extractor", "Blind", "gives a NoneType"),
     "a judge of whole batches": ("evaluation.extractor", "Summing", r"its logits of 2 images"),
+    "an aggregator that is not there": ("round.aggregation", "Nobody", "no attribute 'Nobody'"),
+    "an aggregator that counts nobody": ("round.aggregation", "Uncounted", "its coverage does not"),
+    "an aggregator in double precision": ("round.aggregation", "Double", "float64.*as theta does"),
+    "an aggregator that moves alone": ("round.aggregation", "Sum", "without any update"),
+    "an aggregator that divides by 0": ("round.aggregation", "Exploding", "is not finite"),
+    "an aggregator that is none": ("round.aggregation", "MODULE", "not callable"),
     "a policy that waits for ever": ("round.mode", "Waits", r"target\(5\) is 10, not a whole"),
     "a policy that asks a stranger": ("round.mode", "Asks", r"asks clients \[5\], which are not"),
     "a policy that asks nobody": ("round.mode", "Sleeps", "names nobody"),
@@ -174,6 +196,7 @@ WORDS = {
     "diffusion.partition": lambda: PARTITIONS,
     "evaluation.extractor": lambda: BUILT_IN,
     "trackers": lambda: TRACKERS,
+    "round.aggregation": lambda: AGGREGATORS,
 }
 
 
@@ -221,6 +244,7 @@ def test_a_name_of_ones_own_is_module_colon_attribute(name, so):
         {"model.name": "mine:Net"},
         {"data.name": "mine:load"},
         {"trackers": ["csv", "mine:Diary"]},
+        {"round.aggregation": "mine:Mean"},
     ],
 )
 def test_the_flower_engine_is_told_of_modules_whichever_setting_names_them(own):

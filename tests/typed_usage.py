@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 import fed_diffusion as fd
+from examples.own_aggregator import Cautious
 from examples.own_dataset import shapes
 from examples.own_judge import Spectrum
 from examples.own_network import Plain
@@ -24,6 +25,7 @@ load_images: fd.Loader = shapes
 make_network: fd.NetworkFactory = Plain
 split: fd.Split = by_brightness
 make_judge: fd.JudgeFactory = Spectrum
+make_aggregator: fd.AggregatorFactory = Cautious
 
 
 def policy(config: fd.Config) -> fd.RoundPolicy:

@@ -32,13 +32,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed_diffusion.aggregation.mean import BLOCK, SCALE, MaskedMean, count_in
+from fed_diffusion.aggregation.coverage import Coverage
+from fed_diffusion.aggregation.exact import BLOCK, SCALE, ExactSums
+from fed_diffusion.aggregation.update import Room, check_update
 from fed_diffusion.config.schema import Config, ConfigError, PrivacyConfig
-from fed_diffusion.masks.recipe import Masks
-from fed_diffusion.masks.spaces import Block
-from fed_diffusion.protocol.clipping import _factor
-from fed_diffusion.protocol.codecs import difference, kept_of
+from fed_diffusion.masks.mask import Masks
+from fed_diffusion.protocol.clipping import factor_of
+from fed_diffusion.protocol.codecs import difference
 from fed_diffusion.protocol.errors import UpdateError
+
+MANY = 1 << 31
+"""Clients are counted one mask at a time, and their number is not known before."""
 
 COVERS = (
     "theta and its moving average after every round, and what is computed from them alone, such as "
@@ -54,7 +58,7 @@ COVERS = (
 _system = random.SystemRandom()
 
 
-class PrivateMean(MaskedMean):
+class PrivateMean:
     """The numerator's exact sum, clipped once more here, with noise, over a fixed denominator.
 
     Parameters
@@ -62,7 +66,8 @@ class PrivateMean(MaskedMean):
     theta
         theta_r.
     everyone
-        The masks of all clients of the run in this round, one after another: their sum is W.
+        The masks of all clients of the run in this round, one after another: their sum is W. Memory
+        does not grow with their number.
     rate
         q, the probability with which each of them takes part.
     """
@@ -75,41 +80,44 @@ class PrivateMean(MaskedMean):
         privacy: PrivacyConfig,
     ):
         assert privacy.clip is not None
-        nothing = {name: torch.zeros_like(value) for name, value in theta.items()}
-        clients, self._everyone = _counts(theta, everyone)
-        super().__init__(nothing, max(1, clients))
-        self._before = dict(theta)
+        self._theta = dict(theta)
+        denominators = Coverage(self._theta, MANY)
+        for masks in everyone:
+            denominators.add(masks)
+        clients = max(1, denominators.updates)
+        self._everyone = denominators.counts()
+        self._room = Room(clients)
+        self._sums = ExactSums(self._theta, self._room)
+        self.coverage = Coverage(self._theta, clients)
         self._clip = privacy.clip
         self._sigma = privacy.noise_multiplier * privacy.clip
         self._rate = rate
 
     def add(
-        self,
-        values: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor | Block] | None = None,
-        weight: float = 1.0,
+        self, values: Mapping[str, Tensor], masks: Masks | None = None, weight: float = 1.0
     ) -> None:
         """Add one worker's difference to theta_r, clipped: a client need not be believed."""
         if weight != 1:
             raise UpdateError(f"weight = {weight}; under privacy every client weighs the same")
         masks = masks or {}
-        self._check(values, masks, 1)
-        square, _ = difference(values, self._before, dict(masks))
-        factor = _factor(math.sqrt(square), self._clip)
+        self._room.check(1)
+        found = check_update(self._theta, values, masks)
+        square, _ = difference(values, self._theta, masks)
+        factor = factor_of(math.sqrt(square), self._clip)
         changes = {
-            name: (value - kept_of(self._before[name], masks.get(name))) * factor
+            name: (value - found[name].take(self._theta[name])) * factor
             for name, value in values.items()
         }
-        super().add(changes, masks)
+        self._sums.add(changes, found, 1)
+        self.coverage.add(masks)
 
     def result(self) -> dict[str, Tensor]:
         """theta_{r+1}; a coordinate that no client's mask keeps stays as it is."""
-        self._settle_all()
-        return {name: self._moved(name) for name in self._before}
+        return {name: self._moved(name) for name in self._theta}
 
     def _moved(self, name: str) -> Tensor:
-        new = self._before[name].flatten().clone()
-        sums, kept = self._sums[name].flatten(), self._everyone[name].expand(new.shape)
+        new = self._theta[name].flatten().clone()
+        sums, kept = self._sums[name].flatten(), self._everyone[name].flatten()
         for start in range(0, new.numel(), BLOCK):
             part = slice(start, start + BLOCK)
             total = sums[part].clone()
@@ -119,32 +127,7 @@ class PrivateMean(MaskedMean):
             below = self._rate * kept[part].to(torch.float64)
             step = total.to(torch.float64) / SCALE / below.clamp(min=1e-9)
             new[part] += torch.where(below > 0, step, 0.0).to(torch.float32)
-        return new.view(self._before[name].shape)
-
-
-def _counts(
-    theta: Mapping[str, Tensor], everyone: Iterable[Masks]
-) -> tuple[int, dict[str, Tensor]]:
-    """How many masks there are, and how many of them keep each coordinate (int32, flat).
-
-    One mask is looked at after another, so that memory does not grow with their number. A tensor
-    that no mask touches has one count for all of it.
-    """
-    masks_seen = 0
-    whole = dict.fromkeys(theta, 0)
-    counts: dict[str, Tensor] = {}
-    for masks in everyone:
-        masks_seen += 1
-        for name, value in theta.items():
-            mask = masks.get(name)
-            if mask is None:
-                whole[name] += 1
-                continue
-            if name not in counts:
-                counts[name] = torch.zeros(value.shape, dtype=torch.int32)
-            count_in(counts[name], mask, 1)
-    one = torch.zeros(1, dtype=torch.int32)
-    return masks_seen, {n: counts.get(n, one).flatten() + whole[n] for n in theta}
+        return new.view(self._theta[name].shape)
 
 
 def gaussian(count: int) -> np.ndarray:

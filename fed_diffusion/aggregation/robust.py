@@ -12,15 +12,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fed_diffusion.aggregation.mean import MaskedMean
-from fed_diffusion.masks.spaces import Block
+from fed_diffusion.aggregation.coverage import Coverage
+from fed_diffusion.aggregation.update import Room, check_update, kept_part
+from fed_diffusion.masks.mask import Mask, Masks
 from fed_diffusion.protocol.errors import UpdateError
 
 ROWS = 1 << 16
 """Coordinates sorted at once."""
 
 
-class RobustMean(MaskedMean):
+class RobustMean:
     """The trimmed mean of each coordinate over the workers that trained it.
 
     Of n values the floor(trim n) smallest and as many of the largest are left out, at most so many
@@ -33,25 +34,36 @@ class RobustMean(MaskedMean):
     trim
         Part of the values left out at either end, from 0 to 1/2.
     workers
-        The most updates that will be added, as for `MaskedMean`.
+        The most updates that will be added. As in `MaskedMean` an update's values have their share
+        of the range, so that the same updates are refused.
     """
 
     def __init__(self, theta: Mapping[str, Tensor], trim: float, workers: int = 1024):
-        super().__init__(theta, workers)
+        self._theta = dict(theta)
         self._trim = trim
-        self._updates: list[tuple[dict[str, Tensor], dict[str, Tensor | Block]]] = []
+        self._room = Room(workers)
+        self.coverage = Coverage(self._theta, workers)
+        self._updates: list[dict[str, tuple[Tensor, Mask]]] = []
+        """Of every update each tensor's kept values, and its mask."""
 
     def add(
-        self,
-        values: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor | Block] | None = None,
-        weight: float = 1.0,
+        self, values: Mapping[str, Tensor], masks: Masks | None = None, weight: float = 1.0
     ) -> None:
         """Add one worker's values; raises `UpdateError` as `MaskedMean.add`, and on weights."""
         if weight != 1:
             raise UpdateError(f"weight = {weight}; trimmed means and medians know no weights")
-        super().add(values, masks)  # checks it, counts trainers
-        self._updates.append(({n: v.clone() for n, v in values.items()}, dict(masks or {})))
+        values = {name: value.detach().cpu() for name, value in values.items()}
+        masks = masks or {}
+        self._room.check(weight)
+        found = check_update(self._theta, values, masks)
+        kept = {name: kept_part(value, found[name]) for name, value in values.items()}
+        for name, value in kept.items():
+            largest = float(torch.linalg.vector_norm(value, math.inf)) if value.numel() else 0.0
+            if not largest * self._room.scale < self._room.share:
+                self._room.refuse(name, largest, 1)
+        self._room.take()
+        self.coverage.add(masks)
+        self._updates.append({n: (value.clone(), found[n]) for n, value in kept.items()})
 
     def result(self) -> dict[str, Tensor]:
         """theta_{r+1}: the trimmed mean where somebody trained, theta_r elsewhere; float32."""
@@ -60,14 +72,9 @@ class RobustMean(MaskedMean):
     def _tensor(self, name: str) -> Tensor:
         old = self._theta[name]
         columns = []
-        for values, masks in self._updates:
-            mask, value = masks.get(name), values[name].float()
-            if isinstance(mask, Block):
-                value = mask.put(value, torch.full(mask.shape, math.inf))
-            elif mask is not None:
-                kept = value[mask] if value.shape == mask.shape else value
-                value = torch.full(mask.shape, math.inf).masked_scatter_(mask, kept)
-            columns.append(value.flatten())
+        for update in self._updates:
+            value, mask = update[name]
+            columns.append(mask.put(value.float(), torch.full(mask.shape, math.inf)).flatten())
         new = old.flatten().clone()
         for start in range(0, new.numel(), ROWS):
             part = slice(start, start + ROWS)

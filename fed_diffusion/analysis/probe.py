@@ -17,9 +17,10 @@ from fed_diffusion.common.compute import kernels, pinned_threads
 from fed_diffusion.common.rng import Purpose, torch_generator
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import ImageSet, class_count, image_shape
+from fed_diffusion.masks.families import derive, family_of
+from fed_diffusion.masks.families.weights import in_scope
+from fed_diffusion.masks.mask import Masks, Scattered, kept_values, pruning_error
 from fed_diffusion.masks.plan import able, known_ratios, plan_round
-from fed_diffusion.masks.recipe import Masks, Recipe, pruning_error
-from fed_diffusion.protocol.codecs import kept_of
 from fed_diffusion.theory.bound import Condition, Data, Training, to_F_scale
 from fed_diffusion.theory.curvature import curvature
 from fed_diffusion.theory.estimates import (
@@ -209,18 +210,20 @@ def _masks(config: Config, theta: dict[str, Tensor]) -> tuple[int, float, bool]:
         keeps = dict.fromkeys(range(config.clients), 1.0)
     full = len(keeps) == config.clients and config.round.fraction == 1
     recipes = plan_round(config, 1, keeps, theta, layout)
-    if all(recipe.kind == "full" for recipe in recipes.values()):
+    if all(recipe.whole() for recipe in recipes.values()):
         return len(keeps), 0.0, full
     mean, w2 = MaskedMean(theta, config.clients), 0.0
+    family = family_of(config.pruning, config.seed)
     for recipe in recipes.values():
-        masks = recipe.mask(theta, layout)
-        mean.add({n: kept_of(value, masks.get(n)) for n, value in theta.items()}, masks)
+        masks = derive(family, recipe, theta, layout)
+        mean.add(kept_values(theta, masks), masks)
         w2 = max(w2, pruning_error(masks, theta))
-    return mean.gamma(), w2, full
+    return mean.coverage.gamma(), w2, full
 
 
 def _nothing_kept(config: Config, theta: dict[str, Tensor]) -> Masks:
-    return Recipe(kind="random", keep=1e-12, scope=config.pruning.scope).mask(theta)
+    scoped = in_scope(theta, config.pruning.scope)
+    return {n: Scattered(torch.zeros(v.shape, dtype=torch.bool)) for n, v in scoped.items()}
 
 
 def _looked_at(config: Config, effort: Effort) -> str:

@@ -32,7 +32,8 @@ from fed_diffusion.data import (
 )
 from fed_diffusion.diffusion.loss import DSMLoss, Network, NoisyBatch
 from fed_diffusion.masks.budget import Budget
-from fed_diffusion.masks.recipe import Masks, Numbers
+from fed_diffusion.masks.mask import Masks
+from fed_diffusion.masks.recipe import Numbers
 from fed_diffusion.masks.subnetwork import resized
 from fed_diffusion.models.unet import UNet
 from fed_diffusion.protocol.clipping import clipped
@@ -337,9 +338,9 @@ class _Adjustment:
         self._start = [p.detach().clone() for p in self._parameters] if mu else []
         named = dict(network.named_parameters())
         self._masks = [
-            (named[name], mask.to(named[name].device, named[name].dtype))
+            (named[name], mask.bools.to(named[name].device, named[name].dtype))
             for name, mask in masks.items()
-            if isinstance(mask, Tensor)
+            if mask.bools is not None
         ]
 
     @torch.no_grad()

@@ -34,9 +34,10 @@ class RoundConfig(Section):
     of recent ones."""
     ban_after: int = Field(3, ge=0)
     """Leave a client out after so many bad updates; 0: never."""
-    aggregation: Literal["mean", "trimmed_mean", "median"] = "mean"
-    """mean is equation (8). The others withstand lying clients, and hold all updates of a round
-    in memory: 4 bytes for each parameter and client."""
+    aggregation: Annotated[str, part("mean", "trimmed_mean", "median")] = "mean"
+    """mean is equation (8). trimmed_mean and median withstand lying clients, and hold all updates
+    of a round in memory: 4 bytes for each parameter and client. your_module:Class: see
+    `aggregation.named.Aggregator`."""
     trim: float = Field(0.1, ge=0, lt=0.5)
     """For trimmed_mean: the part of the values left out at either end of each coordinate."""
     checkpoint_every: int = Field(1, ge=1)
@@ -58,7 +59,7 @@ class RoundConfig(Section):
 
     @model_validator(mode="after")
     def _robust_averages_know_no_weights(self) -> RoundConfig:
-        if self.aggregation != "mean" and self.weighting != "uniform":
+        if self.aggregation in ("trimmed_mean", "median") and self.weighting != "uniform":
             raise ValueError(
                 f"aggregation: {self.aggregation} knows no weights; set round.weighting to uniform"
             )

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from fed_diffusion.config.methods import method_name, method_settings
 from fed_diffusion.config.names import UNKNOWN
 from fed_diffusion.config.schema import Config, ConfigError, Section, by_type, is_free_text
-from fed_diffusion.config.section import complaint, is_list
+from fed_diffusion.config.section import complaint, is_list, is_mapping
 from fed_diffusion.config.yaml import absolute, parse_yaml, read_yaml
 
 __all__ = [
@@ -79,9 +79,9 @@ def read_value(key: str, text: str) -> Any:
     """A typed value, as far as it can be read without a check.
 
     A setting that takes any text (a path, a name) takes it as typed, and null where it may be
-    none; one that takes several texts takes them as a list in brackets. For the others [1, 0.5],
-    {steps: 3} and "S" are YAML, and everything else is text, which the setting's type reads:
-    numbers are decimal.
+    none; one that takes several texts takes them as a list in brackets, or by name in braces. For
+    the others [1, 0.5], {steps: 3} and "S" are YAML, and everything else is text, which the
+    setting's type reads: numbers are decimal.
 
     Raises
     ------
@@ -90,7 +90,8 @@ def read_value(key: str, text: str) -> Any:
     """
     field = _field(key)
     if field is not None and is_free_text(field.annotation):
-        if is_list(field.annotation) and f"{text[:1]}{text[-1:]}" == "[]":
+        ends = f"{text[:1]}{text[-1:]}"
+        if (is_list(field.annotation), ends) == (True, "[]") or is_mapping(field.annotation):
             return parse_yaml(text, f"set: the value in {f'{key}={text}'!r}")
         may_be_none = type(None) in get_args(field.annotation)
         return None if may_be_none and text in ("", "null") else text
@@ -140,6 +141,9 @@ def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> Conf
         settings["method"] = None  # what is typed now outranks the preset's method
     for key, value in flat.items():
         _assign(settings, key, value)
+    replaced = "pruning.kind" in given or given.get("method")
+    if replaced and not any(key.startswith("pruning.options") for key in [*flat, *given]):
+        _assign(settings, "pruning.options", {})
     if "pruning.kind" in given:  # what belongs to the preset's kind goes with it
         for key, default in (("pruning.choice", "ordered"), ("pruning.unit", "weights")):
             if key not in given:
@@ -204,7 +208,11 @@ def _assign(settings: dict[str, Any], key: str, value: Any) -> None:
     model: Any = Config
     node = settings
     for depth, section in enumerate(sections):
-        if section not in model.model_fields or not _is_section(model, section):
+        known = model.model_fields.get(section)
+        if known is not None and is_mapping(known.annotation) and depth == len(sections) - 1:
+            node[section] = {**node.get(section, {}), last: value}
+            return
+        if known is None or not _is_section(model, section):
             raise ConfigError(_unknown(".".join(sections[: depth + 1]), model, sections[:depth]))
         model = model.model_fields[section].annotation
         child = node.setdefault(section, {})

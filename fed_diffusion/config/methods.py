@@ -33,7 +33,9 @@ def method_name(config: Config) -> str:
     if pruning.baseline is not None:
         words.append(pruning.baseline)
     elif level != "F":
-        words.insert(0, {kind: letter for letter, kind in FAMILIES.items()}[pruning.kind])
+        letters = {kind: letter for letter, kind in FAMILIES.items()}
+        own = pruning.kind.partition(":")[2]  # a family of the user's own is called as it is
+        words.insert(0, own or letters[pruning.kind])
     if config.local.prox:
         words.append("prox")
     if "int8" in (config.wire.down, config.wire.up):

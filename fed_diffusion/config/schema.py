@@ -21,7 +21,7 @@ from fed_diffusion.config.federation import (
     WireConfig,
     WorkerConfig,
 )
-from fed_diffusion.config.names import part
+from fed_diffusion.config.names import is_own, part
 from fed_diffusion.config.section import (
     LARGEST,
     ConfigError,
@@ -186,9 +186,12 @@ class Config(Section):
                 "privacy.clip: pruning.budget auto measures with a node's own data, so masks would "
                 "depend on that data; use level or node"
             )
-        if self.pruning.kind == "balanced" and self.round.fraction < 1:
+        kind = "balanced masks depend" if self.pruning.kind == "balanced" else ""
+        if is_own(self.pruning.kind):
+            kind = f"masks of pruning.kind = {self.pruning.kind!r} may depend"
+        if kind and self.round.fraction < 1:
             raise ValueError(
-                "privacy.clip: balanced masks depend on who else takes part, so one client would "
+                f"privacy.clip: {kind} on who else takes part, so one client would "
                 "change the others' updates; use round.fraction = 1 or another kind"
             )
         return self

@@ -68,6 +68,11 @@ def is_list(annotation: Any) -> bool:
     return get_origin(annotation) is tuple or any(map(is_list, get_args(annotation)))
 
 
+def is_mapping(annotation: Any) -> bool:
+    """Whether a setting takes names of the user's with a value each."""
+    return get_origin(annotation) is dict
+
+
 def complaint(item: Mapping[str, Any]) -> str:
     """What one of pydantic's errors says of a value, in the words of YAML."""
     kind, context = item["type"], item.get("ctx", {})

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from fed_diffusion.config.names import part
-from fed_diffusion.config.section import Section
+from fed_diffusion.config.names import is_own, part
+from fed_diffusion.config.section import Section, as_numbers
 
 KeepRatio = Annotated[float, Field(gt=0, le=1)]
 Level = Literal["F", "L", "M", "S"]
@@ -147,9 +147,12 @@ class DiffusionConfig(Section):
 class PruningConfig(Section):
     """How each worker's mask comes about."""
 
-    kind: Literal["full", "random", "topk", "channels", "balanced"] = "full"
+    kind: Annotated[str, part("full", "random", "topk", "channels", "balanced")] = "full"
     """random, topk: single weights; channels: whole channel groups, so that the worker's network
-    is smaller; balanced: of either (`unit`), dropped by as few workers at once as can be."""
+    is smaller; balanced: of either (`unit`), dropped by as few workers at once as can be;
+    your_module:Family: see `masks.families.contract.Family`."""
+    options: dict[str, int | float | str] = Field({}, validate_default=False)
+    """For a kind of the user's own: settings that it alone has, as in {of: 4}."""
     level: Level = "F"
     """How many workers keep how much, as in the paper. F: all keep everything. L: 20 % of the
     workers keep 0.75. M: 20 % keep 0.8 and 20 % keep 0.75. S: 40 % keep 0.75. The others keep
@@ -177,6 +180,11 @@ class PruningConfig(Section):
     """A run to compare with. exclusive: only workers that keep the whole network train; small: all
     workers train the smallest one."""
 
+    @field_validator("options", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any) -> Any:
+        return as_numbers(value)
+
     @model_validator(mode="after")
     def _full_drops_nothing(self) -> PruningConfig:
         if self.kind == "full" and (self.level != "F" or self.keep is not None):
@@ -190,6 +198,8 @@ class PruningConfig(Section):
     def _nothing_without_effect(self) -> PruningConfig:
         if self.choice != "ordered" and self.kind != "channels":
             raise ValueError(f"choice: {self.choice} needs kind channels, not {self.kind}")
+        if self.options and not is_own(self.kind):
+            raise ValueError(f"options: only a kind of your own takes any, not {self.kind}")
         if self.unit != "weights" and self.kind != "balanced":
             raise ValueError(f"unit: {self.unit} needs kind balanced, not {self.kind}")
         return self
@@ -204,7 +214,8 @@ class PruningConfig(Section):
                 f"no keep and no baseline (level = {self.level}, keep = {self.keep}, "
                 f"baseline = {self.baseline})"
             )
-        if self.budget == "auto" and not self.by_channels:
+        saves = self.kind == "channels" or (self.kind, self.unit) == ("balanced", "channels")
+        if self.budget == "auto" and not saves and not is_own(self.kind):
             raise ValueError(
                 "budget: auto needs masks that save memory and time: kind channels, or balanced "
                 f"with unit channels, not kind {self.kind}"
@@ -212,11 +223,6 @@ class PruningConfig(Section):
         if self.kind == "full":
             raise ValueError("budget: node needs a kind that drops something, not full")
         return self
-
-    @property
-    def by_channels(self) -> bool:
-        """Whether workers drop whole channels."""
-        return self.kind == "channels" or (self.kind == "balanced" and self.unit == "channels")
 
 
 class LocalConfig(Section):

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from fed_diffusion.common.plugins import blamed
+from fed_diffusion.common.rng import Purpose, torch_generator
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.masks import channels, scattered
+from fed_diffusion.config.names import is_own
+from fed_diffusion.masks.families import KEY, family_of
+from fed_diffusion.masks.families.check import check_family, check_plan
 from fed_diffusion.masks.levels import keep_ratios
 from fed_diffusion.masks.recipe import Recipe
 from fed_diffusion.masks.spaces import Layout
@@ -64,6 +69,40 @@ def check_pruning(config: Config, layout: Layout | None) -> None:
             raise ConfigError(f"pruning: {error}.") from error
 
 
+def check_own_family(
+    config: Config, parameters: Mapping[str, Tensor], layout: Layout | None
+) -> None:
+    """Try a mask family of the user's own on values of the network's shapes, or refuse it.
+
+    Parameters
+    ----------
+    parameters
+        The network's parameters by name; only their shapes count.
+
+    Raises
+    ------
+    ConfigError
+        It breaks the contract; the message says how.
+    """
+    pruning = config.pruning
+    if not is_own(pruning.kind):
+        return
+    family = family_of(pruning, config.seed)
+    if pruning.budget == "auto" and not family.shrinks:
+        raise ConfigError(
+            "pruning.budget = 'auto' needs masks that save memory and time, and those of "
+            f"pruning.kind = {pruning.kind!r} do not (shrinks = False); use level or node."
+        )
+    known = {"level": keep_ratios(config), "node": (0.5,), "auto": pruning.ladder}
+    weak = sorted({keep for keep in known[pruning.budget] if keep < 1})
+    noise = torch_generator(config.seed, Purpose.PROBE)
+    theta = {n: torch.randn(tuple(v.shape), generator=noise) for n, v in parameters.items()}
+    keeps = dict(enumerate(keep for keep in weak[:2] for _ in range(2)))
+    if keeps:
+        with blamed(KEY, pruning.kind):
+            check_family(family, pruning.kind, keeps, theta, layout)
+
+
 def plan_round(
     config: Config,
     round: int,
@@ -81,41 +120,22 @@ def plan_round(
         theta_r, which magnitudes are taken from.
     layout
         The network's channel spaces, where whole channels are dropped.
+
+    Raises
+    ------
+    ConfigError
+        A family of the user's own has failed, or planned something else than it was asked for.
     """
-    pruning = config.pruning
-    recipes: dict[int, Recipe] = {}
-    for client, keep in keeps.items():
-        if keep == 1:
-            recipes[client] = Recipe(round=round, client=client, scope=pruning.scope)
-            continue
-        recipes[client] = Recipe(
-            kind=pruning.kind,
-            keep=keep,
-            seed=config.seed,
-            round=round,
-            client=client,
-            scope=pruning.scope,
-            per=pruning.per,
-            choice=pruning.choice,
-            unit=pruning.unit,
-        )
-    weak = {client: keeps[client] for client, recipe in recipes.items() if recipe.kind != "full"}
+    whole = {client: Recipe(round=round, client=client) for client in keeps}
+    weak = {client: keep for client, keep in keeps.items() if keep != 1}
     if not weak:
-        return recipes
-    if pruning.kind == "balanced" and pruning.unit == "weights":
-        starts, end = scattered.balanced_starts(weak)
-        return recipes | {c: replace(recipes[c], start=starts[c], end=end) for c in weak}
-    if pruning.kind == "balanced":
-        assert layout is not None
-        kept = channels.balanced(layout, weak, round, theta)
-        return recipes | {
-            c: replace(recipes[c], groups=channels.flatten(layout, kept[c])) for c in weak
-        }
-    if pruning.kind == "channels" and pruning.choice == "magnitude":
-        assert layout is not None
-        by_keep = {
-            keep: channels.flatten(layout, channels.magnitude(layout, layout.counts(keep), theta))
-            for keep in set(weak.values())
-        }
-        return recipes | {c: replace(recipes[c], groups=by_keep[keep]) for c, keep in weak.items()}
-    return recipes
+        return whole
+    family, kind = family_of(config.pruning, config.seed), config.pruning.kind
+    if not is_own(kind):
+        made = family.plan(round, weak, theta, layout)
+    else:
+        with blamed(KEY, kind):
+            made = family.plan(round, weak, theta, layout)
+            check_plan(made, kind, round, weak)
+    bits = {c: replace(recipe, needs_bits=family.sends_bits) for c, recipe in made.items()}
+    return {client: bits.get(client, recipe) for client, recipe in whole.items()}

@@ -1,32 +1,27 @@
-"""A mask is described by a few numbers; both ends of the wire derive the same bits from them."""
+"""A mask is described by a few numbers and names, from which both ends derive the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from fed_diffusion.common.rng import Purpose, philox
-from fed_diffusion.masks import channels, scattered
-from fed_diffusion.masks.channels import CHOICES
-from fed_diffusion.masks.spaces import Block, Layout
-
-Masks = dict[str, Tensor | Block]
-"""name -> what is kept of theta[name]: a bool tensor of its shape, or a block where whole channels
-are dropped. A tensor that is not named is kept whole."""
-Numbers = dict[str, int | float | list[int]]
+Value = int | float | str | tuple[int, ...]
+"""What an option of a recipe may be."""
+Numbers = dict[str, int | float | str | list[int]]
 """What a message carries beside tensors."""
 
-KINDS = ("full", "random", "topk", "channels", "balanced")
-SCOPES = ("weights", "all")
-PER = ("tensor", "global")
-UNITS = ("weights", "channels")
-GROUPS_LIMIT = 1 << 20
-"""Above any number of groups that a network has."""
+VERSION = 1
+"""Of a recipe's wire form; another one is refused."""
+PREFIX = "recipe."
+"""What a recipe's names begin with in a message."""
+WHOLE = "full"
+"""The kind of a recipe that keeps everything."""
+MOST_OPTIONS = 32
+MOST_TEXT = 200
+MOST_GROUPS = 1 << 20
+"""Above any number of options, of letters in a name, and of groups that a network has."""
 
 
 class RecipeError(ValueError):
@@ -40,209 +35,131 @@ class Recipe:
     Attributes
     ----------
     kind
-        full; random (each coordinate kept with probability `keep`); topk (the largest |theta_r|,
-        `per` tensor or global); channels (whole channel groups, by `choice`); balanced (drops that
-        spread evenly over the clients of a round, of single weights or of channels: `unit`).
+        The mask family's name, as in pruning.kind; `full` where everything is kept.
     keep
         Keep ratio in (0, 1].
     seed, round, client
-        Where the random stream starts.
-    scope
-        weights: tensors of two or more dimensions, except time and label embeddings; or all.
-        Channels take everything that belongs to them, whatever the scope.
-    start, end
-        For balanced weights: where this client's interval starts and where all of them end.
-    groups
-        For channels that only theta_r tells (magnitude, balanced): the kept groups, all spaces
-        one after another.
+        Where random streams start.
+    options
+        What the family itself needs to derive the mask, by name.
+    needs_bits
+        Whether the mask depends on theta's values, so that its bits travel beside the recipe.
     """
 
-    kind: str = "full"
+    kind: str = WHOLE
     keep: float = 1.0
     seed: int = 0
     round: int = 0
     client: int = 0
-    scope: str = "weights"
-    per: str = "tensor"
-    choice: str = "ordered"
-    unit: str = "weights"
-    start: int = 0
-    end: int = 0
-    groups: tuple[int, ...] = ()
+    options: Mapping[str, Value] = field(default_factory=dict)
+    needs_bits: bool = False
 
     def __post_init__(self) -> None:
-        for name, legal in _NAMED.items():
-            if getattr(self, name) not in legal:
-                raise RecipeError(
-                    f"recipe: {name} = {getattr(self, name)!r}; allowed: {', '.join(legal)}"
-                )
         if not 0 < self.keep <= 1:
             raise RecipeError(f"recipe: keep = {self.keep}; it must be above 0 and at most 1")
         if min(self.seed, self.round, self.client) < 0:
             raise RecipeError("recipe: seed, round and client must not be negative")
-        if not (0 <= self.start < scattered.WORD and 0 <= self.end < scattered.WORD):
-            raise RecipeError("recipe: start and end must be from 0 to 2^32 - 1")
+        if len(self.options) > MOST_OPTIONS:
+            raise RecipeError(f"recipe: {len(self.options)} options, more than {MOST_OPTIONS}")
+        for name, value in self.options.items():
+            if name in _COMMON or not name.isidentifier():
+                raise RecipeError(f"recipe: {name!r} cannot be the name of an option")
+            _check_value(name, value)
 
-    @property
-    def by_channels(self) -> bool:
-        """Whether whole channels are dropped, so that the client's network is smaller."""
-        return self.kind == "channels" or (self.kind == "balanced" and self.unit == "channels")
+    def whole(self) -> bool:
+        """Whether everything is kept."""
+        return self.kind == WHOLE
 
-    @property
-    def needs_bits(self) -> bool:
-        """Whether the mask depends on theta's values, so that only its bits can travel."""
-        return self.kind == "topk" or (self.kind == "balanced" and self.unit == "weights")
-
-    def mask(self, theta: Mapping[str, Tensor], layout: Layout | None = None) -> Masks:
-        """The mask for theta; only where `needs_bits` do theta's values matter.
+    def read(self, **legal: Collection[Any]) -> tuple[Any, ...]:
+        """The options' values in the order in which they are named here.
 
         Parameters
         ----------
-        theta
-            Tensors by name.
-        layout
-            The network's channel spaces, where whole channels are dropped.
+        legal
+            For every option that the family has, what its value may be: names, or a range of whole
+            numbers. An empty collection stands for a list of whole numbers.
 
         Raises
         ------
         RecipeError
-            It does not fit this network.
+            The recipe has other options than these, or a value that is not legal.
         """
-        if self.kind == "full":
-            return {}
-        if self.by_channels:
-            return dict(self._blocks(layout))
-        scoped = {name: value for name, value in theta.items() if _in_scope(name, value, self)}
-        if self.kind == "topk":
-            return dict(scattered.top_k_mask(scoped, self.keep, self.per))
-        if self.kind == "random":
-            stream = philox(self.seed, Purpose.MASK, self.round, self.client)
-            return dict(scattered.random_mask(scoped, self.keep, stream))
-        stream = philox(self.seed, Purpose.MASK, self.round)  # the same for all clients
-        return dict(
-            scattered.balanced_mask(scoped, self.keep, self.per, self.start, self.end, stream)
-        )
-
-    def check_bits(self, masks: Masks, theta: Mapping[str, Tensor]) -> None:
-        """Whether bits that came over the network can be this recipe's; only theta's shapes count.
-
-        Raises
-        ------
-        RecipeError
-            They mask other tensors, or keep another number of weights than the ratio says.
-        """
-        sizes = {n: v.numel() for n, v in theta.items() if _in_scope(n, v, self)}
-        if masks.keys() != sizes.keys():
-            odd = sorted(masks.keys() ^ sizes.keys())[:3]
-            raise RecipeError(f"recipe: bits for other tensors than it masks, first of them: {odd}")
-        if self.kind != "topk":
-            return
-        if self.per == "global":
-            sizes = {"all tensors": sum(sizes.values())}
-        kept = {name: kept_count(mask) for name, mask in masks.items()}
-        if self.per == "global":
-            kept = {"all tensors": sum(kept.values())}
-        for name, size in sizes.items():
-            if kept[name] != scattered.rounded(self.keep, size):
-                raise RecipeError(
-                    f"recipe: the bits keep {kept[name]} of {size} in {name}; "
-                    f"keep = {self.keep:g} means {scattered.rounded(self.keep, size)}"
-                )
-
-    def _blocks(self, layout: Layout | None) -> dict[str, Block]:
-        if layout is None:
-            raise RecipeError("recipe: channels of a network whose channel spaces are not known")
-        try:
-            counts = layout.counts(self.keep)
-            if self.groups or self.kind == "balanced" or self.choice == "magnitude":
-                kept = channels.unflatten(layout, counts, self.groups)
-            elif self.choice == "rolling":
-                kept = channels.rolling(layout, counts, self.round)
-            elif self.choice == "random":
-                kept = channels.random(layout, counts, self.seed, self.round, self.client)
-            else:
-                kept = channels.ordered(layout, counts)
-        except ValueError as error:
-            raise RecipeError(f"recipe: {error}") from error
-        return layout.blocks(kept)
+        if odd := sorted(legal.keys() ^ self.options.keys()):
+            raise RecipeError(f"recipe: {self.kind} has the options {sorted(legal)}; see {odd}")
+        for name, allowed in legal.items():
+            value = self.options[name]
+            fits = value in allowed if len(allowed) else isinstance(value, tuple)
+            if not fits or isinstance(value, float):
+                raise RecipeError(f"recipe: {name} = {value!r}; allowed: {_in_words(allowed)}")
+        return tuple(self.options[name] for name in legal)
 
     def to_metrics(self) -> Numbers:
-        """The recipe as numbers, the way a task and a reply carry it."""
-        numbers: Numbers = {}
-        for name, value in asdict(self).items():
-            if name in _NAMED:
-                numbers[f"recipe.{name}"] = _NAMED[name].index(value)
-            elif name == "groups":
-                numbers |= {"recipe.groups": list(value)} if value else {}
-            else:
-                numbers[f"recipe.{name}"] = value
+        """The recipe as numbers and names, the way a task and a reply carry it."""
+        numbers: Numbers = {
+            "recipe.version": VERSION,
+            "recipe.kind": self.kind,
+            "recipe.keep": self.keep,
+            "recipe.seed": self.seed,
+            "recipe.round": self.round,
+            "recipe.client": self.client,
+            "recipe.needs_bits": int(self.needs_bits),
+        }
+        for name, value in self.options.items():
+            numbers[PREFIX + name] = list(value) if isinstance(value, tuple) else value
         return numbers
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> Recipe:
-        """The inverse of `to_metrics`; refuses what it could not have written."""
-        try:
-            fields: dict[str, Any] = {n: _member(n, metrics[f"recipe.{n}"]) for n in _NAMED}
-            fields |= {name: int(metrics[f"recipe.{name}"]) for name in _WHOLE}
-            return cls(
-                **fields,
-                keep=float(metrics["recipe.keep"]),
-                groups=_groups(metrics.get("recipe.groups", ())),
+        """The inverse of `to_metrics`; refuses what it could not have written.
+
+        What an option may be is the family's to say, and the family is the configuration's: a
+        message names none that is not known already, and no module.
+        """
+        mine = {k.removeprefix(PREFIX): v for k, v in metrics.items() if k.startswith(PREFIX)}
+        if (version := mine.pop("version", None)) != VERSION:
+            raise RecipeError(
+                f"recipe: recipe.version = {version!r}, and this is {VERSION}: server and clients "
+                "must have the same version of fed-diffusion"
             )
+        try:
+            kind, keep = mine.pop("kind"), float(mine.pop("keep"))
+            seed, round, client, bits = (int(mine.pop(name)) for name in _COMMON[3:])
         except KeyError as error:
-            raise RecipeError(f"recipe: {error.args[0]} is missing") from error
+            raise RecipeError(f"recipe: recipe.{error.args[0]} is missing") from error
         except (TypeError, ValueError, OverflowError) as error:
             raise RecipeError(f"recipe: not readable: {error}") from error
+        _check_value("kind", kind)
+        if not isinstance(kind, str) or bits not in (0, 1):
+            raise RecipeError(f"recipe: kind = {kind!r}, needs_bits = {bits!r} cannot be")
+        options = {n: tuple(v) if isinstance(v, list) else v for n, v in mine.items()}
+        return cls(kind, keep, seed, round, client, options, bool(bits))
 
     def differences(self, other: Recipe) -> str:
         """Where two recipes differ, for an error message."""
-        mine, theirs = asdict(self), asdict(other)
-        return ", ".join(f"{k} {mine[k]!r} != {theirs[k]!r}" for k in mine if mine[k] != theirs[k])
+        mine, theirs = self._flat(), other._flat()
+        names = dict.fromkeys([*mine, *theirs])
+        pairs = ((name, mine.get(name), theirs.get(name)) for name in names)
+        return ", ".join(f"{name} {one!r} != {two!r}" for name, one, two in pairs if one != two)
+
+    def _flat(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _COMMON[1:]} | dict(self.options)
 
 
-_NAMED = {"kind": KINDS, "scope": SCOPES, "per": PER, "choice": CHOICES, "unit": UNITS}
-_WHOLE = ("seed", "round", "client", "start", "end")
+_COMMON = ("version", "kind", "keep", "seed", "round", "client", "needs_bits")
 
 
-def _member(field: str, index: Any) -> str:
-    names = _NAMED[field]
-    if not isinstance(index, int) or not 0 <= index < len(names):
-        raise RecipeError(f"recipe: {field} = {index!r} is none of 0..{len(names) - 1}")
-    return names[index]
+def _check_value(name: str, value: Any) -> None:
+    if isinstance(value, tuple):
+        if len(value) > MOST_GROUPS or any(type(number) is not int for number in value):
+            raise RecipeError(f"recipe: {name} is not a list of whole numbers, or far too long")
+    elif isinstance(value, str):
+        if len(value) > MOST_TEXT:
+            raise RecipeError(f"recipe: {name} has {len(value)} letters, more than {MOST_TEXT}")
+    elif type(value) not in (int, float) or not math.isfinite(value):
+        raise RecipeError(f"recipe: {name} = {value!r} is neither a number nor a name")
 
 
-def _groups(numbers: Any) -> tuple[int, ...]:
-    if len(numbers) > GROUPS_LIMIT or any(type(number) is not int for number in numbers):
-        raise RecipeError("recipe: groups is not a list of whole numbers, or far too long")
-    return tuple(numbers)
-
-
-def _in_scope(name: str, value: Tensor, recipe: Recipe) -> bool:
-    if recipe.scope == "all":
-        return True
-    return value.dim() >= 2 and not {"time", "label"} & set(name.split("."))
-
-
-def kept_fraction(masks: Masks, theta: Mapping[str, Tensor]) -> float:
-    """The fraction of all coordinates that the mask keeps."""
-    total = sum(value.numel() for value in theta.values())
-    dropped = sum(theta[name].numel() - kept_count(mask) for name, mask in masks.items())
-    return 1 - dropped / total
-
-
-def kept_count(mask: Tensor | Block) -> int:
-    """How many coordinates of one tensor are kept."""
-    # NumPy counts 40 times as fast as torch sums
-    return mask.numel() if isinstance(mask, Block) else int(np.count_nonzero(mask.numpy()))
-
-
-def pruning_error(masks: Masks, theta: Mapping[str, Tensor]) -> float:
-    """w^2 = ||theta - theta * m||^2 of Assumption 4.2, summed in float64."""
-    total = 0.0
-    for name, mask in masks.items():
-        if isinstance(mask, Block):
-            dropped = mask.put(torch.zeros(mask.kept), theta[name].clone())
-        else:
-            dropped = theta[name].masked_fill(mask, 0)
-        total += float(torch.linalg.vector_norm(dropped, dtype=torch.float64)) ** 2
-    return total
+def _in_words(allowed: Collection[Any]) -> str:
+    if isinstance(allowed, range):
+        return f"{allowed.start} to {allowed.stop - 1}"
+    return ", ".join(map(str, allowed)) or "a list of whole numbers"

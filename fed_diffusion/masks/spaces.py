@@ -8,77 +8,18 @@ groups at zero.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fed_diffusion.masks.mask import Block, Runs
 from fed_diffusion.models.unet import Attention, ResBlock, Stage, UNet
 
 Channels = dict[str, tuple[int, ...]]
 """space -> the groups that are kept, ascending."""
-Runs = tuple[tuple[int, int], ...]
-"""Indices along one dimension as [start, stop) runs, ascending."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """The sub-block of a tensor that is left when whole channels are dropped.
-
-    Attributes
-    ----------
-    shape
-        Of the whole tensor.
-    runs
-        The kept indices of each dimension; the block is their product.
-    """
-
-    shape: tuple[int, ...]
-    runs: tuple[Runs, ...]
-
-    @cached_property
-    def kept(self) -> tuple[int, ...]:
-        """The block's own shape."""
-        return tuple(sum(stop - start for start, stop in runs) for runs in self.runs)
-
-    def numel(self) -> int:
-        return math.prod(self.kept)
-
-    def pieces(self) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-        """Matching slices of the whole tensor and of the block."""
-        per_dimension = []
-        for runs in self.runs:
-            here, pairs = 0, []
-            for start, stop in runs:
-                pairs.append((slice(start, stop), slice(here, here + stop - start)))
-                here += stop - start
-            per_dimension.append(pairs)
-        for choice in itertools.product(*per_dimension):
-            yield tuple(there for there, _ in choice), tuple(here for _, here in choice)
-
-    def take(self, whole: Tensor) -> Tensor:
-        """The block of a tensor, as a tensor of its own."""
-        block = whole.new_empty(self.kept)
-        for there, here in self.pieces():
-            block[here] = whole[there]
-        return block
-
-    def put(self, block: Tensor, whole: Tensor) -> Tensor:
-        """Write a block to its place in a whole tensor, which is returned."""
-        for there, here in self.pieces():
-            whole[there] = block[here]
-        return whole
-
-    def dense(self) -> Tensor:
-        """The block as a mask: bool, shaped like the whole tensor."""
-        mask = torch.zeros(self.shape, dtype=torch.bool)
-        for there, _ in self.pieces():
-            mask[there] = True
-        return mask
 
 
 @dataclass(frozen=True)

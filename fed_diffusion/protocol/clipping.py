@@ -25,9 +25,10 @@ def clipped(
     norm = math.hypot(*norms)
     if not math.isfinite(norm):
         return {name: value.clone() for name, value in start.items()}
-    factor = _factor(norm, clip)
+    factor = factor_of(norm, clip)
     return {name: start[name] + change * factor for name, change in changes.items()}
 
 
-def _factor(norm: float, clip: float) -> float:
+def factor_of(norm: float, clip: float) -> float:
+    """What a difference of this norm is multiplied by, so that it is no longer than the clip."""
     return 1.0 if norm <= clip * ROOM else clip * ROOM / norm

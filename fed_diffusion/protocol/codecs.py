@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed_diffusion.masks.recipe import Masks
-from fed_diffusion.masks.spaces import Block
+from fed_diffusion.masks.mask import Mask, Masks, mask_of
 from fed_diffusion.protocol.errors import UpdateError
 
 DTYPES = {
@@ -53,18 +52,12 @@ class Cast:
     codes: Tensor
     scales: Tensor | None = None
 
-    def take(self, mask: Tensor | Block | None) -> Cast:
+    def take(self, mask: Mask) -> Cast:
         """Only what a mask keeps: a block's rows with their scales, or single values in order."""
-        if mask is None:
-            return self
-        if isinstance(mask, Block):
-            scales = self.scales
-            if scales is not None and len(scales) > 1:
-                scales = torch.cat([scales[start:stop] for start, stop in mask.runs[0]])
-            return Cast(self.dtype, mask.take(self.codes), scales)
-        if self.scales is not None and len(self.scales) > 1:
-            raise ValueError("single values of scaled rows cannot be taken: use one scale")
-        return Cast(self.dtype, select(self.codes, mask), self.scales)
+        scales = self.scales
+        if scales is not None and len(scales) > 1:
+            scales = mask.rows(scales)
+        return Cast(self.dtype, mask.take(self.codes), scales)
 
     def pack(self) -> Packed:
         """The bytes that travel, little-endian."""
@@ -74,27 +67,6 @@ class Cast:
         if self.scales is not None:
             data = self.scales.numpy().tobytes() + data
         return Packed(NAMES[self.dtype], tuple(codes.shape), data)
-
-
-def select(values: Tensor, mask: Tensor) -> Tensor:
-    """values[mask] on the CPU, five times as fast as torch's."""
-    raw = values.contiguous().view(torch.int16) if values.dtype == torch.bfloat16 else values
-    kept = torch.from_numpy(np.compress(mask.numpy().ravel(), raw.numpy().ravel()))
-    return kept.view(values.dtype)
-
-
-def kept_of(whole: Tensor, mask: Tensor | Block | None) -> Tensor:
-    """What a mask keeps of a tensor: a block, single values in order, or all of it."""
-    if isinstance(mask, Block):
-        return mask.take(whole)
-    return whole if mask is None else select(whole, mask)
-
-
-def expand(values: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of `select`: zero where the mask drops."""
-    whole = np.zeros(mask.numel(), np.float32)
-    whole[np.flatnonzero(mask.numpy())] = values.numpy()
-    return torch.from_numpy(whole).view(mask.shape)
 
 
 def cast(values: Tensor, dtype: str, per_row: bool, stream: np.random.Philox | None) -> Cast:
@@ -186,8 +158,7 @@ def difference(
     """The squared norm of kept values - theta over what the mask keeps, and how many they are."""
     square, count = 0.0, 0
     for name, value in values.items():
-        mask = masks.get(name)
-        change = value - kept_of(theta[name], mask)
+        change = value - mask_of(masks, name, theta[name]).take(theta[name])
         square += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
         count += value.numel()
     return square, count

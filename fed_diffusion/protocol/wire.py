@@ -19,16 +19,18 @@ from torch import Tensor
 
 from fed_diffusion.common.rng import Purpose, philox
 from fed_diffusion.config import Config
-from fed_diffusion.masks.recipe import Masks, Numbers, Recipe, kept_count
-from fed_diffusion.masks.spaces import Block, Layout
-from fed_diffusion.protocol.codecs import Cast, Packed, cast, expand, kept_of, select, unpack
+from fed_diffusion.masks.families import derive, family_of
+from fed_diffusion.masks.mask import Mask, Masks, Scattered, mask_of
+from fed_diffusion.masks.recipe import Numbers, Recipe, RecipeError
+from fed_diffusion.masks.spaces import Layout
+from fed_diffusion.protocol.codecs import Cast, Packed, cast, unpack
 from fed_diffusion.protocol.errors import UpdateError
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("the wire format is little-endian and this machine is not")
 
 MASK_PREFIX = "mask:"
-VERSION = 1
+VERSION = 2
 """Raised when a payload would be read otherwise, or when the same settings make another one: runs
 that were begun before would not end with the bits they would have ended with."""
 
@@ -42,13 +44,18 @@ class Payload:
 
     @property
     def nbytes(self) -> int:
-        """The ledger's count: array bytes, and for each number eight bytes and its key."""
+        """The ledger's count: array bytes, and for each number eight bytes and its key.
+
+        A name counts as the bytes of its letters in the number's place.
+        """
         arrays = sum(len(packed.data) for packed in self.arrays.values())
-        numbers = sum(
-            8 * (len(value) if isinstance(value, list) else 1) + len(key.encode())
-            for key, value in self.numbers.items()
-        )
-        return arrays + numbers
+        return arrays + sum(len(k.encode()) + _size(value) for k, value in self.numbers.items())
+
+
+def _size(value: int | float | str | list[int]) -> int:
+    if isinstance(value, str):
+        return len(value.encode())
+    return 8 * (len(value) if isinstance(value, list) else 1)
 
 
 # --- towards the client -------------------------------------------------------------------------
@@ -67,13 +74,16 @@ def cast_theta(theta: Mapping[str, Tensor], config: Config, round: int) -> dict[
 def per_row(config: Config) -> bool:
     """Whether int8 has a scale per output channel: not where masks leave no rows to scale."""
     pruning = config.pruning
-    scattered = pruning.kind != "full" and not pruning.by_channels
-    return config.wire.scale == "channel" and not scattered
+    if config.wire.scale != "channel":
+        return False
+    return pruning.kind == "full" or family_of(pruning, config.seed).shrinks
 
 
 def encode_task(casts: Mapping[str, Cast], recipe: Recipe, masks: Masks) -> Payload:
     """What a client needs of theta_r: kept values, the recipe and, where needed, mask bits."""
-    arrays = {name: part.take(masks.get(name)).pack() for name, part in casts.items()}
+    arrays = {
+        name: part.take(mask_of(masks, name, part.codes)).pack() for name, part in casts.items()
+    }
     if recipe.needs_bits:
         arrays |= encode_bits(masks)
     return Payload(arrays, recipe.to_metrics())
@@ -89,14 +99,31 @@ def decode_task(
     recipe = Recipe.from_metrics(payload.numbers)
     bits = {k: v for k, v in payload.arrays.items() if k.startswith(MASK_PREFIX)}
     values = {k: v for k, v in payload.arrays.items() if not k.startswith(MASK_PREFIX)}
-    masks = recipe.mask(theta, layout) if not recipe.needs_bits else decode_bits(bits, theta)
-    if recipe.needs_bits:
-        recipe.check_bits(masks, theta)
+    masks = _masks(recipe, bits, theta, layout, config)
     kept = _decode(values, theta, masks, config.wire.down, per_row(config))
-    for name, mask in masks.items():
-        if isinstance(mask, Tensor):
-            kept[name] = expand(kept[name], mask)
-    return recipe, masks, kept
+    held = {name: mask.hold(kept[name]) for name, mask in masks.items()}
+    return recipe, masks, kept | held
+
+
+def _masks(
+    recipe: Recipe,
+    bits: Mapping[str, Packed],
+    theta: Mapping[str, Tensor],
+    layout: Layout | None,
+    config: Config,
+) -> Masks:
+    """A client's masks: of the configured family, whatever a message names."""
+    pruning = config.pruning
+    family = family_of(pruning, config.seed)
+    if not recipe.whole() and recipe.kind != pruning.kind:
+        raise RecipeError(f"recipe: kind = {recipe.kind!r}, and the run's is {pruning.kind!r}")
+    if recipe.needs_bits != (family.sends_bits and not recipe.whole()):
+        raise RecipeError(f"recipe: needs_bits = {recipe.needs_bits} is not {pruning.kind}'s")
+    if not recipe.needs_bits:
+        return derive(family, recipe, theta, layout)
+    masks = decode_bits(bits, theta)
+    family.check_bits(recipe, masks, theta)
+    return masks
 
 
 # --- towards the server -------------------------------------------------------------------------
@@ -120,12 +147,10 @@ def encode_update(
     stream = philox(config.seed, Purpose.ROUNDING, round, client)
     packed = {}
     for name, value in end.items():
-        mask = masks.get(name)
-        kept = value.detach().to("cpu", torch.float32)
+        held = value.detach().to("cpu", torch.float32)
         if config.wire.differences:
-            kept = kept - start[name]
-        if isinstance(mask, Tensor):
-            kept = select(kept, mask)
+            held = held - start[name]
+        kept = mask_of(masks, name, held).release(held)
         packed[name] = cast(kept, config.wire.up, per_row(config), stream).pack()
     return packed
 
@@ -161,14 +186,10 @@ def _decode(
         raise UpdateError(f"tensor names differ from the model's, first of them: {odd}")
     decoded = {}
     for name, whole in theta.items():
-        mask = masks.get(name)
-        if mask is None:
-            expected = tuple(whole.shape)
-        else:
-            expected = mask.kept if isinstance(mask, Block) else (kept_count(mask),)
-        values = unpack(name, arrays[name], dtype, expected, rows)
+        mask = mask_of(masks, name, whole)
+        values = unpack(name, arrays[name], dtype, mask.kept, rows)
         if base is not None:
-            values = values + kept_of(base[name], mask)
+            values = values + mask.take(base[name])
         decoded[name] = values
     return decoded
 
@@ -180,15 +201,14 @@ def encode_bits(masks: Masks) -> dict[str, Packed]:
     """Mask bits, eight to a byte, for a client that cannot derive them."""
     packed = {}
     for name, mask in masks.items():
-        assert isinstance(mask, Tensor)
-        bits = np.packbits(mask.flatten().numpy(), bitorder="little")
+        bits = np.packbits(mask.dense().flatten().numpy(), bitorder="little")
         packed[MASK_PREFIX + name] = Packed("bits", tuple(mask.shape), bits.tobytes())
     return packed
 
 
 def decode_bits(arrays: Mapping[str, Packed], theta: Mapping[str, Tensor]) -> Masks:
     """The inverse of `encode_bits`; raises `UpdateError` on a wrong name or length."""
-    masks: Masks = {}
+    masks: dict[str, Mask] = {}
     for key, packed in arrays.items():
         name = key.removeprefix(MASK_PREFIX)
         fits = name in theta and packed.shape == tuple(theta[name].shape)
@@ -199,5 +219,5 @@ def decode_bits(arrays: Mapping[str, Packed], theta: Mapping[str, Tensor]) -> Ma
             raise UpdateError(f"mask bits for {name} have {len(packed.data)} bytes")
         bits = np.frombuffer(packed.data, np.uint8)
         kept = np.unpackbits(bits, count=count, bitorder="little").view(bool)
-        masks[name] = torch.from_numpy(kept).view(packed.shape)
+        masks[name] = Scattered(torch.from_numpy(kept).view(packed.shape))
     return masks

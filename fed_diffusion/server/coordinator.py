@@ -135,7 +135,7 @@ class Coordinator:
         asked = self.participants(round, available)
         if self.open is None:
             self.open = self._rounds.begin(round, self.theta, asked, available)
-            whole = [c for c, recipe in self.open.recipes.items() if recipe.kind == "full"]
+            whole = [c for c, recipe in self.open.recipes.items() if recipe.whole()]
             self.diagnostics.open(round, self.theta, whole)
         state = self.open
         recipes = {client: state.recipes[client] for client in asked if client in state.recipes}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from fed_diffusion.masks.recipe import Masks, Recipe
+from fed_diffusion.masks.families import Family, derive
+from fed_diffusion.masks.mask import Masks
+from fed_diffusion.masks.recipe import Recipe
 from fed_diffusion.masks.spaces import Layout
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.wire import decode_bits, encode_bits
@@ -24,6 +27,8 @@ class MaskStore:
     ----------
     theta
         theta_r, which some masks are derived from.
+    family
+        The run's mask family.
     layout
         The network's channel spaces, where whole channels are dropped.
     outlived
@@ -31,21 +36,28 @@ class MaskStore:
         then be kept, and one that does not is never kept.
     """
 
-    def __init__(self, theta: Mapping[str, Tensor], layout: Layout | None, outlived: bool = False):
+    def __init__(
+        self,
+        theta: Mapping[str, Tensor],
+        family: Family,
+        layout: Layout | None,
+        outlived: bool = False,
+    ):
         self._theta = theta
+        self._family = family
         self._layout = layout
         self._outlived = outlived
         self._room = MASK_BYTES
-        self._top_k: dict[float, Masks] = {}
-        """keep ratio -> mask: the same for all clients of a round."""
+        self._shared: dict[float, Masks] = {}
+        """keep ratio -> mask, where it is the same for all clients of a round."""
 
     def derive(self, recipe: Recipe) -> Masks:
         """The mask that a recipe describes at this theta."""
-        if recipe.kind != "topk":
-            return recipe.mask(self._theta, self._layout)
-        if recipe.keep not in self._top_k:
-            self._top_k[recipe.keep] = recipe.mask(self._theta)
-        return self._top_k[recipe.keep]
+        if recipe.whole() or not self._family.shared:
+            return derive(self._family, recipe, self._theta, self._layout)
+        if recipe.keep not in self._shared:
+            self._shared[recipe.keep] = derive(self._family, recipe, self._theta, self._layout)
+        return self._shared[recipe.keep]
 
     def pack(self, recipe: Recipe, masks: Masks) -> Bits | None:
         """What to keep of a mask until its update comes; None where it is derived again.
@@ -54,8 +66,8 @@ class MaskStore:
         """
         if self._outlived:
             return encode_bits(masks) if recipe.needs_bits else None
-        size = sum((mask.numel() + 7) // 8 for mask in masks.values())
-        if recipe.by_channels or recipe.kind == "topk" or size > self._room:
+        size = sum((math.prod(mask.shape) + 7) // 8 for mask in masks.values())
+        if self._family.shrinks or self._family.shared or size > self._room:
             return None
         self._room -= size
         return encode_bits(masks)

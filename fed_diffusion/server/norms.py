@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fed_diffusion.masks.recipe import Masks
+from fed_diffusion.masks.mask import Masks
 from fed_diffusion.protocol.codecs import difference
 from fed_diffusion.protocol.errors import UpdateError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fed_diffusion.aggregation.mean import MaskedMean
+from fed_diffusion.aggregation.named import Aggregator
 from fed_diffusion.masks.recipe import Recipe
 from fed_diffusion.protocol.errors import UpdateError
 from fed_diffusion.protocol.messages import Task, Update
@@ -68,7 +68,7 @@ class OpenRound:
         How often theta changed, at most, while a worker of this round trained.
     """
 
-    mean: MaskedMean
+    mean: Aggregator
     recipes: dict[int, Recipe]
     masks: MaskStore
     target: int

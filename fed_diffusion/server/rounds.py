@@ -6,20 +6,14 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor
 
-from fed_diffusion.aggregation.mean import MaskedMean
+from fed_diffusion.aggregation.named import Aggregator, aggregator_of
 from fed_diffusion.aggregation.private import PrivateMean
-from fed_diffusion.aggregation.robust import RobustMean
 from fed_diffusion.config import Config
+from fed_diffusion.masks.families import family_of
+from fed_diffusion.masks.mask import Masks, kept_fraction, kept_values, pruning_error
 from fed_diffusion.masks.plan import plan_round
-from fed_diffusion.masks.recipe import (
-    Masks,
-    Recipe,
-    RecipeError,
-    kept_fraction,
-    pruning_error,
-)
+from fed_diffusion.masks.recipe import Recipe, RecipeError
 from fed_diffusion.masks.spaces import Layout
-from fed_diffusion.protocol.codecs import kept_of
 from fed_diffusion.protocol.errors import LimitError
 from fed_diffusion.protocol.messages import EXAMPLES_LIMIT, Task, Update, measurements
 from fed_diffusion.protocol.wire import Payload, cast_theta, decode_update, encode_task
@@ -55,6 +49,7 @@ class Rounds:
     ):
         self._config = config
         self._layout = layout
+        self._family = family_of(config.pruning, config.seed)
         self._participation = participation
         self._policy = policy
         self._norms = norms
@@ -77,13 +72,13 @@ class Rounds:
         eligible = participation.eligible()
         masks = self.masks(theta)
         target = self._policy.target(len(eligible))
-        mean: MaskedMean
+        mean: Aggregator
         if self._config.privacy.clip is not None:
             mean, target = self._private_mean(round, theta, masks), len(asked)
         elif overlapping:
-            mean = mean_of(self._config, theta, target)
+            mean = aggregator_of(theta, target, self._config.round)
         else:
-            mean = mean_of(self._config, theta, max(1, len(asked)))
+            mean = aggregator_of(theta, max(1, len(asked)), self._config.round)
         recipes = self.recipes(round, eligible if overlapping else asked, theta)
         return OpenRound(mean, recipes, masks, target, participation.absent(available))
 
@@ -94,7 +89,7 @@ class Rounds:
 
     def masks(self, theta: Theta) -> MaskStore:
         """An empty store of masks of theta_r."""
-        return MaskStore(theta, self._layout, self._policy.overlapping)
+        return MaskStore(theta, self._family, self._layout, self._policy.overlapping)
 
     def tasks(
         self, round: int, theta: Theta, recipes: Mapping[int, Recipe], masks: MaskStore
@@ -110,7 +105,7 @@ class Rounds:
         full: Payload | None = None
         for client, recipe in recipes.items():
             kept, w2, bits = 1.0, 0.0, None
-            if recipe.kind == "full":  # the same bytes for everyone who trains the whole network
+            if recipe.whole():  # the same bytes for everyone who trains the whole network
                 full = full or encode_task(casts, recipe, {})
                 asked = self._diagnostics.question(client)
                 payload = Payload(full.arrays, recipe.to_metrics() | asked)
@@ -167,18 +162,8 @@ class Rounds:
     def _private_mean(self, round: int, theta: Theta, masks: MaskStore) -> PrivateMean:
         """Its denominators count all clients of the run, be they away or banned."""
         recipes = self.recipes(round, self._participation.able(), theta).values()
-        everyone = (masks.derive(r) if r.kind != "full" else {} for r in recipes)
+        everyone = (masks.derive(recipe) for recipe in recipes)
         return PrivateMean(theta, everyone, self._config.round.fraction, self._config.privacy)
-
-
-def mean_of(config: Config, theta: Theta, workers: int) -> MaskedMean:
-    """An empty average of the configured kind, with room for so many updates."""
-    settings = config.round
-    if settings.aggregation == "mean":
-        by_examples = settings.weighting == "examples"
-        return MaskedMean(theta, workers, EXAMPLES_LIMIT if by_examples else 1)
-    trim = 0.5 if settings.aggregation == "median" else settings.trim
-    return RobustMean(theta, trim, workers)
 
 
 def weight_of(config: Config, examples: int) -> int:
@@ -208,5 +193,5 @@ def damped(
     """theta + factor Delta, the very same values where the factor is 1."""
     if factor == 1:
         return values
-    kept = {name: kept_of(theta[name], masks.get(name)) for name in values}
+    kept = kept_values(theta, masks)
     return {name: kept[name] + (value - kept[name]) * factor for name, value in values.items()}

@@ -96,7 +96,7 @@ class Ledger:
         sent += sum(entry["client"] not in state.absent for entry in rejected)
         loss, heldout, outliers = round_losses(clients, round)
         loss = self._note(loss, heldout, round)
-        trainers = state.mean.trainers()
+        trainers = state.mean.coverage.trainers()
         gamma, w2_max = min(trainers), max((c.w2 for c in clients), default=0.0)
         return RoundSummary(
             round=round,

@@ -228,7 +228,8 @@ def _differences(run: RunDir, then: Mapping[str, Any], now: Config) -> dict[str,
             f"that the run began with. {error}"
         ) from error
     after = dict(_flat(now.to_dict()))
-    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
+    pairs = {key: (before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after])}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

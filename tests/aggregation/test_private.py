@@ -21,9 +21,8 @@ from fed_diffusion.config.schema import PrivacyConfig
 from fed_diffusion.engines.local import run_in_process, simulate
 from fed_diffusion.experiment import Experiment
 from fed_diffusion.generate import RunDir
-from fed_diffusion.masks.spaces import Block
+from fed_diffusion.masks.mask import Block, Scattered, kept_values
 from fed_diffusion.protocol.clipping import clipped
-from fed_diffusion.protocol.codecs import kept_of
 from fed_diffusion.protocol.errors import UpdateError
 from fed_diffusion.report.html import write_report
 from fed_diffusion.server.coordinator import Coordinator
@@ -42,7 +41,7 @@ def norm(values):
 
 
 def masked(values, masks):
-    return {n: torch.where(masks[n], v, 0.0) for n, v in values.items()}
+    return {n: torch.where(masks[n].dense(), v, 0.0) for n, v in values.items()}
 
 
 def private(theta, masks, clip, noise=SILENT, rate=1.0):
@@ -86,7 +85,7 @@ def test_a_difference_that_is_not_finite_becomes_zero_on_the_client(bad):
 
 def kept(update, masks):
     """What a client sends of its update: the values that its mask keeps."""
-    return {name: kept_of(value, masks[name]) for name, value in update.items()}
+    return kept_values(update, masks)
 
 
 @settings(max_examples=40)
@@ -96,7 +95,7 @@ def test_one_client_moves_the_numerator_by_the_clip_at_most_whatever_the_masks(s
     draw = np.random.default_rng(seed)
     theta, clip = tensors(draw), 0.5
     masks = [
-        {n: torch.from_numpy(draw.random(s) < 0.6) for n, s in SHAPES.items()}
+        {n: Scattered(torch.from_numpy(draw.random(s) < 0.6)) for n, s in SHAPES.items()}
         for _ in range(clients)
     ]
     updates = [masked(tensors(draw, 10.0), m) for m in masks]
@@ -106,7 +105,7 @@ def test_one_client_moves_the_numerator_by_the_clip_at_most_whatever_the_masks(s
         for n in of:
             mean.add(kept(updates[n], masks[n]), masks[n])
         new = mean.result()
-        counts = {n: rate * sum(m[n].double() for m in masks) for n in SHAPES}
+        counts = {n: rate * sum(m[n].dense().double() for m in masks) for n in SHAPES}
         for n in SHAPES:  # what nobody's mask keeps, stays
             assert torch.equal(new[n][counts[n] == 0], theta[n][counts[n] == 0])
         return {n: (new[n].double() - theta[n].double()) * counts[n] for n in SHAPES}
@@ -122,7 +121,8 @@ def test_without_noise_and_clip_this_is_the_masked_mean_of_equation_8():
     draw = np.random.default_rng(1)
     theta = tensors(draw)
     masks = [
-        {n: torch.from_numpy(draw.random(s) < 0.7) for n, s in SHAPES.items()} for _ in range(4)
+        {n: Scattered(torch.from_numpy(draw.random(s) < 0.7)) for n, s in SHAPES.items()}
+        for _ in range(4)
     ]
     updates = [masked(tensors(draw), m) for m in masks]
     mean = private(theta, masks, clip=1000)
@@ -130,7 +130,7 @@ def test_without_noise_and_clip_this_is_the_masked_mean_of_equation_8():
         mean.add(kept(update, mask), mask)
     new = mean.result()
     for n in SHAPES:
-        count = sum(m[n].int() for m in masks)
+        count = sum(m[n].dense().int() for m in masks)
         expected = sum(u[n].double() for u in updates) / count.clamp(min=1)
         expected = torch.where(count > 0, expected, theta[n].double())
         assert torch.allclose(new[n].double(), expected, atol=1e-6)
@@ -301,19 +301,20 @@ def test_denominators_are_counted_one_mask_at_a_time_and_to_the_bit(seed, client
 
     def masks():
         for _ in range(clients):
-            kept = {n: torch.from_numpy(draw.random(s) < 0.6) for n, s in SHAPES.items()}
+            drawn = {n: torch.from_numpy(draw.random(s) < 0.6) for n, s in SHAPES.items()}
+            kept = {n: Scattered(bools) for n, bools in drawn.items()}
             if draw.random() < 0.3:
                 kept["a"] = Block((3, 4), (((0, 1), (2, 3)), ((1, 3),)))
             for name in [name for name in kept if draw.random() < 0.3]:
                 del kept[name]
             for name, count in expected.items():
                 mask = kept.get(name)
-                dense = mask.dense() if isinstance(mask, Block) else mask
+                dense = None if mask is None else mask.dense()
                 count += 1 if dense is None else dense
-            if isinstance(kept.get("b"), torch.Tensor):
-                seen.append(weakref.ref(kept["b"]))
+            if "b" in kept:
+                seen.append(weakref.ref(drawn["b"]))
             yield kept
-            del kept, mask, dense
+            del kept, mask, dense, drawn
             assert sum(mask() is not None for mask in seen) <= 1  # the one that is being counted
 
     mean = private(theta, masks(), clip=5, rate=rate)

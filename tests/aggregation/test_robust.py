@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fed_diffusion.aggregation.robust import RobustMean
-from fed_diffusion.masks.spaces import Block
+from fed_diffusion.masks.mask import Block, Scattered
 from fed_diffusion.protocol.errors import UpdateError
 from fed_diffusion.server.coordinator import Coordinator
 
@@ -23,7 +23,7 @@ def fold(updates, trim, theta):
     mean = RobustMean({"w": theta}, trim)
     for row in updates:
         given = torch.tensor([value for value, _ in row])
-        mean.add({"w": given}, {"w": torch.tensor([kept for _, kept in row])})
+        mean.add({"w": given}, {"w": Scattered(torch.tensor([kept for _, kept in row]))})
     return mean.result()["w"]
 
 
@@ -62,7 +62,7 @@ def test_blocks_count_as_the_masks_they_are():
     mean.add({"w": torch.ones(3, 4)})
     expected = torch.where(block.dense(), (block.put(small, torch.zeros(3, 4)) + 1) / 2, 1.0)
     assert torch.equal(mean.result()["w"], expected)
-    assert (mean.gamma(), mean.trained()) == (1, 1.0)
+    assert (mean.coverage.gamma(), mean.coverage.trained()) == (1, 1.0)
 
 
 def test_bad_updates_and_weights_are_refused():

@@ -13,12 +13,13 @@ from fed_diffusion.config import ConfigError
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.engines.local import simulate
-from fed_diffusion.masks.spaces import Block
+from fed_diffusion.masks.mask import mask_of
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.messages import Update
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.protocol.wire import Payload, decode_task, decode_update
 from fed_diffusion.server.coordinator import Coordinator
+from tests.masks.recipes import masks_of
 
 KEEP = [1, 1, 0.75, 0.5, 0.5]
 SIZES = {"model__widths": [16, 32], "model__group": 4, "pruning__keep": KEEP}
@@ -42,10 +43,6 @@ def play(coordinator, worker, rounds):
             assert coordinator.receive(worker.run(task)), coordinator.open.rejected
         summary = coordinator.close_round()
     return summary
-
-
-def dense(mask):
-    return mask.dense() if isinstance(mask, Block) else mask
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,11 +73,8 @@ def test_a_round_on_small_networks_is_the_round_of_masked_whole_ones(tiny, digit
     diffusion = config.diffusion
     loss = DSMLoss(PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K))
     for task in coordinator.tasks(2):
-        masks = coordinator.open.recipes[task.client].mask(theta, coordinator.layout)
-        masks = {
-            n: dense(masks[n]) if n in masks else torch.ones_like(v, dtype=torch.bool)
-            for n, v in theta.items()
-        }
+        masks = masks_of(coordinator.open.recipes[task.client], theta, coordinator.layout)
+        masks = {n: mask_of(masks, n, v).dense() for n, v in theta.items()}
         network = build_network(config)
         named = dict(network.named_parameters())
         for name, parameter in named.items():

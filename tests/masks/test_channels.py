@@ -11,9 +11,10 @@ from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.build import build_network, channel_layout, parameters_of
 from fed_diffusion.config import ConfigError, load_config
 from fed_diffusion.masks import channels
+from fed_diffusion.masks.mask import Block, kept_fraction
 from fed_diffusion.masks.plan import check_pruning, known_ratios, plan_round
-from fed_diffusion.masks.recipe import Recipe, RecipeError, kept_fraction
-from fed_diffusion.masks.spaces import Block
+from fed_diffusion.masks.recipe import Recipe, RecipeError
+from tests.masks.recipes import masks_of, recipe_of
 
 SMALL = {"model.widths": [16, 32], "model.group": 4, "pruning.kind": "channels"}
 CONFIG = load_config("digits", SMALL | {"pruning.keep": 0.5})
@@ -29,7 +30,7 @@ def plan(round=1, theta=THETA, **pruning):
 
 
 def blocks_of(recipe):
-    masks = recipe.mask(THETA, LAYOUT)
+    masks = masks_of(recipe, THETA, LAYOUT)
     return masks, {n: m.take(THETA[n]) for n, m in masks.items()} | {
         n: v for n, v in THETA.items() if n not in masks
     }
@@ -37,7 +38,7 @@ def blocks_of(recipe):
 
 def kept_groups(recipe):
     """By space, from the rows of the tensors that end in it."""
-    masks = recipe.mask(THETA, LAYOUT)
+    masks = masks_of(recipe, THETA, LAYOUT)
     found = {}
     for name, axes in LAYOUT.axes.items():
         if len(axes[0]) == 1 and name in masks:
@@ -57,13 +58,13 @@ def test_both_ends_derive_the_same_channels_from_the_numbers_alone(choice, keep,
     assert again == recipe
     # the client has names and shapes only
     shapes = {name: torch.empty(value.shape, device="meta") for name, value in THETA.items()}
-    here, there = recipe.mask(THETA, LAYOUT), again.mask(shapes, LAYOUT)
+    here, there = masks_of(recipe, THETA, LAYOUT), masks_of(again, shapes, LAYOUT)
     assert here == there
     assert all(isinstance(mask, Block) for mask in here.values())
 
 
 def test_ordered_channels_are_nested():
-    small, large = (plan(keep=[1, keep])[1].mask(THETA, LAYOUT) for keep in (0.25, 0.6))
+    small, large = (masks_of(plan(keep=[1, keep])[1], THETA, LAYOUT) for keep in (0.25, 0.6))
     for name, block in small.items():
         inside = large[name].dense() if name in large else torch.ones(block.shape, dtype=torch.bool)
         assert bool((block.dense() <= inside).all())
@@ -95,7 +96,9 @@ def test_magnitude_keeps_the_groups_of_largest_norm():
     theta[name][8:12] += 10  # the third group of this block's hidden channels
     recipe = plan(theta=theta, keep=[1, 0.25], choice="magnitude")[1]
     rows = [
-        i for start, stop in recipe.mask(theta, LAYOUT)[name].runs[0] for i in range(start, stop)
+        i
+        for start, stop in masks_of(recipe, theta, LAYOUT)[name].runs[0]
+        for i in range(start, stop)
     ]
     assert rows[-4:] == [8, 9, 10, 11] or set(range(8, 12)) <= set(rows)
     space = "down.0.block.hidden"
@@ -131,7 +134,7 @@ def test_balanced_channels_drop_every_group_nearly_equally_often(keeps, round):
 
 def test_what_a_balanced_worker_drops_goes_round():
     rounds = [plan(r, kind="balanced", unit="channels", keep=[1, 1, 0.75, 0.75]) for r in (1, 2, 3)]
-    assert len({recipes[2].groups for recipes in rounds}) > 1
+    assert len({recipes[2].options["groups"] for recipes in rounds}) > 1
 
 
 def test_balanced_channels_have_at_least_the_gamma_of_any_other_choice():
@@ -142,7 +145,7 @@ def test_balanced_channels_have_at_least_the_gamma_of_any_other_choice():
         for recipe in plan(keep=keeps, **pruning).values():
             masks, values = blocks_of(recipe)
             mean.add(values, masks)
-        return mean.gamma()
+        return mean.coverage.gamma()
 
     balanced = gamma(kind="balanced", unit="channels")
     others = [gamma(choice=choice) for choice in channels.CHOICES]
@@ -152,7 +155,9 @@ def test_balanced_channels_have_at_least_the_gamma_of_any_other_choice():
 @pytest.mark.parametrize("choice", channels.CHOICES)
 def test_the_actual_ratio_is_at_most_the_asked_for_one_and_near_it(choice):
     for keep in (0.75, 0.5, 0.25):
-        actual = kept_fraction(plan(keep=[1, keep], choice=choice)[1].mask(THETA, LAYOUT), THETA)
+        actual = kept_fraction(
+            masks_of(plan(keep=[1, keep], choice=choice)[1], THETA, LAYOUT), THETA
+        )
         assert keep - 0.1 < actual <= keep
 
 
@@ -171,7 +176,7 @@ def test_a_recipe_of_groups_that_the_model_cannot_have_is_refused(case):
     numbers = plan(keep=[1, 0.5], choice="magnitude")[1].to_metrics()
     numbers["recipe.groups"] = list(change(tuple(numbers["recipe.groups"])))
     with pytest.raises(RecipeError, match=message):
-        Recipe.from_metrics(numbers).mask(THETA, LAYOUT)
+        masks_of(Recipe.from_metrics(numbers), THETA, LAYOUT)
 
 
 def test_groups_that_are_no_whole_numbers_are_refused():
@@ -182,7 +187,7 @@ def test_groups_that_are_no_whole_numbers_are_refused():
 
 def test_channels_of_an_unknown_network_are_refused():
     with pytest.raises(RecipeError, match="channel spaces are not known"):
-        Recipe(kind="channels", keep=0.5).mask(THETA)
+        masks_of(recipe_of("channels", 0.5), THETA)
     own = load_config("digits", {"pruning.kind": "channels", "model.name": "torch.nn:Identity"})
     with pytest.raises(ConfigError, match=r"pruning\.kind = 'channels'|model\.name"):
         channel_layout(own)

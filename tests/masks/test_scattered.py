@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.config import load_config
+from fed_diffusion.masks.mask import kept_fraction, pruning_error
 from fed_diffusion.masks.plan import known_ratios, plan_round
-from fed_diffusion.masks.recipe import kept_fraction, pruning_error
 from fed_diffusion.masks.scattered import WORD, balanced_starts, dropped_length
+from tests.masks.recipes import masks_of
 
 THETA = {
     "a.weight": torch.randn(60, 50, generator=torch.Generator().manual_seed(1)),
@@ -29,14 +30,14 @@ def plan(keeps, round=1, kind="balanced"):
         },
     )
     recipes = plan_round(config, round, known_ratios(config), THETA)
-    return [recipe.mask(THETA) for recipe in recipes.values()]
+    return [masks_of(recipe, THETA) for recipe in recipes.values()]
 
 
 def coverage(masks):
     mean = MaskedMean(THETA)
     for mask in masks:
         mean.add(THETA, mask)
-    return mean
+    return mean.coverage
 
 
 ratios = st.lists(st.floats(0.05, 1.0), min_size=1, max_size=10)
@@ -47,7 +48,7 @@ ratios = st.lists(st.floats(0.05, 1.0), min_size=1, max_size=10)
 def test_gamma_is_the_largest_that_the_ratios_permit(keeps, round):
     """With D = sum(1 - keep) every coordinate is dropped floor(D) or ceil(D) times."""
     dropped = sum(dropped_length(keep) for keep in keeps)
-    cover = coverage(plan(keeps, round)).coverage()
+    cover = coverage(plan(keeps, round)).counts()
     for counts in cover.values():
         assert int(counts.min()) >= len(keeps) - -(-dropped // WORD)
         assert int(counts.max()) <= len(keeps) - dropped // WORD
@@ -75,7 +76,7 @@ def test_where_not_all_must_be_dropped_it_is_the_smallest_that_are():
     for name, value in THETA.items():
         dropped = torch.zeros_like(value, dtype=torch.bool)
         for mask in masks[1:]:
-            dropped |= ~mask[name]
+            dropped |= ~mask[name].dense()
         count = int(dropped.sum())
         assert count == math.floor(value.numel() * 0.4 + 0.5)
         assert float(value.abs()[dropped].max()) <= float(value.abs()[~dropped].min())
@@ -84,8 +85,8 @@ def test_where_not_all_must_be_dropped_it_is_the_smallest_that_are():
 def test_the_dropped_parts_are_disjoint_and_differ_between_rounds():
     first, second = plan([1.0, 0.8, 0.8], 1), plan([1.0, 0.8, 0.8], 2)
     for name in THETA:
-        assert not bool((~first[1][name] & ~first[2][name]).any())
-        assert not torch.equal(first[1][name], second[1][name])
+        assert not bool((~first[1][name].dense() & ~first[2][name].dense()).any())
+        assert first[1][name] != second[1][name]
 
 
 def test_balanced_masks_lose_less_and_cover_more_than_random_ones():

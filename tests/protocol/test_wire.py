@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from fed_diffusion.build import channel_layout, skeleton
 from fed_diffusion.config import load_config
 from fed_diffusion.masks import channels
-from fed_diffusion.masks.recipe import SCOPES, Recipe, RecipeError
-from fed_diffusion.masks.spaces import Block
+from fed_diffusion.masks.families.weights import SCOPES
+from fed_diffusion.masks.mask import Block, mask_of
+from fed_diffusion.masks.recipe import RecipeError
 from fed_diffusion.protocol.codecs import DTYPES, Packed, cast, unpack
 from fed_diffusion.protocol.errors import UpdateError
 from fed_diffusion.protocol.wire import (
@@ -21,6 +22,7 @@ from fed_diffusion.protocol.wire import (
     encode_task,
     encode_update,
 )
+from tests.masks.recipes import masks_of, recipe_of
 
 THETA = {
     "w": torch.linspace(-1, 1, 35).reshape(5, 7),
@@ -28,6 +30,7 @@ THETA = {
     "scalar": torch.tensor(3.0),
 }
 PLAIN = load_config("digits", {"pruning.kind": "random", "pruning.keep": 0.5})
+TOPK = load_config("digits", {"pruning.kind": "topk", "pruning.keep": 0.5})
 CHANNELS = load_config("digits", {"model.widths": [16, 24], "pruning.kind": "channels"})
 LAYOUT = channel_layout(CHANNELS)
 UNET = {
@@ -44,9 +47,12 @@ def wired(config, **settings):
 
 
 def sent(recipe, theta, config, layout=None):
-    masks = recipe.mask(theta, layout)
+    masks = masks_of(recipe, theta, layout)
     payload = encode_task(cast_theta(theta, config, recipe.round), recipe, masks)
     blank = {name: torch.empty(value.shape, device="meta") for name, value in theta.items()}
+    if not recipe.whole():
+        pruning = config.pruning.model_copy(update={"kind": recipe.kind})
+        config = config.model_copy(update={"pruning": pruning})
     return payload, decode_task(payload, blank, layout, config)
 
 
@@ -59,15 +65,16 @@ def sent(recipe, theta, config, layout=None):
 )
 @settings(max_examples=60)
 def test_a_task_decodes_to_theta_under_the_mask(kind, keep, scope, client, dtype):
-    recipe = Recipe(kind=kind, keep=keep, scope=scope, client=client, end=2**31)
-    masks = recipe.mask(THETA)
+    recipe = recipe_of(kind, keep, scope=scope, client=client, end=2**31)
+    masks = masks_of(recipe, THETA)
     _, (got_recipe, got_masks, values) = sent(recipe, THETA, wired(PLAIN, down=dtype))
     assert got_recipe == recipe
-    assert all(torch.equal(got_masks[name], masks[name]) for name in masks)
+    assert got_masks == masks
     for name, value in THETA.items():
-        kept = value * masks[name] if name in masks else value
+        dense = mask_of(masks, name, value).dense()
+        kept = value * dense
         assert float((values[name] - kept).abs().max()) <= WITHIN[dtype] * float(value.abs().max())
-        assert name not in masks or bool((values[name][~masks[name]] == 0).all())
+        assert bool((values[name][~dense] == 0).all())
 
 
 @given(
@@ -79,7 +86,7 @@ def test_a_task_decodes_to_theta_under_the_mask(kind, keep, scope, client, dtype
 )
 @settings(max_examples=40)
 def test_a_task_with_channels_decodes_to_the_small_network(choice, keep, client, dtype, scale):
-    recipe = Recipe(kind="channels", keep=keep, choice=choice, client=client, round=1)
+    recipe = recipe_of("channels", keep, choice=choice, client=client, round=1)
     config = wired(CHANNELS, down=dtype, scale=scale)
     payload, (_, masks, values) = sent(recipe, UNET, config, LAYOUT)
     for name, value in UNET.items():
@@ -102,7 +109,7 @@ def test_a_task_with_channels_decodes_to_the_small_network(choice, keep, client,
 )
 @settings(max_examples=40)
 def test_an_update_decodes_to_what_training_made_of_theta(kind, dtype, differences):
-    recipe = Recipe(kind=kind, keep=0.6, round=1, client=2)
+    recipe = recipe_of(kind, 0.6, round=1, client=2)
     config = CHANNELS if kind == "channels" else PLAIN
     config = wired(config, up=dtype, differences=differences)
     _, (_, masks, start) = sent(recipe, UNET, config, LAYOUT)
@@ -110,9 +117,9 @@ def test_an_update_decodes_to_what_training_made_of_theta(kind, dtype, differenc
     arrays = encode_update(end, start, masks, config, 1, 2)
     decoded = decode_update(arrays, UNET, masks, config)
     for name, value in end.items():
-        mask, got = masks.get(name), decoded[name]
-        if isinstance(mask, torch.Tensor):
-            value = value[mask]
+        got = decoded[name]
+        if kind == "random" and name in masks:
+            value = value[masks[name].dense()]
         # a difference is a third of the value, and so is its rounding error
         largest = float(value.abs().max()) * (1 / 3 if differences else 1)
         assert float((got - value).abs().max()) <= (WITHIN[dtype] + 1e-6) * largest + 1e-7
@@ -152,17 +159,34 @@ def test_the_same_round_rounds_alike_for_every_client_and_no_two_rounds_alike():
 
 
 def test_only_kept_values_cost_bytes_and_derivable_masks_none():
-    random = Recipe(kind="random", keep=0.5)
-    masks = random.mask(THETA)
-    kept = int(masks["w"].sum()) + 6
-    numbers = sum(8 + len(key) for key in random.to_metrics())
+    random = recipe_of("random", 0.5)
+    masks = masks_of(random, THETA)
+    kept = int(masks["w"].dense().sum()) + 6
+    # seven parts of every recipe, of which one is a name, and a name that random masks have
+    keys = ["version", "kind", "keep", "seed", "round", "client", "needs_bits", "scope"]
+    numbers = sum(len(f"recipe.{key}") for key in keys) + 6 * 8 + len("random") + len("weights")
     assert sent(random, THETA, PLAIN)[0].nbytes == 4 * kept + numbers
     assert sent(random, THETA, wired(PLAIN, down="bf16"))[0].nbytes == 2 * kept + numbers
     scales = 3 * 4
     assert sent(random, THETA, wired(PLAIN, down="int8"))[0].nbytes == kept + scales + numbers
-    topk = Recipe(kind="topk", keep=0.4)
+    topk = recipe_of("topk", 0.4)
+    numbers += len("topk") - len("random") + len("recipe.per") + len("tensor")
     bits = (35 + 7) // 8
     assert sent(topk, THETA, PLAIN)[0].nbytes == 4 * (14 + 6) + bits + numbers
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"recipe.kind": "topk"}, "kind = 'topk', and the run's is 'random'"),
+        ({"recipe.kind": "os:getcwd"}, "kind = 'os:getcwd', and the run's is 'random'"),
+        ({"recipe.needs_bits": 1}, "needs_bits = True is not random's"),
+    ],
+)
+def test_a_recipe_of_another_family_than_the_configured_one_is_refused(change, says):
+    payload, _ = sent(recipe_of("random", 0.5), THETA, PLAIN)
+    with pytest.raises(RecipeError, match=says):
+        decode_task(Payload(payload.arrays, payload.numbers | change), THETA, None, PLAIN)
 
 
 def test_a_list_of_groups_costs_eight_bytes_for_each():
@@ -198,24 +222,24 @@ def test_a_scale_that_is_no_scale_is_refused(scale):
 
 
 def test_mask_bits_of_the_wrong_length_are_refused():
-    recipe = Recipe(kind="topk", keep=0.5)
+    recipe = recipe_of("topk", 0.5)
     payload, _ = sent(recipe, THETA, PLAIN)
     bits = payload.arrays["mask:w"]
     bad = payload.arrays | {"mask:w": Packed("bits", bits.shape, bits.data + b"\0")}
     with pytest.raises(UpdateError, match="mask bits for w"):
-        decode_task(Payload(bad, payload.numbers), THETA, None, PLAIN)
+        decode_task(Payload(bad, payload.numbers), THETA, None, TOPK)
 
 
 def test_bits_that_disagree_with_the_recipe_are_refused():
-    payload, _ = sent(Recipe(kind="topk", keep=0.5), THETA, PLAIN)
+    payload, _ = sent(recipe_of("topk", 0.5), THETA, TOPK)
     for keep, bits in ((0.5, b"\xff" * 5), (0.25, payload.arrays["mask:w"].data)):
-        numbers = Recipe(kind="topk", keep=keep).to_metrics()
+        numbers = recipe_of("topk", keep).to_metrics()
         arrays = payload.arrays | {"mask:w": Packed("bits", (5, 7), bits)}
         with pytest.raises(RecipeError, match=r"the bits keep \d+ of 35 in w"):
-            decode_task(Payload(arrays, numbers), THETA, None, PLAIN)
+            decode_task(Payload(arrays, numbers), THETA, None, TOPK)
     without = {name: array for name, array in payload.arrays.items() if name != "mask:w"}
     with pytest.raises(RecipeError, match=r"other tensors than it masks.*\['w'\]"):
-        decode_task(Payload(without, payload.numbers), THETA, None, PLAIN)
+        decode_task(Payload(without, payload.numbers), THETA, None, TOPK)
 
 
 @given(data=st.data())
@@ -227,7 +251,7 @@ def test_a_block_takes_and_puts_back_what_indexing_would(data):
     whole = torch.randn(shape)
     expected = whole.numpy()[np.ix_(*kept)]
     np.testing.assert_array_equal(block.take(whole).numpy(), expected)
-    assert block.numel() == expected.size
+    assert block.count() == expected.size
     dense = np.zeros(shape, bool)
     dense[np.ix_(*kept)] = True
     np.testing.assert_array_equal(block.dense().numpy(), dense)

@@ -9,10 +9,12 @@ from fed_diffusion.config import ConfigError
 from fed_diffusion.engines.local import run_in_process
 from fed_diffusion.experiment import Experiment
 from fed_diffusion.generate import RunDir
+from fed_diffusion.masks.mask import mask_of
 from fed_diffusion.masks.recipe import Recipe
 from fed_diffusion.protocol.wire import decode_update
 from fed_diffusion.server.coordinator import Coordinator
 from fed_diffusion.server.policies import Buffered, Synchronous
+from tests.masks.recipes import masks_of
 
 SMALL = {"model__widths": [16], "model__group": 4, "wire__differences": True}
 SMALL |= {"evaluation__every": 0}
@@ -116,11 +118,11 @@ def test_theta_moves_as_in_fedbuff_per_coordinate_by_those_who_trained_it(tiny, 
             stale, numbers = coordinator.round + 1 - began, update.payload.numbers
             seen.add(stale)
             weight = numbers["examples"] if weighting == "examples" else 1
-            masks = Recipe.from_metrics(numbers).mask(coordinator.theta)
+            masks = masks_of(Recipe.from_metrics(numbers), coordinator.theta)
             zeros = {name: torch.zeros_like(value) for name, value in coordinator.theta.items()}
             change = decode_update(update.payload.arrays, zeros, masks, config)
             for name, value in change.items():
-                kept = masks.get(name, torch.ones_like(before[name], dtype=torch.bool))
+                kept = mask_of(masks, name, before[name]).dense()
                 top[name][kept] += weight * value.double().flatten() * (1 + stale) ** -0.7
                 below[name][kept] += weight
             assert coordinator.receive(update)

@@ -12,10 +12,12 @@ from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.rng import Purpose, torch_generator
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
+from fed_diffusion.masks.mask import mask_of
 from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.protocol.wire import Packed, Payload, decode_task, decode_update
 from fed_diffusion.server.coordinator import Coordinator
+from tests.masks.recipes import masks_of
 
 
 def start(config, digits):
@@ -45,7 +47,8 @@ def test_masked_coordinates_stay_exactly_zero(tiny, digits, optimizer, method, s
     tasks = {task.client: task for task in coordinator.tasks(2)}
     worker.run(tasks[4])
     recipes = plan_round(config, 2, known_ratios(config), coordinator.theta)
-    masks = recipes[4].mask(coordinator.theta)
+    found = masks_of(recipes[4], coordinator.theta)
+    masks = {name: mask.dense() for name, mask in found.items()}
     trained = parameters_of(only_network(worker))
     assert sum(int((~mask).sum()) for mask in masks.values()) > 0
     moved = 0
@@ -75,7 +78,7 @@ def test_sgd_is_equation_7_to_the_letter(tiny, digits):
             loss(network, images, noise), list(network.parameters()), allow_unused=True
         )
         for (name, _), gradient in zip(network.named_parameters(), gradients, strict=True):
-            mask = masks.get(name, torch.ones_like(theta[name], dtype=torch.bool))
+            mask = mask_of(masks, name, theta[name]).dense()
             theta[name] = theta[name] - eta_of(config, 1) * gradient * mask
     worker.run(task)
     for name, value in parameters_of(only_network(worker)).items():
