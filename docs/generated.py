@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Iterator
@@ -83,10 +84,7 @@ def table(model: type[Section], prefix: str, fields: dict[str, Any]) -> str:
     for name, field in fields.items():
         shape = allowed(schema["properties"][name], schema.get("$defs", {}), field)
         default = field.get_default()
-        plain = {None: "null", True: "true", False: "false", "": '""'}
-        words = plain[default] if default in (None, True, False, "") else default
-        if isinstance(words, tuple | list):
-            words = list(words)
+        words = default if isinstance(default, str) and default else json.dumps(default)
         key = f"`{prefix}{name}`{{ #{prefix}{name} }}"
         meaning = linked(" ".join(meanings[name].split()))
         lines.append("| " + " | ".join(map(cell, (key, shape, f"`{words}`", meaning))) + " |")

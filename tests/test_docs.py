@@ -53,7 +53,8 @@ def blocks(name):
 
 def commands(name):
     """The fed-diffusion commands of a page, each as its arguments, whether they are run or not."""
-    every = [words for block in blocks(name) if block.language == "bash" for words in block.commands]
+    bash = [block for block in blocks(name) if block.language == "bash"]
+    every = [words for block in bash for words in block.commands]
     return [words[1:] for words in every if words[0] == "fed-diffusion"]
 
 
