@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-slow test-faults test-lab lint install clean docker docker-demo
+.PHONY: run test test-slow test-faults test-lab lint docs install clean docker docker-demo
 
 run: .venv/.run
 	$(BIN)/fed-diffusion run digits --engine flower
@@ -26,6 +26,10 @@ lint: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the site of docs/, into site/; any warning fails it
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 install: .venv/.test
 
 .venv/.run: pyproject.toml
@@ -35,6 +39,10 @@ install: .venv/.test
 
 .venv/.test: pyproject.toml .venv/.run
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/.docs: pyproject.toml .venv/.run
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 # DOCKER_BUILD takes more options, as in DOCKER_BUILD='--build-arg TORCH_INDEX='
@@ -56,4 +64,4 @@ docker-demo: docker
 	@echo $(DEMO)/runs/$${RUN:-digits}
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist site

@@ -1,4 +1,4 @@
-"""An aggregator of one's own: the mean of the updates, of which each moves a weight by little.
+"""An aggregator of the user's own: the mean of the updates, of which each moves a weight by little.
 
     fed-diffusion run digits --set round.aggregation=examples.own_aggregator:Cautious
 

@@ -1,10 +1,10 @@
-"""A data set of one's own: 600 drawn rings and discs, made from a seed.
+"""A data set of the user's own: 600 drawn rings and discs, made from a seed.
 
     fed-diffusion run digits --set data.name=examples.own_dataset:shapes \
         --set data.size=8 --set data.channels=1 --set data.classes=2
 
 The contract is `fed_diffusion.Loader`: images uint8 [n, C, H, W] with values 0 to 255, labels from
-0. Every process of a run calls it, and must come to the same images in the same order.
+0. Every process of a run calls the function, and must get the same images in the same order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A judge of one's own: FID and its relatives on the pixels' spectrum, with nothing to download.
+"""A judge of the user's own: FID and its relatives on the pixels' spectrum, without a download.
 
     fed-diffusion run digits --set evaluation.extractor=examples.own_judge:Spectrum
 

@@ -1,4 +1,4 @@
-"""A mask family of one's own: of every few neighbouring weights the largest are kept.
+"""A mask family of the user's own: of every few neighbouring weights the largest are kept.
 
     fed-diffusion run digits --set pruning.kind=examples.own_mask:Neighbours --set pruning.level=S
     fed-diffusion run digits --set pruning.kind=examples.own_mask:Neighbours \

@@ -1,4 +1,4 @@
-"""A network of one's own: a few convolutions that see the time as one more channel.
+"""A network of the user's own: a few convolutions that see the time as one more channel.
 
     fed-diffusion run digits --set model.name=examples.own_network:Plain
 

@@ -1,4 +1,4 @@
-"""A sampler of one's own: Heun's method on the probability-flow ODE, at two evaluations a step.
+"""A sampler of the user's own: Heun's method on the probability-flow ODE, two evaluations a step.
 
     fed-diffusion run digits --set evaluation.sampler=examples.own_sampler:heun \
         --set evaluation.steps=50

