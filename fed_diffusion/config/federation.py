@@ -35,8 +35,8 @@ class RoundConfig(Section):
     ban_after: int = Field(3, ge=0)
     """After how many refused updates a client is left out for the rest of the run; 0: never."""
     aggregation: Annotated[str, part("mean", "trimmed_mean", "median")] = "mean"
-    """How updates are averaged. mean is equation (8). trimmed_mean and median withstand clients that
-    lie, and hold all updates of a round in memory: 4 bytes for each parameter and client.
+    """How updates are averaged. mean is equation (8). trimmed_mean and median withstand lying
+    clients, and hold all updates of a round in memory: 4 bytes for each parameter and client.
     your_module:Class is one of yours, see `aggregation.named.Aggregator`."""
     trim: float = Field(0.1, ge=0, lt=0.5)
     """For trimmed_mean: the part of the values that is left out at either end, coordinate by
