@@ -33,13 +33,14 @@ class RoundConfig(Section):
     """An update is refused if the norm of its difference is more than this many times the median
     of recent ones."""
     ban_after: int = Field(3, ge=0)
-    """Leave a client out after so many bad updates; 0: never."""
+    """After how many refused updates a client is left out for the rest of the run; 0: never."""
     aggregation: Annotated[str, part("mean", "trimmed_mean", "median")] = "mean"
-    """mean is equation (8). trimmed_mean and median withstand lying clients, and hold all updates
-    of a round in memory: 4 bytes for each parameter and client. your_module:Class: see
-    `aggregation.named.Aggregator`."""
+    """How updates are averaged. mean is equation (8). trimmed_mean and median withstand lying
+    clients, and hold all updates of a round in memory: 4 bytes for each parameter and client.
+    your_module:Class is one of yours, see `aggregation.named.Aggregator`."""
     trim: float = Field(0.1, ge=0, lt=0.5)
-    """For trimmed_mean: the part of the values left out at either end of each coordinate."""
+    """For trimmed_mean: the part of the values that is left out at either end, coordinate by
+    coordinate."""
     checkpoint_every: int = Field(1, ge=1)
     """The number of rounds from one checkpoint to the next."""
     mode: Annotated[str, part("synchronous", "buffered")] = "synchronous"

@@ -148,11 +148,12 @@ class PruningConfig(Section):
     """How each worker's mask comes about."""
 
     kind: Annotated[str, part("full", "random", "topk", "channels", "balanced")] = "full"
-    """random, topk: single weights; channels: whole channel groups, so that the worker's network
-    is smaller; balanced: of either (`unit`), dropped by as few workers at once as can be;
-    your_module:Family: see `masks.families.contract.Family`."""
+    """The mask family. full drops nothing; random drops weights that are drawn; topk keeps the
+    largest weights; channels drops whole channel groups, so that the worker's network is smaller;
+    balanced drops each weight or channel (`unit`) at as few workers at once as possible;
+    your_module:Family is one of yours, see `masks.families.contract.Family`."""
     options: dict[str, int | float | str] = Field({}, validate_default=False)
-    """For a kind of the user's own: settings that it alone has, as in {of: 4}."""
+    """For a mask family of yours: the settings that only this family knows, as in {of: 4}."""
     level: Level = "F"
     """How many workers keep how much, as in the paper. F: all keep everything. L: 20 % of the
     workers keep 0.75. M: 20 % keep 0.8 and 20 % keep 0.75. S: 40 % keep 0.75. The others keep
