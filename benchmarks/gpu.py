@@ -131,6 +131,10 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--tiny", action="store_true", help="a reduced form, for tests")
     parser.add_argument("--data", type=Path, help="train: a folder with a sub-folder per class")
+    parser.add_argument(
+        "--judges", nargs="+", default=[], help="train: further judges, as efficientnet_lite0"
+    )
+    parser.add_argument("--resnet56", type=Path, help="train: resnet56_cifar10's file of weights")
     parser.add_argument("--work", type=Path, help="train: where its runs lie (default: OUT/runs)")
     arguments = parser.parse_args()
     device = arguments.device
@@ -148,10 +152,11 @@ def main() -> int:
 
         speed(record, torch.device(device), arguments.tiny)
     else:
-        from gpu_train import train
+        from gpu_train import Judges, train
 
         work = (arguments.work or record.out / "runs").resolve()
-        train(record, torch.device(device), arguments.tiny, arguments.data, work)
+        judges = Judges(arguments.judges, arguments.resnet56)
+        train(record, torch.device(device), arguments.tiny, arguments.data, work, judges)
     print("\n" + record.table())
     return code
 

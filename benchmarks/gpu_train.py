@@ -16,7 +16,7 @@ import time
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,7 @@ from torch import Tensor
 from fed_diffusion.config import Config, load_config
 from fed_diffusion.data import ImageSet, load_dataset
 from fed_diffusion.engines.local import run_in_process
+from fed_diffusion.evaluation import check_evaluation
 from fed_diffusion.evaluation.generated import measure
 from fed_diffusion.evaluation.trained import save_features, train_features
 from fed_diffusion.experiment import Experiment
@@ -85,35 +86,64 @@ TINY: dict[str, Any] = {
 }
 
 
+class Judges(NamedTuple):
+    """Who judges beside the classifier: names as evaluation.extractor takes, and ResNet-56's file.
+
+    Their packages must be where this Python finds them.
+    """
+
+    names: list[str]
+    resnet56: Path | None
+
+    def settings(self, classifier: Path | None) -> dict[str, Any]:
+        files = {"classifier": classifier, "resnet56_cifar10": self.resnet56}
+        weights = {name: str(path.absolute()) for name, path in files.items() if path is not None}
+        names = ["classifier", *self.names]
+        return {"evaluation.extractor": names, "evaluation.weights": weights or None}
+
+
+NONE_BESIDE = Judges([], None)
+
+
 class Turn(Exception):
     """A variant has had its rounds, or the time is over; its checkpoint is written."""
 
 
-def train(record: Record, device: torch.device, tiny: bool, data: Path | None, work: Path) -> None:
+def train(
+    record: Record,
+    device: torch.device,
+    tiny: bool,
+    data: Path | None,
+    work: Path,
+    judges: Judges = NONE_BESIDE,
+) -> None:
     began = time.monotonic()
-    dataset = load_dataset(settings("F", device, tiny, data, None).data)
+    dataset = load_dataset(settings("F", device, tiny, data).data)
     record.add("data", images=len(dataset), seconds=time.monotonic() - began)
     extractor = None if tiny else trained_extractor(record, device, data)
     chunk, samples = (1, 40) if tiny else (CHUNK, SAMPLES)
     for name in cycle(VARIANTS):
-        config = settings(name, device, tiny, data, extractor)
+        config = settings(name, device, tiny, data, judges.settings(extractor))
+        check_evaluation(config)
         record.add(name, **turn(record, name, config, dataset, work / slug(name), chunk, samples))
         if record.left() < 0:
             return
 
 
 def settings(
-    name: str, device: torch.device, tiny: bool, data: Path | None, extractor: Path | None
+    name: str,
+    device: torch.device,
+    tiny: bool,
+    data: Path | None,
+    judged: dict[str, Any] | None = None,
 ) -> Config:
-    given = RECIPE | VARIANTS[name] | {"worker.device": device.type}
+    given = RECIPE | VARIANTS[name] | {"worker.device": device.type} | (judged or {})
     if tiny:
         small = TINY | ({"clients": 1, "local.batch": 12} if name == "one client" else {})
         return load_config("digits", given | small | {"data.flip": False})
     assert data is not None, "train needs --data FOLDER, with a sub-folder of images per class"
     given |= {"data.name": "image_folder", "data.dir": str(data), "data.size": 32}
     given |= {"data.channels": 3, "data.classes": 10}
-    if extractor is not None:
-        given["evaluation.weights"] = str(extractor)
     return load_config("cifar10", given)
 
 
@@ -126,7 +156,7 @@ def trained_extractor(record: Record, device: torch.device, data: Path | None) -
     path = record.out / "extractor.safetensors"
     if not path.exists():
         began = time.monotonic()
-        config = settings("F", device, False, data, None)
+        config = settings("F", device, False, data)
         network, header = train_features(config.data, 10, 0, device)
         save_features(path, network, header)
         seconds = time.monotonic() - began
@@ -175,7 +205,11 @@ def turn(
         quality = measure(sampler, generated, dataset)
     except Exception as error:  # the training of the next variant is worth having
         return row | {"why": f"{type(error).__name__}: {error}"}
-    return row | {key: quality[key] for key in ("fid", "fid_floor", "precision", "recall")}
+    row |= {key: quality[key] for key in ("fid", "fid_floor", "precision", "recall")}
+    for judge, found in quality["others"].items():
+        row |= {f"{key} {judge}": found[key] for key in ("fid", "fid_floor")}
+        row |= {f"why {judge}": found["why"]} if found["why"] else {}
+    return row
 
 
 def opened(config: Config, dataset: ImageSet, run: Path, kept: Path) -> Experiment:

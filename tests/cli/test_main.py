@@ -13,9 +13,11 @@ from threading import Thread
 
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from fed_diffusion.cli.main import main
+from fed_diffusion.evaluation.resnet56 import ResNet56
 from tests.tiny import TINY
 
 
@@ -95,6 +97,27 @@ def test_evaluate_takes_other_samples_and_another_reference(run, tmp_path, capsy
     assert quality["fid"] > 0
     assert len(quality["memorisation"]["clients"]) == TINY["clients"]
     assert quality == json.loads((again / "results.json").read_text())["quality"]
+
+
+def test_evaluate_takes_several_judges_and_prints_the_figures_of_each(run, tmp_path, capsys):
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    weights = tmp_path / "resnet56.pth"
+    torch.save(ResNet56().state_dict(), weights)
+    judges = ["--extractor", "examples.own_judge:Spectrum", "--extractor", "resnet56_cifar10"]
+    command = ["evaluate", str(again), "--samples", "20", *judges]
+    assert main([*command, "--weights", str(weights)]) == 2
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert "Name the judge that it is for" in " ".join(error.split())
+    assert main([*command, "--weights", f"{{resnet56_cifar10: {weights}}}"]) == 0
+    quality = json.loads(capsys.readouterr().out)
+    assert quality["extractor"] == "log spectrum (examples.own_judge:Spectrum)"
+    other = quality["others"]["resnet56_cifar10"]
+    assert other["extractor"].startswith("resnet56_cifar10(CIFAR-10, 64 features, sha256 ")
+    assert min(quality["fid"], other["fid"]) > 0
+    page = (again / "report.html").read_text()
+    assert "By resnet56_cifar10" in page
+    assert other["extractor"] in page
 
 
 REFUSED = {

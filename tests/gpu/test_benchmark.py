@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+
+from fed_diffusion.evaluation.resnet56 import ResNet56
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_FLOWER = """
@@ -78,7 +81,11 @@ def test_train_killed_in_the_middle_leaves_whole_files_and_goes_on(tmp_path):
     # elsewhere, with nothing but what came back
     shutil.rmtree(tmp_path / "work")
     done = int(json.loads((tmp_path / "out" / "F" / "state.json").read_text())["round"])
-    assert run(*words, *work, "--minutes", 0.01).returncode == 0
+    torch.save(ResNet56().state_dict(), tmp_path / "resnet56.pth")
+    judges = ("--judges", "resnet56_cifar10", "--resnet56", tmp_path / "resnet56.pth")
+    assert run(*words, *work, "--minutes", 0.01, *judges).returncode == 0
     last = rows(tmp_path / "out", "train")[-1]
+    assert last["fid"] > last["fid_floor"] > 0
+    assert last["fid resnet56_cifar10"] > last["fid_floor resnet56_cifar10"] > 0
     assert last["rounds"] == done + 1
     assert last["images"] == pytest.approx((done + 1) * before["F"]["images"])

@@ -174,6 +174,20 @@ def test_intervals_and_the_weights_hash_stand_beside_the_figures(tmp_path: Path)
         assert words in text
 
 
+def test_each_further_judge_has_a_table_of_its_own_or_the_reason_why_not(tmp_path: Path) -> None:
+    sees = {"fid": 0.4375, "kid": 0.125, "why": None, "extractor": "resnet56_cifar10(64 features)"}
+    sees |= {"extractor_sha256": "4bfd9763", "intervals": {"fid": [0.375, 0.5]}}
+    others = {"resnet56_cifar10": sees, "my:<b>Judge</b>": {"fid": None, "why": "it is blind"}}
+    first = quality(others=others, extractor_because="Inception's weights are not there")
+    page = page_of(write_finished(tmp_path, quality=first))
+    for words in ("4.25", "0.4375", "0.375 to 0.5", "resnet56_cifar10(64 features)", "4bfd9763"):
+        assert words in page.text
+    assert "By my:<b>Judge</b>" in page.text
+    assert "No figures: it is blind" in page.text
+    assert "Why this extractor: Inception's weights are not there." in page.text
+    assert page.open == []
+
+
 COPIES = {
     "why": None,
     **{"tau": 12.5, "closer": 0.25, "expected": 0.0125, "p_value": 0.0, "median_ratio": 0.5},

@@ -106,6 +106,55 @@ def test_the_report_says_how_its_figures_were_made_and_holds_its_images(runs, tm
     assert list((tmp_path / "locks").iterdir()) == []
 
 
+def judged(run, **others):
+    """The run with figures of further judges."""
+    results = run.results()
+    results["quality"]["others"] = {
+        name.replace("__", "."): {"fid": fid, "fid_floor": 0.5, "inception_score": [8.0, 0.1]}
+        | {"extractor": f"{name}(sha256 c0ffee)", "why": None if fid else "it is blind"}
+        for name, fid in others.items()
+    }
+    RunDir(run.path).write_results(results)
+    return run
+
+
+def test_each_further_judge_has_columns_named_after_it(runs, tmp_path):
+    fids = [1.0, 3.0, 5.0, 2.0, 2.5, 3.0]
+    for run, fid in zip(runs, fids, strict=True):
+        judged(run, resnet56_cifar10=fid)
+    rows = rows_of(read(runs))
+    head, _, first, *_ = tables(rows)[2:]
+    assert "| FID floor | KID |" in head
+    assert head.endswith(
+        "| seconds | IS by resnet56_cifar10 | FID by resnet56_cifar10 | FID floor by "
+        "resnet56_cifar10 | paper IS | paper FID |"
+    )
+    assert first.endswith("| 8.00 ± 0.00 | 3.00 ± 2.00 | 0.50 ± 0.00 | 4.59 | 73.73 |")
+    table = list(csv.DictReader(io.StringIO(table_csv(rows))))
+    assert [float(row["fid_resnet56_cifar10_mean"]) for row in table] == [3.0, 2.5]
+    each = list(csv.DictReader(io.StringIO(runs_csv(read(runs)))))
+    assert [float(line["fid_resnet56_cifar10"]) for line in each] == fids
+    write_outputs(runs, tmp_path, "fed-diffusion sweep mine.yaml")
+    text = (tmp_path / "table.md").read_text()
+    assert "Also by resnet56_cifar10, extractor resnet56_cifar10(sha256 c0ffee)." in text
+
+
+def test_a_run_that_a_further_judge_has_not_seen_leaves_its_cells_empty(runs):
+    judged(runs[0], resnet56_cifar10=None)
+    assert tables(rows_of(read(runs)))[4].endswith("| – | – | – | 4.59 | 73.73 |")
+    plain = [run for run in runs if run is not runs[0]]
+    assert "resnet56_cifar10" not in "".join(tables(rows_of(read(plain))))
+
+
+def test_runs_of_two_judges_are_not_compared_without_a_word(runs, tmp_path):
+    results = runs[1].results()
+    results["quality"]["extractor"] = "another"
+    RunDir(runs[1].path).write_results(results)
+    write_outputs(runs, tmp_path, "fed-diffusion sweep mine.yaml")
+    text = (tmp_path / "table.md").read_text()
+    assert "NOT ALL RUNS HAVE THE SAME JUDGE: E; another." in text
+
+
 def test_where_quality_could_not_be_measured_the_report_says_why(tmp_path):
     run = make_run(tmp_path, "digits", "FedDM-F", 0, why="the weights could not be downloaded")
     write_outputs([run], tmp_path, "fed-diffusion sweep mine.yaml")
