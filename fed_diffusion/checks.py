@@ -9,7 +9,9 @@ from fed_diffusion.build import channel_layout, check_structure, time_grid
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import (
     ImageSet,
+    augmentation,
     content_hash,
+    image_shape,
     load_dataset,
     partition,
     tell,
@@ -65,6 +67,7 @@ def check_training(config: Config) -> None:
     check_device(config)
     spent(config, 1)  # needs the accountant, if anything
     check_structure(config)
+    augmentation(config.data, image_shape(config.data))
     check_trackers(config)
     policy_of(config)
     check_pruning(config, channel_layout(config))
