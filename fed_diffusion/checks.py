@@ -51,7 +51,7 @@ def check(
         if config.model.conditional and dataset.labels is None:
             raise ConfigError(
                 f"model.conditional = True needs labels, and data.name = {config.data.name!r} has "
-                "none (a folder needs a sub-folder per class); set model.conditional to false."
+                "none (a folder needs a sub-folder per class); set model.conditional=false."
             )
         partition(dataset, config)
     if config.evaluation.samples and config.evaluation.reference not in ("data", "none"):
