@@ -76,11 +76,11 @@ def _load_preset(name: str, folder: Path, extending: tuple[Path, ...]) -> dict[s
         raise ConfigError(f"preset {path} extends itself: {chain}. Leave out one of them.")
     found = read_yaml(path, "preset")
     base = found.pop("extends", None)
-    if "preset" in found and not RECORDED <= found.keys():
+    if "preset" in found and RECORDED - found.keys():
         raise ConfigError(
-            f"preset {path}: preset = {found['preset']!r} has no effect in a preset's file. To take "
-            f"the settings of {found['preset']!r} and change some, write extends: "
-            f"{found['preset']}; else leave the key out."
+            f"preset {path}: preset = {found['preset']!r} has no effect in this file. To take the "
+            f"settings of {found['preset']!r} and change some, write extends: {found['preset']}; "
+            "else leave the key out."
         )
     if base is None:
         return {"preset": path.stem, **found}
