@@ -27,12 +27,12 @@ from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import load_config
 from fed_diffusion.data import load_dataset
 config = load_config("photos", {"data.dir": sys.argv[1], "data.resize": int(sys.argv[2])})
-began = time.perf_counter()
+began, used = time.perf_counter(), time.process_time()
 dataset = load_dataset(config.data)
-loaded = time.perf_counter() - began
+loaded, used = time.perf_counter() - began, time.process_time() - used
 worker = Worker(config, dataset)
 total = sum(int(part.sum()) for part in worker._images.split(1024))
-print(json.dumps({"loaded": loaded, "images": len(dataset), "total": total}), flush=True)
+print(json.dumps({"loaded": loaded, "used": used, "images": len(dataset), "total": total}), flush=True)
 sys.stdin.readline()
 pss = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("Pss:"))
 print(int(pss.split()[1]) * 1024, flush=True)
@@ -52,8 +52,8 @@ def make(folder: Path, images: int, side: int) -> None:
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, compress_level=1)
 
 
-def measure(folder: Path, side: int, processes: int) -> tuple[float, float]:
-    """The slowest load in seconds, and the PSS of all processes together in bytes."""
+def measure(folder: Path, side: int, processes: int) -> tuple[float, float, float]:
+    """The slowest load in seconds of wall and of CPU time, and the PSS of all processes in bytes."""
     command = [sys.executable, "-c", WORKER, str(folder), str(side)]
     pipe = subprocess.PIPE
     started = [
@@ -68,7 +68,8 @@ def measure(folder: Path, side: int, processes: int) -> tuple[float, float]:
     sizes = [int(process.stdout.readline()) for process in started]
     for process in started:
         process.communicate("\n")
-    return max(line["loaded"] for line in lines), float(sum(sizes))
+    wall, used = (max(line[key] for line in lines) for key in ("loaded", "used"))
+    return wall, used, float(sum(sizes))
 
 
 def main() -> None:
@@ -86,11 +87,12 @@ def main() -> None:
             began = time.perf_counter()
             make(folder, count, arguments.side)
         print(f"{arguments.images} files made in {time.perf_counter() - began:.1f} s", flush=True)
-        _, idle = measure(few, arguments.side, arguments.processes)
-        first, _ = measure(many, arguments.side, arguments.processes)
-        second, taken = measure(many, arguments.side, arguments.processes)
+        *_, idle = measure(few, arguments.side, arguments.processes)
+        first, first_cpu, _ = measure(many, arguments.side, arguments.processes)
+        second, second_cpu, taken = measure(many, arguments.side, arguments.processes)
     copy = 3 * arguments.side**2 * arguments.images
     print(f"start-up: {first:.2f} s, then {second:.2f} s ({second / first:.3f} of it)")
+    print(f"CPU: {first_cpu:.2f} s, then {second_cpu:.2f} s ({second_cpu / first_cpu:.3f} of it)")
     print(
         f"memory of {arguments.processes} processes above {idle / 1e6:.0f} MB without images: "
         f"{(taken - idle) / 1e6:.0f} MB, {(taken - idle) / copy:.3f} of the {copy / 1e6:.0f} MB "

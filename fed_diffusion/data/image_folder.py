@@ -300,16 +300,16 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path], Counter[str]]:
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower() in LEFT_BEHIND:
                 continue
-            path = folder / entry.name
             if entry.is_dir():
-                folders.append(path)
-            elif not entry.is_file() and path.exists():
+                folders.append(entry.name)
+            elif not entry.is_file() and os.path.exists(entry):
                 others["device or pipe"] += 1
             elif entry.name.lower().endswith(EXTENSIONS):
-                images.append(path)
+                images.append(entry.name)
             else:
-                others[path.suffix.lower() or "without extension"] += 1
-    return sorted(images), sorted(folders), others
+                others[Path(entry).suffix.lower() or "without extension"] += 1
+    # names are sorted and not paths, which takes a second for 50,000 of them
+    return *([folder / name for name in sorted(names)] for names in (images, folders)), others
 
 
 def _decode_all(

@@ -200,7 +200,7 @@ def test_a_bound_that_is_no_number_of_gigabytes_is_said_and_nothing_cached(
     assert not cache.exists()
 
 
-def load_when_both_are_there(folder: Path, both: Barrier, found: "Queue[int]") -> None:
+def load_when_both_are_there(folder: Path, both: Barrier, found: Queue[int]) -> None:
     both.wait()
     found.put(int(load_dataset(config(folder)).images.sum()))
 

@@ -115,7 +115,7 @@ def test_named_sets_and_own_functions_are_changed_too(
         4,
         4,
     )
-    with pytest.raises(ConfigError, match="each is 6x4 pixels, more than data.pad = 5"):
+    with pytest.raises(ConfigError, match=r"each is 6x4 pixels, more than data\.pad = 5"):
         load_dataset(settings(name="wide:load", pad=5))
-    with pytest.raises(ConfigError, match="data.crop=square"):
+    with pytest.raises(ConfigError, match=r"data\.crop=square"):
         load_dataset(settings(name="wide:load", size=6))

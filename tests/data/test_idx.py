@@ -79,7 +79,7 @@ def test_the_systems_package_is_found_by_itself_and_said(
     loaded = load_dataset(DataConfig(name="fashion_mnist"))
     assert loaded.notes == (f"fashion_mnist was read from {tmp_path / 'system'}.",)
     elsewhere = DataConfig(name="fashion_mnist", dir=str(tmp_path / "elsewhere"))
-    with pytest.raises(ConfigError, match="while data.dir is not set"):
+    with pytest.raises(ConfigError, match=r"while data\.dir is not set"):
         load_dataset(elsewhere)  # what is named is meant
     path = tmp_path / "system" / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-9])
