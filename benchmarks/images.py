@@ -32,7 +32,7 @@ dataset = load_dataset(config.data)
 loaded, used = time.perf_counter() - began, time.process_time() - used
 worker = Worker(config, dataset)
 total = sum(int(part.sum()) for part in worker._images.split(1024))
-print(json.dumps({"loaded": loaded, "used": used, "images": len(dataset), "total": total}), flush=True)
+print(json.dumps({"loaded": loaded, "used": used, "total": total}), flush=True)
 sys.stdin.readline()
 pss = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("Pss:"))
 print(int(pss.split()[1]) * 1024, flush=True)
@@ -53,7 +53,7 @@ def make(folder: Path, images: int, side: int) -> None:
 
 
 def measure(folder: Path, side: int, processes: int) -> tuple[float, float, float]:
-    """The slowest load in seconds of wall and of CPU time, and the PSS of all processes in bytes."""
+    """The slowest load, in seconds of wall and of CPU time, and the PSS of all processes."""
     command = [sys.executable, "-c", WORKER, str(folder), str(side)]
     pipe = subprocess.PIPE
     started = [

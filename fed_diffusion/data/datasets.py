@@ -24,6 +24,7 @@ from fed_diffusion.data.image_set import ImageSet as ImageSet
 from fed_diffusion.data.named import DOWNLOADED as DOWNLOADED
 from fed_diffusion.data.named import KNOWN as KNOWN
 from fed_diffusion.data.named import TrainOrTest, load_named
+from fed_diffusion.data.named import data_dir as data_dir
 
 logger = logging.getLogger(__name__)
 Loaded = ImageSet | tuple[Any, Any]
