@@ -309,7 +309,8 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path], Counter[str]]:
             else:
                 others[Path(entry).suffix.lower() or "without extension"] += 1
     # names are sorted and not paths, which takes a second for 50,000 of them
-    return *([folder / name for name in sorted(names)] for names in (images, folders)), others
+    paths, deeper = ([folder / name for name in sorted(names)] for names in (images, folders))
+    return paths, deeper, others
 
 
 def _decode_all(

@@ -174,7 +174,15 @@ def _names(name: str, folder: Path) -> tuple[str, ...]:
 def _read_folders(
     config: DataConfig, shape: tuple[int, int, int], folder: Path, own: bool
 ) -> ImageSet:
-    changes = {"dir": str(folder), "class_names": _names(config.name, folder), "classes": None}
+    names = _names(config.name, folder)
+    missing = [name for name in names if not (folder / name).is_dir()]
+    if missing and not own:
+        raise ConfigError(
+            f"data.name = {config.name!r}: {folder} has images in class folders, and none for "
+            f"{', '.join(missing)}. Unpack the whole set there, or use data.name=image_folder for "
+            "a part of it."
+        )
+    changes = {"dir": str(folder), "class_names": names, "classes": None}
     found = read_folder(config.model_copy(update={**changes, "partition": "iid"}), shape, own)
     assert found.labels is not None
     return ImageSet(
