@@ -140,7 +140,8 @@ def _unet(config: Config) -> UNet:
         raise ConfigError(
             f"model.widths has {len(model.widths)} levels, which halve the image "
             f"{len(model.widths) - 1} times; data.size = {size} is not a multiple of {factor}. "
-            "Use fewer levels."
+            "Use fewer levels, or images of another size: data.pad adds a border, data.resize "
+            "scales."
         )
     return UNet(
         channels,
@@ -162,8 +163,10 @@ def _images(config: Config) -> tuple[int, int, int | None]:
     classes = class_count(config.data) if config.model.conditional else None
     if config.model.conditional and classes is None:
         raise ConfigError(
-            "model.conditional = True needs labels, and the data set names no number of classes; "
-            "set data.classes."
+            f"model.conditional = True needs labels, and data.name = {config.data.name!r} names no "
+            "number of classes. Images without classes, or of which only some have one, need "
+            "model.conditional=false; else set data.classes (for image_folder: to the number of "
+            "class folders)."
         )
     return channels, size, classes
 

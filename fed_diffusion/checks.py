@@ -16,7 +16,9 @@ from fed_diffusion.build import (
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import (
     ImageSet,
+    augmentation,
     content_hash,
+    image_shape,
     load_dataset,
     partition,
     tell,
@@ -56,7 +58,7 @@ def check(
         if config.model.conditional and dataset.labels is None:
             raise ConfigError(
                 f"model.conditional = True needs labels, and data.name = {config.data.name!r} has "
-                "none (a folder needs a sub-folder per class); set model.conditional to false."
+                "none (a folder needs a sub-folder per class); set model.conditional=false."
             )
         partition(dataset, config)
     if config.evaluation.samples and config.evaluation.reference not in ("data", "none"):
@@ -72,6 +74,7 @@ def check_training(config: Config) -> None:
     check_device(config)
     spent(config, 1)  # needs the accountant, if anything
     check_structure(config)
+    augmentation(config.data, image_shape(config.data))
     check_trackers(config)
     check_aggregator(config.round)
     policy_of(config)

@@ -1,5 +1,6 @@
 """For every test: how hypothesis runs, and that Ctrl-C works."""
 
+import os
 import signal
 
 from hypothesis import settings
@@ -10,6 +11,9 @@ __all__ = ["digits", "tiny"]  # fixtures
 
 settings.register_profile("busy", deadline=None)  # the machine may be busy with something else
 settings.load_profile("busy")
+
+# tests leave no images in the user's cache; those of the cache have one of their own
+os.environ["FED_DIFFUSION_IMAGE_CACHE_GB"] = "0"
 
 # what a shell starts in the background ignores SIGINT, and so would every command under test
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
     train.add_argument(
         "dataset",
         metavar="DATASET",
-        help="cifar10, svhn, fashion_mnist, digits, image_folder or your_module:function",
+        help="cifar10, svhn, fashion_mnist, mnist, digits, image_folder or your_module:function",
     )
     train.add_argument("--out", type=Path, required=True, help="a .safetensors file")
     train.add_argument("--data-dir", help="where its files are")

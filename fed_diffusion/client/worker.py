@@ -24,6 +24,7 @@ from fed_diffusion.common.rng import Purpose, generator, seed_torch, torch_gener
 from fed_diffusion.config import Config
 from fed_diffusion.data import (
     ImageSet,
+    augmentation,
     class_count,
     load_dataset,
     partition,
@@ -75,6 +76,7 @@ class Worker:
         self._labels = None if self.dataset.labels is None else self.dataset.labels.to(self.device)
         self._budget: Budget | None = None
         self._moments: dict[int, float] = {}
+        self._augment = augmentation(config.data)
         self._no_label = class_count(config.data) or 0  # the label behind the last class
         self.loss = DSMLoss(time_grid(config))
 
@@ -138,7 +140,8 @@ class Worker:
             for _ in range(count):
                 index = draw.choice(train, size, replace=size > len(train))
                 noise = torch_generator(_seed(draw), Purpose.DIAGNOSTIC, device=self.device)
-                images, labels = self._batch(torch.from_numpy(index).to(self.device), noise)
+                chosen = torch.from_numpy(index).to(self.device)
+                images, labels = self._batch(chosen, noise, draw)
                 yield self.loss.draw(images, noise, labels)
 
         return list(network.parameters()), forward, drawn()
@@ -247,6 +250,7 @@ class Worker:
         noise = torch_generator(
             config.seed, Purpose.NOISE, task.round, task.client, device=self.device
         )
+        changes = generator(config.seed, Purpose.AUGMENTATION, task.round, task.client)
         optimizer = self._optimizer(network, task.round)
         adjust = _Adjustment(network, masks, config.local.prox)
         network.train()
@@ -254,7 +258,7 @@ class Worker:
         weight = 0.0
         indices = torch.from_numpy(np.concatenate(batches)).to(self.device)  # once, not per step
         for batch in indices.split([len(batch) for batch in batches]):
-            images, labels = self._batch(batch, noise)
+            images, labels = self._batch(batch, noise, changes)
             optimizer.zero_grad(set_to_none=True)
             # a compiled network is compiled for one batch size
             forward = fast if len(batch) == config.local.batch else plain
@@ -291,8 +295,13 @@ class Worker:
         orders = [draw.permutation(train) for _ in range(-(-needed // len(train)))]
         return list(np.concatenate(orders)[:needed].reshape(steps, -1))
 
-    def _batch(self, index: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        images = to_unit(self._images[index])
+    def _batch(
+        self, index: Tensor, noise: torch.Generator, changes: np.random.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        pixels = self._images[index]
+        if self._augment is not None:
+            pixels = self._augment(pixels, changes)
+        images = to_unit(pixels)
         if self.config.data.flip:
             flipped = torch.rand(len(images), generator=noise, device=self.device) < 0.5
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)

@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     SKETCH = 14
     DIAGNOSTIC = 15
     PROBE = 16
+    AUGMENTATION = 17
 
 
 def philox(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Philox:

@@ -19,7 +19,7 @@ from fed_diffusion.config.methods import method_name, method_settings
 from fed_diffusion.config.names import UNKNOWN
 from fed_diffusion.config.schema import Config, ConfigError, Section, by_type, is_free_text
 from fed_diffusion.config.section import complaint, is_list, is_mapping
-from fed_diffusion.config.yaml import absolute, parse_yaml, read_yaml
+from fed_diffusion.config.yaml import absolute, expanded, parse_yaml, read_yaml
 
 __all__ = [
     "Config",
@@ -35,6 +35,8 @@ __all__ = [
     "refuse_overlaps",
 ]
 
+RECORDED = {"data", "model", "diffusion", "local", "round", "worker", "evaluation"}
+"""Sections that the config.yaml of a run has; its key `preset` says what the run was started as."""
 NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -50,17 +52,44 @@ def presets() -> list[str]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The settings of a preset (a name in conf/) or of a YAML file (a path)."""
+    """The settings of a preset (a name in conf/) or of a YAML file (a path).
+
+    `extends: digits`, or the path of another file as seen from this one, takes the settings of that
+    preset, and those that stand beside it change them as typed ones would.
+    """
+    return _load_preset(name, Path(), ())
+
+
+def _load_preset(name: str, folder: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     is_path = name.endswith((".yaml", ".yml"))
-    path = Path(name) if is_path else conf_dir() / f"{name}.yaml"
+    path = folder / expanded(name, "preset") if is_path else conf_dir() / f"{name}.yaml"
     if not is_path and name not in presets():
         close = difflib.get_close_matches(name, presets(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
+        where = f" ({extending[-1]} extends it)" if extending else ""
         raise ConfigError(
-            f"preset = {name!r} does not exist.{hint} There are: {', '.join(presets())}; "
+            f"preset = {name!r} does not exist{where}.{hint} There are: {', '.join(presets())}; "
             "or give the path of a YAML file."
         )
-    return {"preset": path.stem, **read_yaml(path, "preset")}
+    if path.resolve() in extending:
+        chain = " extends ".join(map(str, [*extending, path]))
+        raise ConfigError(f"preset {path} extends itself: {chain}. Leave out one of them.")
+    found = read_yaml(path, "preset")
+    base = found.pop("extends", None)
+    if "preset" in found and RECORDED - found.keys():
+        raise ConfigError(
+            f"preset {path}: preset = {found['preset']!r} has no effect in this file. To take the "
+            f"settings of {found['preset']!r} and change some, write extends: {found['preset']}; "
+            "else leave the key out."
+        )
+    if base is None:
+        return {"preset": path.stem, **found}
+    if not isinstance(base, str):
+        raise ConfigError(f"preset {path}: extends = {base!r} is not allowed; give one preset.")
+    settings = _load_preset(base, path.parent, (*extending, path.resolve()))
+    refuse_overlaps(dict(_flat(found)), f"preset {path}")
+    _change(settings, dict(_flat(found)))
+    return {**settings, "preset": path.stem}
 
 
 def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
@@ -135,8 +164,19 @@ def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> Conf
         Names the key, the value given and what is allowed.
     """
     flat = dict(overrides or {})
-    given = dict(_flat(flat))
+    if "preset" in flat:
+        raise ConfigError(
+            f"preset = {flat['preset']!r} has no effect among the settings; name the preset in its "
+            f"place, which has {preset!r}."
+        )
     settings = load_preset(preset)
+    _change(settings, flat)
+    return _absolute(build_config(settings))
+
+
+def _change(settings: dict[str, Any], flat: Mapping[str, Any]) -> None:
+    """Put dotted settings on top, with what follows from them for the settings that they meet."""
+    given = dict(_flat(flat))
     if not given.get("method"):  # a method that is typed replaces the preset's
         _resolve_method(settings, dict(_flat(settings)))
     if any(key.startswith("pruning.") for key in given):
@@ -155,7 +195,6 @@ def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> Conf
     if "local.steps" in given and "local.epochs" not in given:
         _assign(settings, "local.epochs", None)
     _resolve_method(settings, given)
-    return _absolute(build_config(settings))
 
 
 def _absolute(config: Config) -> Config:

@@ -99,3 +99,14 @@ def as_numbers(value: Any) -> Any:
             with contextlib.suppress(ValueError):
                 return kind(value)
     return value
+
+
+def as_values(value: Any) -> Any:
+    """Text as the number or truth value that it is, where no setting says what is meant."""
+    if isinstance(value, list | tuple):
+        return [as_values(one) for one in value]
+    if isinstance(value, dict):
+        return {key: as_values(one) for key, one in value.items()}
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return as_numbers(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fed_diffusion.data.augment import augmentation
 from fed_diffusion.data.datasets import (
     Loader,
     class_count,
@@ -21,6 +22,7 @@ __all__ = [
     "ImageSet",
     "Loader",
     "Split",
+    "augmentation",
     "class_count",
     "content_hash",
     "image_shape",

@@ -5,15 +5,11 @@ Everything is kept as uint8 [n, C, H, W]; `to_unit` brings a batch to the [-1, 1
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,16 +17,16 @@ import torch
 from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.config.names import refuse_unknown
 from fed_diffusion.config.schema import Config, ConfigError, DataConfig
-from fed_diffusion.config.yaml import expanded
-from fed_diffusion.data.image_folder import read_folder
+from fed_diffusion.data.decode import BadImage
+from fed_diffusion.data.fit import HOW, fit
+from fed_diffusion.data.image_folder import WITHOUT_CLASSES, read_folder
 from fed_diffusion.data.image_set import ImageSet as ImageSet
+from fed_diffusion.data.named import DOWNLOADED as DOWNLOADED
+from fed_diffusion.data.named import KNOWN as KNOWN
+from fed_diffusion.data.named import TrainOrTest, load_named
+from fed_diffusion.data.named import data_dir as data_dir
 
 logger = logging.getLogger(__name__)
-DATA_DIR_VARIABLE = "FED_DIFFUSION_DATA"
-DOWNLOAD_TIMEOUT_S = 15.0  # per connection and read, not for the whole file
-
-
-TrainOrTest = Literal["train", "test"]
 Loaded = ImageSet | tuple[Any, Any]
 
 
@@ -51,31 +47,6 @@ class Loader(Protocol):
     """
 
     def __call__(self, config: DataConfig, /) -> Loaded: ...
-
-
-class _Known(NamedTuple):
-    channels: int
-    sides: tuple[int, ...]
-    """Sides that data.size may ask for, the default first."""
-    class_names: tuple[str, ...]
-
-    @property
-    def classes(self) -> int:
-        return len(self.class_names)
-
-
-_DIGITS = tuple("0123456789")
-_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
-_FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
-# 28 pixels halve only twice; padded to 32 they pass through U-Nets of any usual depth
-KNOWN = {
-    "digits": _Known(1, (8,), _DIGITS),
-    "cifar10": _Known(3, (32,), tuple(_CIFAR10.split())),
-    "svhn": _Known(3, (32,), _DIGITS),
-    "fashion_mnist": _Known(1, (32, 28), tuple(_FASHION.split(","))),
-}
-DOWNLOADED = ("cifar10", "svhn", "fashion_mnist")
-"""Sets with a test split of their own."""
 
 
 def content_hash(dataset: ImageSet) -> str:
@@ -107,24 +78,28 @@ def image_shape(config: DataConfig) -> tuple[int, int, int]:
     ------
     ConfigError
         Where data.size or data.channels is missing (image_folder, your own function) or is not
-        what the named set has, or where data.name is unknown.
+        what the named set has, or where data.name is unknown. The size may be said by data.pad,
+        data.resize or data.crop.
     """
     known = KNOWN.get(config.name)
     if known is not None:
         _check_known(config, "channels", (known.channels,))
-        _check_known(config, "size", known.sides)
-        side = config.size or known.sides[0]
-        return known.channels, side, side
+        if config.side is None:
+            _check_known(config, "size", known.sides)
+        given = config.side or config.size or known.sides[0]
+        return known.channels, given, given
     refuse_unknown("data.name", config.name, LOADERS)
-    for key, value in (("size", config.size), ("channels", config.channels)):
-        if value is None:
-            what = "the side of your images in pixels" if key == "size" else "1 (grey) or 3 (RGB)"
-            raise ConfigError(
-                f"data.{key} is not set; data.name = {config.name!r} needs it: {what}."
-            )
-    assert config.size is not None
-    assert config.channels is not None
-    return config.channels, config.size, config.size
+    side = config.side or config.size
+    if side is None:
+        raise ConfigError(
+            f"data.size is not set; data.name = {config.name!r} needs it: the side of your images "
+            f"in pixels. Where they are of other sizes, {HOW}."
+        )
+    if config.channels is None:
+        raise ConfigError(
+            f"data.channels is not set; data.name = {config.name!r} needs it: 1 (grey) or 3 (RGB)."
+        )
+    return config.channels, side, side
 
 
 def class_count(config: DataConfig) -> int | None:
@@ -145,14 +120,9 @@ def _check_known(
     if value is not None and value not in allowed:
         raise ConfigError(
             f"data.{key} = {value} contradicts data.name = {config.name!r}, which has "
-            f"{' or '.join(map(str, allowed))}. Leave data.{key} unset."
+            f"{' or '.join(map(str, allowed))}. Leave data.{key} unset"
+            f"{', or set data.resize or data.pad' if key == 'size' else ''}."
         )
-
-
-def data_dir(config: DataConfig) -> Path:
-    """Where downloads go: data.dir, else $FED_DIFFUSION_DATA, else ~/.cache/fed-diffusion."""
-    chosen = config.dir or os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/fed-diffusion"
-    return expanded(chosen, "data.dir")
 
 
 def load_dataset(
@@ -226,7 +196,7 @@ def _load_digits(
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = np.round(digits.images * 255 / 16).astype(np.uint8)[:, None]
+    images = fit(np.round(digits.images * 255 / 16).astype(np.uint8)[:, None], config)
     labels = digits.target.astype(np.int64)
     names = KNOWN["digits"].class_names
     return ImageSet(
@@ -234,93 +204,9 @@ def _load_digits(
     )
 
 
-def _load_torchvision(
-    config: DataConfig, shape: tuple[int, int, int], split: TrainOrTest, own: bool
-) -> ImageSet:
-    root = data_dir(config)
-    try:
-        # without a lock: md5 sums (or the reader) tell a file that is still being written
-        images, labels = _open_torchvision(config.name, root, split, download=False)
-    except Exception:  # absent, cut off or broken: torchvision raises anything from its readers
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with _alone_in(root), _socket_timeout(DOWNLOAD_TIMEOUT_S):
-                images, labels = _open_torchvision(config.name, root, split, download=True)
-        except Exception as error:
-            raise ConfigError(_by_hand(config, root, split, error)) from error
-    border = (shape[2] - images.shape[3]) // 2
-    images = torch.nn.functional.pad(images, (border,) * 4)  # black, as the background is
-    return ImageSet(images, labels, name=config.name, class_names=KNOWN[config.name].class_names)
-
-
-def _open_torchvision(
-    name: str, root: Path, split: TrainOrTest, download: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from torchvision import datasets
-
-    if name == "svhn":
-        svhn = datasets.SVHN(root, split=split, download=download)
-        images, labels = torch.from_numpy(np.ascontiguousarray(svhn.data)), svhn.labels
-    elif name == "cifar10":
-        cifar = datasets.CIFAR10(root, train=split == "train", download=download)
-        images, labels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2), cifar.targets
-    else:
-        fashion = datasets.FashionMNIST(root, train=split == "train", download=download)
-        images, labels = fashion.data[:, None], fashion.targets
-    return images.contiguous(), torch.as_tensor(labels, dtype=torch.int64)
-
-
-def _by_hand(config: DataConfig, root: Path, split: str, error: Exception) -> str:
-    """What went wrong, and which files to put where without a network."""
-    from torchvision import datasets
-
-    if config.name == "svhn":
-        url, filename, _ = datasets.SVHN.split_list[split]
-        old, wanted = root / filename, [(url, root / filename)]
-    elif config.name == "cifar10":
-        cifar = datasets.CIFAR10
-        old, wanted = root / cifar.base_folder, [(cifar.url, root / cifar.filename)]
-    else:
-        fashion = datasets.FashionMNIST
-        old = root / "FashionMNIST" / "raw"
-        wanted = [(fashion.mirrors[0] + name, old / name) for name, _ in fashion.resources]
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    lines = "\n".join(f"  {url}  ->  {path}" for url, path in wanted)
-    return (
-        f"data.name = {config.name!r}: its files are not in data.dir = {str(root)!r}, or are "
-        f"damaged, and the download failed ({reason}).\nDelete {old} if it is there and download "
-        f"by hand (archives are unpacked for you):\n{lines}\nOr set data.dir, or the environment "
-        f"variable {DATA_DIR_VARIABLE}, to the folder that has them."
-    )
-
-
-@contextlib.contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """A silent server ends in an error; torchvision itself sets no limit."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time downloads; the others wait and find the files."""
-    with (folder / ".download.lock").open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass  # no such locks on this system or file system: do without
-        yield
-
-
 LOADERS: dict[str, Callable[[DataConfig, tuple[int, int, int], TrainOrTest, bool], ImageSet]] = {
     "digits": _load_digits,
-    **dict.fromkeys(DOWNLOADED, _load_torchvision),
+    **dict.fromkeys(DOWNLOADED, load_named),
     "image_folder": _load_folder,
 }
 """The built-in sets: (config, [C, H, W], split, whether they are one client's own) -> images."""
@@ -334,17 +220,26 @@ def _load_own(
         result = load(config)
     try:
         dataset = _as_image_set(result, config.name)
+        if config.crop is not None or config.side is not None:
+            fitted = fit(dataset.images.numpy(), config)
+            dataset = replace(dataset, images=torch.from_numpy(np.ascontiguousarray(fitted)))
+    except BadImage as error:
+        raise ConfigError(f"{key} gives images of which each {error}.") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key} gives what cannot be used: {error}.") from error
     found = tuple(dataset.images.shape[1:])
     if found != shape:
         raise ConfigError(
             f"{key} gives images of [C, H, W] = {list(found)}, but data.channels = {shape[0]} and "
-            f"data.size = {shape[1]}. Change one to match the other."
+            f"data.size = {shape[1]}. Change one to match the other, or have the run change the "
+            f"size: {HOW}."
         )
     if classes is not None and len(dataset):
         if dataset.labels is None:
-            raise ConfigError(f"{key} gives no labels, but data.classes = {classes}.")
+            raise ConfigError(
+                f"{key} gives no labels, but data.classes = {classes}; {WITHOUT_CLASSES} and "
+                "data.classes=null."
+            )
         if int(dataset.labels.max()) >= classes:
             raise ConfigError(
                 f"{key} gives the label {int(dataset.labels.max())}, but data.classes = {classes} "

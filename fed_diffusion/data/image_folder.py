@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 
 from fed_diffusion.common.hardware import usable_cores
-from fed_diffusion.config.schema import Background, ConfigError, DataConfig
+from fed_diffusion.config.schema import ConfigError, DataConfig
 from fed_diffusion.config.yaml import expanded
 from fed_diffusion.data.decode import EXTENSIONS, BadImage, read_image
+from fed_diffusion.data.decoded import decoded
+from fed_diffusion.data.fit import HOW, fit
 
+FORMAT = "1"  # of what is cached: another number where the same files are decoded otherwise
+WITHOUT_CLASSES = "for images without classes set model.conditional=false"
 SHOWN = 5  # how many unusable files an error lists
 CHUNK = 256  # files per unit of work of a thread
 LEFT_BEHIND = frozenset(
@@ -114,7 +122,7 @@ def read_folder(config: DataConfig, shape: tuple[int, int, int], own: bool = Fal
     owners = np.array([file.client for file in tree.files], dtype=np.int64)
     paths = [file.path for file in tree.files]
     return FolderImages(
-        images=_decode_all(root, paths, shape, config.background),
+        images=_decode_all(root, paths, shape, config),
         labels=np.array(labels, dtype=np.int64) if names else None,
         folders=tree.clients,
         folder_of=None if tree.clients is None else owners,
@@ -200,7 +208,8 @@ def _class_names(root: Path, config: DataConfig, tree: _Tree, own: bool) -> tupl
         raise _bad(
             root,
             f"has no class folder {missing[0]!r}, which is in data.class_names; sort the images "
-            "into a folder per class, or change data.class_names",
+            "into a folder per class, or change data.class_names. Images without classes need "
+            "model.conditional=false and data.class_names=null",
         )
     return wanted
 
@@ -211,8 +220,9 @@ def _check_number(root: Path, wanted: int | None, found: int) -> None:
     has = f"{found} class folders" if found else "no class folders"
     raise _bad(
         root,
-        f"has {has}, but data.classes = {wanted}; set data.classes to {found or 'null'}, or sort "
-        f"the images into {wanted} folders",
+        f"has {has}, but data.classes = {wanted}; "
+        + (f"set data.classes to {found}" if found else f"{WITHOUT_CLASSES} and data.classes=null")
+        + f", or sort the images into {wanted} folders",
     )
 
 
@@ -249,7 +259,7 @@ def _scan_clients(root: Path) -> _Tree:
         raise _bad(
             root,
             f"has class sub-folders in some client folders and none in {flat!r}; use them in "
-            "all or in none",
+            "all, or, where not every image has a class, in none and model.conditional=false",
         )
     return _Tree(files, classes, tuple(folder.name for folder in folders), skipped)
 
@@ -261,7 +271,8 @@ def _scan_client(root: Path, folder: Path, client: int) -> _Tree:
         raise _bad(
             root,
             f"holds {loose[0].name!r} and the sub-folder {folders[0].name!r} side by side in "
-            f"{folder.name!r}; use images only, or class sub-folders only",
+            f"{folder.name!r}; use class sub-folders only, or, where not every image has a class, "
+            "images only and model.conditional=false",
         )
     files = [_File(path, None, client) for path in loose]
     classes: dict[str, Counter[str]] = {}
@@ -289,48 +300,82 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path], Counter[str]]:
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower() in LEFT_BEHIND:
                 continue
-            path = folder / entry.name
             if entry.is_dir():
-                folders.append(path)
-            elif not entry.is_file() and path.exists():
+                folders.append(entry.name)
+            elif not entry.is_file() and os.path.exists(entry):
                 others["device or pipe"] += 1
             elif entry.name.lower().endswith(EXTENSIONS):
-                images.append(path)
+                images.append(entry.name)
             else:
-                others[path.suffix.lower() or "without extension"] += 1
-    return sorted(images), sorted(folders), others
+                others[Path(entry).suffix.lower() or "without extension"] += 1
+    # names are sorted and not paths, which takes a second for 50,000 of them
+    paths, deeper = ([folder / name for name in sorted(names)] for names in (images, folders))
+    return paths, deeper, others
 
 
 def _decode_all(
-    root: Path, paths: list[Path], shape: tuple[int, int, int], background: Background | None
+    root: Path, paths: list[Path], shape: tuple[int, int, int], config: DataConfig
 ) -> np.ndarray:
-    """Decode the files into one array [n, C, H, W]; all that cannot be used end in one error."""
-    images = np.empty((len(paths), *shape), dtype=np.uint8)
+    """The files as one array [n, C, H, W]; all that cannot be used end in one error."""
+    how = {key: getattr(config, key) for key in ("background", "crop", "resize", "pad")}
+    what = [str(root.resolve()), *map(str, shape), json.dumps(how), PIL.__version__, FORMAT]
+    state = _hash(f"{path}|{_stamp(path)}" for path in paths)
+    chunks = partial(_decoded, root, paths, shape, config)
+    return decoded(_hash(what), state, (len(paths), *shape), chunks)
 
-    def decode(start: int) -> list[tuple[Path, str]]:
-        found = []
-        for i in range(start, min(start + CHUNK, len(paths))):
+
+def _stamp(path: Path) -> str:
+    """What changes when a file does: one that is put there with an old date has a new ctime."""
+    try:
+        stat = path.stat()
+    except OSError:  # to be named with the others that cannot be read
+        return "none"
+    return f"{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+
+
+def _hash(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(os.fsencode(line) + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _decoded(
+    root: Path, paths: list[Path], shape: tuple[int, int, int], config: DataConfig
+) -> Iterator[np.ndarray]:
+    """Decode the files in order, a chunk at a time; the error comes when all were looked at."""
+    problems: list[tuple[Path, str]] = []
+
+    def decode(part: list[Path]) -> np.ndarray:
+        images = np.empty((len(part), *shape), dtype=np.uint8)
+        for i, path in enumerate(part):
             try:
-                images[i] = _pixels(paths[i], shape, background)
+                images[i] = _pixels(path, shape, config)
             except BadImage as problem:
-                found.append((paths[i], str(problem)))
-        return found
+                problems.append((path, str(problem)))
+        return images
 
     # PIL decodes outside the interpreter lock, so a few threads help
-    with ThreadPoolExecutor(max_workers=min(4, usable_cores())) as pool:
-        problems = [
-            item for found in pool.map(decode, range(0, len(paths), CHUNK)) for item in found
-        ]
+    threads = min(4, usable_cores())
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        for start in range(0, len(paths), threads * CHUNK):
+            cuts = range(start, min(start + threads * CHUNK, len(paths)), CHUNK)
+            yield from pool.map(decode, [paths[cut : cut + CHUNK] for cut in cuts])
     if problems:
+        problems.sort()
         raise _bad(root, "\n".join(_explain(root, problems, len(paths), shape)))
-    return images
 
 
-def _pixels(path: Path, shape: tuple[int, int, int], background: Background | None) -> np.ndarray:
+def _pixels(path: Path, shape: tuple[int, int, int], config: DataConfig) -> np.ndarray:
     channels, height, width = shape
-    image = read_image(path, background, (width, height))
+    changed = config.side is not None or config.crop is not None
+    image = read_image(path, config.background, None if changed else (width, height))
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    pixels = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    found = fit(pixels, config)
+    if found.shape != shape:
+        raise BadImage(f"is {image.width}x{image.height} pixels")
+    return found
 
 
 def _explain(
@@ -344,5 +389,6 @@ def _explain(
     side = shape[1]
     yield (
         f"Expected readable 8-bit images of {side}x{side} pixels (data.size = {side}). Set "
-        "data.size to the side that all images have, or resize them; replace or remove broken ones"
+        f"data.size to the side that all images have, or have the run change them: {HOW}. "
+        "Replace or remove broken ones"
     )

@@ -90,6 +90,11 @@ def _check_indices(name: str, values: torch.Tensor | None, n: int, limit: int | 
         raise ValueError(
             f"{name} must be int64 [{n}], one per image, not {values.dtype} {list(values.shape)}"
         )
+    if n and name == "labels" and int(values.min()) < 0:
+        raise ValueError(
+            f"labels must count from 0, found {int(values.min())}: where not every image has a "
+            "class, give no labels at all, and set model.conditional=false and data.classes=null"
+        )
     if n and (int(values.min()) < 0 or (limit is not None and int(values.max()) >= limit)):
         raise ValueError(
             f"{name} must count from 0{'' if limit is None else f' to {limit - 1}'}, found "

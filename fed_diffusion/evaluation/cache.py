@@ -1,7 +1,6 @@
 """Features of reference sets on disk, so that 50,000 images pass an extractor once.
 
-They are in $FED_DIFFUSION_CACHE, else $XDG_CACHE_HOME/fed-diffusion, else ~/.cache/fed-diffusion,
-in the folder `features`; all of it may be deleted at any time.
+They are in the folder `features` of the caches; see `fed_diffusion.common.caches`.
 """
 
 from __future__ import annotations
@@ -17,20 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fed_diffusion.common.caches import cache_root
 from fed_diffusion.config.schema import ConfigError
-from fed_diffusion.config.yaml import expanded
 
-CACHE_VARIABLE = "FED_DIFFUSION_CACHE"
 logger = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
     """Where the features are kept; `ConfigError` where that is in a home that is not known."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return expanded(chosen, CACHE_VARIABLE) / "features"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return expanded(base, "the cache") / "fed-diffusion" / "features"
+    return cache_root() / "features"
 
 
 def cached(key: str, n: int, compute: Callable[[], Tensor]) -> Tensor:

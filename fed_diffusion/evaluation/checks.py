@@ -69,8 +69,9 @@ def _check_choice(config: Config, choice: Choice, folder: Path | None) -> None:
     elif class_count(config.data) is None:
         raise ConfigError(
             "evaluation.extractor = 'classifier' needs labelled images, and the number of classes "
-            f"of data.name = {config.data.name!r} is unknown. Set data.classes, or "
-            "evaluation.weights to a trained classifier, or evaluation.extractor=inception."
+            f"of data.name = {config.data.name!r} is unknown. Images without classes need "
+            "evaluation.extractor=inception, or evaluation.weights (a trained classifier), or "
+            "evaluation.samples=0 (no figures); else set data.classes."
         )
 
 
