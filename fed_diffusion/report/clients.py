@@ -27,6 +27,10 @@ from fed_diffusion.report.markup import (
 )
 from fed_diffusion.report.records import Record
 
+HEAD = ("client", "name", "trains on", "held out", "mask", "keep", "computes in", "rounds")
+HEAD += ("loss", "held-out loss", "time per round", "up", "down")
+SAID_ONCE = ("mask", "keep", "computes in", "rounds")
+"""What is said in a sentence where it is the same for all."""
 MOST_LABELS = 12
 """Classes that have a column each; of more, the most frequent of each client are named."""
 MOST_NAMED = 3
@@ -38,11 +42,12 @@ def clients_section(record: Record) -> str:
     held = {str(entry.get("client")): entry for entry in mappings(record.data.get("clients"))}
     names = list(dict.fromkeys([*held, *seen]))
     rows = [_row(name, held.get(name, {}), seen.get(name, [])) for name in names[:MOST_ROWS]]
-    head = ("client", "name", "trains on", "held out", "mask", "keep", "computes in", "rounds")
-    head += ("loss", "held-out loss", "time per round", "up", "down")
-    body = table(head, rows, text=(1,)) + more(len(names))
+    same = _same(rows)
+    shown = [i for i in range(len(HEAD)) if HEAD[i] not in same]
+    cells = [[row[i] for i in shown] for row in rows]
+    body = table([HEAD[i] for i in shown], cells, text=(1,)) + more(len(names))
     if body:
-        body = f"<p>{_explained(record)}</p>{body}"
+        body = f"<p>{_explained(record, same)}</p>{body}"
     body += part("Labels", _labels(record, held))
     body += part("Budgets", _budgets(record)) + part("Rejected updates", _rejected(record))
     return section("Clients", body + part("Data", _data(record)))
@@ -57,11 +62,22 @@ def _seen(record: Record) -> dict[str, list[Mapping[str, Any]]]:
     return found
 
 
-def _explained(record: Record) -> str:
-    text = "Images that each client trains on and holds out, the part of the network that it "
-    text += (
-        "trains (keep), its last loss, its mean time per round, and its traffic over all rounds."
-    )
+def _same(rows: Sequence[Sequence[str]]) -> dict[str, str]:
+    """The columns in which all clients, two at least, have the same value."""
+    columns = dict(zip(HEAD, zip(*rows, strict=True), strict=False)) if len(rows) > 1 else {}
+    return {
+        name: columns[name][0]
+        for name in SAID_ONCE
+        if name in columns and set(columns[name]) != {NONE} and len(set(columns[name])) == 1
+    }
+
+
+def _explained(record: Record, same: Mapping[str, str]) -> str:
+    text = "Losses are each client's last, times its mean per round, traffic that of all rounds;"
+    text += " keep is the part of the network's parameters that it trains."
+    if same:
+        listed = ", ".join(f"{name} {value}" for name, value in same.items())
+        text += f" The same for every client: {listed}."
     late = max((e.get("staleness") or 0 for e in record.rounds), default=0)
     if late:
         text += f" The model changed at most {number(late)} times while a client trained."

@@ -26,12 +26,12 @@ from fed_diffusion.report.markup import (
 from fed_diffusion.report.records import Record
 
 FIGURES = {
-    "fid": "FID: distance from the real images, lower is better",
-    "fid_floor": "FID of real images against real images (the floor)",
-    "kid": "KID: distance from the real images, lower is better",
-    "inception_score": "Inception Score, higher is better",
-    "precision": "precision: generated images that are like real ones",
-    "recall": "recall: real images that generated ones are like",
+    "fid": "FID",
+    "fid_floor": "FID floor",
+    "kid": "KID",
+    "inception_score": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
 }
 STATED = {
     "extractor": "extractor",
@@ -56,14 +56,21 @@ def quality_section(record: Record) -> str:
         for key, label in FIGURES.items()
         if quality.get(key) is not None
     ]
-    figures = table(("figure", "value", "95 % interval"), rows, text=(0, 1))
-    text = "<p>They compare only with others of the same extractor, reference and number of images."
-    text += " All images are uint8, 0 to 255.</p>"
+    figures = table(("figure", "value", "95 % interval"), rows, text=(1,))
+    text = (
+        "FID and KID are distances from the real images: lower is better, and the floor is what "
+        "real images have against real ones. Precision is the part of the generated images that "
+        "look like real ones, recall the part of the real ones whose like is generated. Figures "
+        "compare only with others of the same extractor, reference and number of images. All "
+        "images are uint8, 0 to 255."
+    )
     stated = [(label, number(quality[k])) for k, label in STATED.items() if quality.get(k)]
     stated.append(("seed", plain(quality.get("seed", record.fact("seed")))))
     how = folded("How the intervals were made", f"<p>{plain(intervals.get('how'))}</p>")
     measured = table(("measured with", "value"), stated, text=(1,))
-    return section("Quality", figures + text + measured + (how if intervals.get("how") else ""))
+    return section(
+        "Quality", f"{figures}<p>{text}</p>" + measured + (how if intervals.get("how") else "")
+    )
 
 
 def privacy_section(record: Record) -> str:

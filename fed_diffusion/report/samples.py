@@ -38,8 +38,11 @@ def samples_section(record: Record) -> str:
 
 def _beside(record: Record) -> str:
     if record.final is None:
-        why = "No final grid was drawn" if record.results else "The final grid is drawn at the end"
-        return soft(f"{why}.")
+        if record.results or not record.timeline:
+            return soft("No images have been drawn yet; the final ones are drawn at the end.")
+        newest, path = record.timeline[-1]
+        said = soft(f"Drawn after round {newest}; the final images are drawn at the end.")
+        return said + _whole(path, record.real) + _about_real(record)
     generated = tiles(record.final)
     real = tiles(record.real) if record.real is not None else None
     if generated is not None and len(set(generated[1])) > 1:
@@ -59,6 +62,10 @@ def class_names(record: Record) -> list[str]:
 
 def _by_class(generated: Drawn, real: Drawn | None, names: Sequence[str]) -> str:
     classes = sorted(set(generated[1]))
+    few = min(min(map(generated[1].count, classes)), MOST_OF_A_CLASS)
+    few -= few % min(few, IN_A_ROW)  # whole rows, and as many of each class
+    generated = _first(few, generated)
+    real = None if real is None else _first(few, real)
     rows = "".join(
         _row(label, names[label] if 0 <= label < len(names) else str(label), generated, real)
         for label in classes[:MOST_CLASSES]
@@ -78,9 +85,16 @@ def _row(label: int, name: str, generated: Drawn, real: Drawn | None) -> str:
     return f'<div class="row"><span class="name">{plain(name)}</span>{strips}</div>'
 
 
+def _first(few: int, drawn: Drawn) -> Drawn:
+    """The first few images of each class."""
+    images, labels = drawn
+    kept = [i for i, label in enumerate(labels) if labels[:i].count(label) < few]
+    return images[kept], [labels[i] for i in kept]
+
+
 def _strip(drawn: Drawn, label: int, what: str) -> str:
     images, labels = drawn
-    mine = [i for i, own in enumerate(labels) if own == label][:MOST_OF_A_CLASS]
+    mine = [i for i, own in enumerate(labels) if own == label]
     return png(_png(images[mine]), what) if mine else ""
 
 

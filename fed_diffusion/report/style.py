@@ -49,11 +49,11 @@ h3 { font-size: .95rem; font-weight: 650; margin: 1.4rem 0 .3rem; }
 .wide { overflow-x: auto; max-width: 100%; }
 .wide:focus-visible, summary:focus-visible { outline: 2px solid var(--line-strong); }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line);
+th, td { text-align: right; padding: .32rem .7rem .32rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.text { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
 .shade { display: block; padding: 0 .3rem; border-radius: 3px; min-width: 2.4rem;
   background: rgb(61 133 198 / calc(var(--of) * .4)); }
 details { margin-top: .8rem; }

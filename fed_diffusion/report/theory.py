@@ -139,8 +139,15 @@ def _masks(record: Record) -> str:
     if any(entry.get("coverage") for entry in rounds):
         drawn += plot(coverage_figure(rounds), "trainers per coordinate")
     if any(float(c.get("w2") or 0) > 0 for e in rounds for c in mappings(e.get("clients"))):
-        drawn += plot(w2_figure(rounds), "w² per worker")
+        drawn += plot(w2_figure(rounds), "w² per worker") or _last_w2(rounds)
     return drawn
+
+
+def _last_w2(rounds: Sequence[Round]) -> str:
+    """w² of each worker in the last round, where it hardly moves."""
+    clients = mappings(rounds[-1].get("clients"))[:MOST_ROWS]
+    rows = [(plain(client.get("client")), number(client.get("w2"))) for client in clients]
+    return table(("worker", "w² in the last round"), rows)
 
 
 def _estimates(found: Mapping[str, Any]) -> str:
