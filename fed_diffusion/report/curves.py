@@ -108,6 +108,15 @@ def overlay(
     axes.legend(frameon=False, fontsize="small", labelcolor=INK)
 
 
+def overlaid_figure(
+    groups: Mapping[str, Sequence[Sequence[Round]]], key: str, what: str, colours: Mapping[str, str]
+) -> Figure:
+    """`overlay` as a figure for a page."""
+    figure, axes = _figure(what)
+    overlay(axes, groups, key, colours)
+    return figure
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value from a record can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)

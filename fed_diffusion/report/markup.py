@@ -77,10 +77,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int
     return scrolled(f"table of {', '.join(head[i] for i in shown)}", whole)
 
 
-def scrolled(label: str, body: str) -> str:
+def scrolled(label: str, body: str, kind: str = "") -> str:
     """A box that scrolls by itself, by keyboard too: the page is never wider than a phone."""
     name = escape(re.sub("<[^>]*>", "", label))
-    return f'<div class="wide" role="group" aria-label="{name}" tabindex="0">{body}</div>'
+    kinds = f"wide {kind}".strip()
+    return f'<div class="{kinds}" role="group" aria-label="{name}" tabindex="0">{body}</div>'
 
 
 def more(total: int) -> str:

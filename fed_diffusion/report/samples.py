@@ -134,5 +134,5 @@ def _timeline(record: Record) -> str:
         f"<figcaption>round {round}</figcaption></figure>"
         for round, path in grids
     )
-    body = scrolled("images of the same noise after several rounds", figures)
-    return part("The same noise, round by round", body.replace('"wide"', '"wide timeline"', 1))
+    body = scrolled("images of the same noise after several rounds", figures, "timeline")
+    return part("The same noise, round by round", body)

@@ -40,6 +40,7 @@ h3 { font-size: .95rem; font-weight: 650; margin: 1.4rem 0 .3rem; }
 .classes .name { font-weight: 600; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   main { padding: 1.5rem 1rem 3rem; }
+  th, td:first-child { white-space: normal !important; }
   .classes .row, .classes .head { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
   .classes.alone .row, .classes.alone .head { grid-template-columns: minmax(0, 1fr); }
   .classes .name, .classes .head span:first-child { grid-column: 1 / -1; }
