@@ -27,8 +27,10 @@ from fed_diffusion.report.markup import (
 )
 from fed_diffusion.report.records import Record
 
-HEAD = ("client", "name", "trains on", "held out", "mask", "keep", "computes in", "rounds")
-HEAD += ("loss", "held-out loss", "time per round", "up", "down")
+HEAD = (
+    *("client", "name", "trains on", "held out", "mask", "keep", "computes in", "rounds"),
+    *("loss", "held-out loss", "time per round", "up", "down"),
+)
 SAID_ONCE = ("mask", "keep", "computes in", "rounds")
 """What is said in a sentence where it is the same for all."""
 MOST_LABELS = 12
@@ -172,12 +174,12 @@ def _budgets(record: Record) -> str:
     for client, entry in list(record.budgets.items())[:MOST_ROWS]:
         budget = mapping(entry)
         limit = budget.get("budget.limit")
-        known = curves.is_number(limit) and 0 <= limit < len(LIMITS)
+        limit = limit if isinstance(limit, int) else -1
         rows.append(
             (
                 plain(client),
                 number(budget.get("keep")),
-                LIMITS[int(limit)] if known else "said by its node",
+                dict(enumerate(LIMITS)).get(limit, "said by its node"),
                 number(budget.get("budget.memory_mb")),
                 number(budget.get("budget.memory_cap_mb")),
                 duration(budget.get("budget.seconds")),

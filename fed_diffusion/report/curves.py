@@ -60,13 +60,13 @@ def _client_lines(axes: Axes, rounds: Sequence[Round]) -> list[float]:
             if is_number(loss := client.get("loss")):
                 clients.setdefault(str(client.get("client")), []).append((number, loss))
     if len(clients) > MOST_CLIENTS:
-        at = {number: [] for points in clients.values() for number, _ in points}
-        for points in clients.values():
-            for number, loss in points:
-                at[number].append(loss)
-        span = [(number, min(at[number]), max(at[number])) for number in sorted(at)]
-        axes.fill_between(*zip(*span, strict=True), color=BLUE, alpha=0.2, lw=0, label="clients")
-        return [value for _, low, high in span for value in (low, high)]
+        at: dict[int, list[float]] = {}
+        for number, loss in sorted(point for points in clients.values() for point in points):
+            at.setdefault(number, []).append(loss)
+        low, high = [min(losses) for losses in at.values()], [max(v) for v in at.values()]
+        label = "training, all clients"
+        axes.fill_between(list(at), low, high, color=BLUE, alpha=0.2, lw=0, label=label)
+        return low + high
     for index, points in enumerate(clients.values()):
         (line,) = axes.plot(*zip(*points, strict=True), color=BLUE, linewidth=0.8, alpha=0.45)
         line.set(zorder=1, label="training, each client" if index == 0 else None)
@@ -114,6 +114,7 @@ def overlaid_figure(
     """`overlay` as a figure for a page."""
     figure, axes = _figure(what)
     overlay(axes, groups, key, colours)
+    logarithmic(axes)
     return figure
 
 
