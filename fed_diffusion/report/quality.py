@@ -117,11 +117,11 @@ def _in_words(found: Mapping[str, Any]) -> str:
     epsilon, delta = found.get("epsilon"), found.get("delta")
     if not is_number(epsilon):
         return "The noise is too small for any guarantee: ε is not finite."
-    factor = f"{math.exp(epsilon):,.3g}" if epsilon < 14 else "more than a million"
+    most = f"of at most {math.exp(epsilon):.4g}" if epsilon < 13 else "that may exceed a million"
     return (
         "Suppose that one client had not taken part. Whatever somebody concludes from the trained "
         "model would then have been about as likely as it is now: its probability would differ by "
-        f"a factor of at most {factor} (ε = {number(epsilon)}), except with a probability of "
+        f"a factor {most} (ε = {number(epsilon)}), except with a probability of "
         f"{number(delta)} (δ). A factor near 1 means that nobody can tell whether a client took "
         "part. As a rule of thumb, ε up to 1 is called strong, and above 10 the guarantee says "
         "little by itself. It is about the model, and not about this page."
