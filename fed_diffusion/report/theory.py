@@ -24,6 +24,7 @@ from fed_diffusion.report.markup import (
     plain,
     plot,
     section,
+    soft,
     table,
     warning,
 )
@@ -145,9 +146,13 @@ def _masks(record: Record) -> str:
 
 def _last_w2(rounds: Sequence[Round]) -> str:
     """w² of each worker in the last round, where it hardly moves."""
-    clients = mappings(rounds[-1].get("clients"))[:MOST_ROWS]
+    clients = mappings(rounds[-1].get("clients"))
     rows = [(plain(client.get("client")), number(client.get("w2"))) for client in clients]
-    return table(("worker", "w² in the last round"), rows)
+    if len({w2 for _, w2 in rows}) == 1:
+        return f"<p>w² is {rows[0][1]} for every worker in the last round.</p>"
+    shown = table(("worker", "w² in the last round"), rows[:MOST_WORKERS])
+    hidden = len(rows) - MOST_WORKERS
+    return shown + (soft(f"and {hidden:,} more in metrics.jsonl") if hidden > 0 else "")
 
 
 def _estimates(found: Mapping[str, Any]) -> str:
