@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-slow test-faults test-lab lint docs install clean docker docker-demo
+.PHONY: run test test-slow test-faults test-lab test-browser lint docs install clean docker docker-demo
 
 run: .venv/.run
 	$(BIN)/fed-diffusion run digits --engine flower
@@ -20,6 +20,12 @@ test-faults: .venv/.test
 # as root, with iproute2, nginx and curl: hosts in network namespaces of their own
 test-lab: .venv/.test
 	$(BIN)/python -m pytest -m lab
+
+# with Chromium and Node; BROWSER_MODULES gets axe-core and playwright-core, outside the checkout
+BROWSER_MODULES ?= $(or $(TMPDIR),/tmp)/fed-diffusion-browser
+test-browser: .venv/.test
+	npm install --silent --no-fund --no-audit --prefix $(BROWSER_MODULES) axe-core@4 playwright-core@1
+	BROWSER_MODULES=$(BROWSER_MODULES) $(BIN)/python -m pytest -m browser
 
 lint: .venv/.test
 	$(BIN)/ruff check .

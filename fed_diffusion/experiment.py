@@ -24,6 +24,7 @@ from fed_diffusion.data import (
 )
 from fed_diffusion.finish import finish, small_grid
 from fed_diffusion.protocol.messages import Task, Update
+from fed_diffusion.report.holdings import write_data
 from fed_diffusion.report.trackers import Trackers
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.server.divergence import Diverged
@@ -164,6 +165,8 @@ class Experiment:
             says how to resume, where that helps.
         """
         with self.guarded():
+            if self.dataset is not None:
+                write_data(self.run.path, self.dataset, self.config)
             self.trackers.begin(self.run.path, [summary.to_dict() for summary in self.history])
             while self.coordinator.round < self.config.rounds:
                 summary = _round(self, exchange)

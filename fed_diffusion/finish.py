@@ -12,6 +12,7 @@ from fed_diffusion.evaluation import no_quality
 from fed_diffusion.evaluation.generated import measure
 from fed_diffusion.generate import Sampler
 from fed_diffusion.report.grids import save_grid
+from fed_diffusion.report.holdings import grid_labels
 
 if TYPE_CHECKING:
     from fed_diffusion.experiment import Experiment
@@ -38,7 +39,7 @@ def _evaluate(experiment: Experiment) -> dict[str, Any]:
     """Sample once; the first images make the grid, all of them the figures."""
     sampler, config = _sampler(experiment), experiment.config.evaluation
     images = sampler.sample(max(config.samples, config.grid))
-    _save(experiment, images[: config.grid], "final.png")
+    _save(experiment, images[: config.grid], "final.png", grid_labels(experiment.config))
     return measure(sampler, images[: config.samples], experiment.dataset)
 
 
@@ -49,8 +50,10 @@ def small_grid(experiment: Experiment, round: int) -> None:
         _save(experiment, images, f"round-{round:04d}.png")
 
 
-def _save(experiment: Experiment, images: Tensor, name: str) -> None:
-    save_grid(images, experiment.run.path / "samples" / name)
+def _save(
+    experiment: Experiment, images: Tensor, name: str, labels: list[int] | None = None
+) -> None:
+    save_grid(images, experiment.run.path / "samples" / name, labels=labels)
     experiment.trackers.images(experiment.coordinator.round, images)
 
 

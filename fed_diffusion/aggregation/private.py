@@ -51,8 +51,8 @@ COVERS = (
     "rejected, and the quality figures that compare with real images (FID, KID, memorisation, and "
     "IS where a classifier learned from them) unless those are public. Nor does it cover "
     "metrics.jsonl (losses and held-out losses, numbers of images, who took part or was refused), "
-    "budgets.json, checkpoint/state.json, report.html and the logs; nor that a round stayed below "
-    "its quorum, or that a run ended early"
+    "data.json (who holds how many images of which class), budgets.json, checkpoint/state.json, "
+    "report.html and the logs; nor that a round stayed below its quorum, or that a run ended early"
 )
 """What the stated epsilon is about, and what not."""
 _system = random.SystemRandom()

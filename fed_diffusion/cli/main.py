@@ -1,4 +1,4 @@
-"""fed-diffusion run | resume | sample | evaluate | features | plan | sweep | deploy | doctor."""
+"""fed-diffusion run | resume | sample | evaluate | report | compare | sweep | deploy | ...."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fed_diffusion.cli import compare as cli_compare
 from fed_diffusion.cli import evaluation as cli_evaluation
 from fed_diffusion.cli import theory as cli_theory
 from fed_diffusion.cli.deploy import add_deploy_commands
@@ -90,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
     cli_evaluation.add_commands(commands)
     cli_theory.add_commands(commands)
+    cli_compare.add_commands(commands)
 
     sweep = commands.add_parser("sweep", help="a grid of presets x methods x seeds, and its table")
     sweep.add_argument("file", metavar="FILE", help="a name in conf/sweeps/ or a YAML file")

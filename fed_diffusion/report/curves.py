@@ -11,33 +11,132 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, TypeGuard
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 Round = Mapping[str, Any]
 
 INK = "#0b0c0e"  # stands for the text colour of whatever page the figure is on
 BLUE, ORANGE, RED = "#3d85c6", "#d9822b", "#cc4b4b"  # legible on white and on near-black
+COLOURS = (INK, BLUE, ORANGE, "#4f9d69", RED, "#8e63b5", "#8a8f98")
 FEW = 40  # points up to which each is marked
+FLAT = 0.01  # of the axes' height: what moves by less is a constant to the eye
+MOST_CLIENTS = 40
+"""Clients whose curves are drawn one by one; of more, the range that they span is."""
 
 
 def loss_figure(rounds: Sequence[Round]) -> Figure:
-    """Mean training loss and held-out loss per dimension."""
+    """Mean training loss and held-out loss per dimension, over the training loss of each client."""
     figure, axes = _figure("loss per dimension")
     values = [
-        *_line(axes, rounds, "loss", "training", BLUE),
-        *_line(axes, rounds, "holdout_loss", "held out", ORANGE),
+        *_line(axes, rounds, "loss", "training, mean", BLUE),
+        *_line(axes, rounds, "holdout_loss", "held out, mean", ORANGE),
+        *_client_lines(axes, rounds),
     ]
     if values and min(values) > 0 and max(values) > 10 * min(values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
+        logarithmic(axes)
     return _finished(figure, axes, rounds)
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic scale whose ticks are plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _client_lines(axes: Axes, rounds: Sequence[Round]) -> list[float]:
+    """Draw the clients' training losses, thin and behind the means; the values drawn."""
+    clients: dict[str, list[tuple[int, float]]] = {}
+    for number, entry in zip(_numbers(rounds), rounds, strict=True):
+        for client in entry.get("clients") or ():
+            if is_number(loss := client.get("loss")):
+                clients.setdefault(str(client.get("client")), []).append((number, loss))
+    if len(clients) > MOST_CLIENTS:
+        at: dict[int, list[float]] = {}
+        for number, loss in sorted(point for points in clients.values() for point in points):
+            at.setdefault(number, []).append(loss)
+        low, high = [min(losses) for losses in at.values()], [max(v) for v in at.values()]
+        label = "training, all clients"
+        axes.fill_between(list(at), low, high, color=BLUE, alpha=0.2, lw=0, label=label)
+        return low + high
+    for index, points in enumerate(clients.values()):
+        (line,) = axes.plot(*zip(*points, strict=True), color=BLUE, linewidth=0.8, alpha=0.45)
+        line.set(zorder=1, label="training, each client" if index == 0 else None)
+    return [loss for points in clients.values() for _, loss in points]
+
+
+def overlay(
+    axes: Axes,
+    groups: Mapping[str, Sequence[Sequence[Round]]],
+    key: str = "loss",
+    colours: Mapping[str, str] | None = None,
+) -> None:
+    """Draw one curve per group of runs: their mean by round, in a band of the deviation.
+
+    Parameters
+    ----------
+    groups
+        Label -> the rounds of each run of the group. A round that one of them has no value of is
+        left out of the group's curve.
+    colours
+        Label -> colour; default: in turn.
+    """
+    for index, (label, runs) in enumerate(groups.items()):
+        colour = (colours or {}).get(label, COLOURS[index % len(COLOURS)])
+        known = [{line["round"]: line.get(key) for line in rounds} for rounds in runs]
+        common = [r for r in known[0] if all(is_number(k.get(r)) for k in known)]
+        rounds = np.array(common)
+        values = np.array([[one[number] for number in common] for one in known])
+        mean = values.mean(axis=0)
+        marker = "o" if len(common) <= FEW else ""
+        axes.plot(rounds, mean, color=colour, label=label, lw=1.6, marker=marker, ms=2.5)
+        if len(runs) > 1:
+            band = values.std(axis=0, ddof=1)
+            axes.fill_between(rounds, mean - band, mean + band, color=colour, alpha=0.15, lw=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.tick_params(axis="y", which="both", labelsize=8)
+    axes.legend(frameon=False, fontsize="small", labelcolor=INK)
+
+
+def overlaid_figure(
+    groups: Mapping[str, Sequence[Sequence[Round]]], key: str, what: str, colours: Mapping[str, str]
+) -> Figure:
+    """`overlay` as a figure for a page."""
+    figure, axes = _figure(what)
+    overlay(axes, groups, key, colours)
+    logarithmic(axes)
+    return figure
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value from a record can be drawn."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def varies(figure: Figure) -> bool:
+    """Whether a figure shows anything but constants: a line that is not flat, or unequal bars."""
+    for axes in figure.axes:
+        height = axes.transData - axes.transAxes  # in parts of the axes' height
+        for line in axes.lines:
+            points = np.asarray(line.get_xydata(), dtype=float)
+            shown = height.transform(points[np.isfinite(points).all(axis=1)])[:, 1]
+            if len(shown) > 1 and np.ptp(shown) > FLAT:
+                return True
+        bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+        sizes = ({bar.get_height() for bar in bars}, {bar.get_width() for bar in bars})
+        if any(len(size) > 1 for size in sizes):
+            return True
+    return False
 
 
 def gamma_figure(rounds: Sequence[Round], clients: int | None) -> Figure:
@@ -122,7 +221,7 @@ def _line(
     points = [
         (number, value * unit)
         for number, value in zip(_numbers(rounds), values, strict=True)
-        if isinstance(value, int | float) and math.isfinite(value)
+        if is_number(value)
     ]
     if points:
         axes.plot(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,43 +15,97 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fed_diffusion.report.curves import to_svg
+from fed_diffusion.report.curves import to_svg, varies
+from fed_diffusion.report.style import CSS
 
 MOST_ROWS = 200
 NONE = "–"
 
 
+def page(title: str, body: str) -> str:
+    """A whole page around the body of its `<main>`; the title is text."""
+    # the policy makes the browser hold the page to its promise of fetching nothing
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "img-src data:; style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}"
+        "</main>\n</body>\n</html>\n"
+    )
+
+
 def section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>\n"
+    """A section of the page; nothing at all where its body is empty."""
+    return f"<section><h2>{title}</h2>{body}</section>\n" if body else ""
+
+
+def part(title: str, body: str) -> str:
+    """A part of a section, under a heading of its own; nothing where its body is empty."""
+    return f"<h3>{title}</h3>{body}" if body else ""
+
+
+def folded(summary: str, body: str) -> str:
+    """What is shown when the reader opens it; nothing where the body is empty."""
+    return f"<details><summary>{summary}</summary>{body}</details>" if body else ""
 
 
 def warning(text: str) -> str:
     return f'<p class="warn">{text}</p>'
 
 
+def soft(text: str) -> str:
+    return f'<p class="soft">{text}</p>'
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int] = ()) -> str:
-    """Rows of ready HTML; the columns in `text` are set as running text."""
+    """Rows of ready HTML; the columns in `text` are set as running text.
+
+    A column without any value is left out, and so is a table in which nothing but its first
+    column is left.
+    """
+    rows = list(rows)
+    shown = [i for i in range(len(head)) if any(row[i] not in ("", NONE) for row in rows)]
+    if not set(shown) - {0}:
+        return ""
     kind = [' class="text"' if i in text else "" for i in range(len(head))]
-    cells = "".join(f"<th{k}>{name}</th>" for k, name in zip(kind, head, strict=True))
+    cells = "".join(f'<th scope="col"{kind[i]}>{head[i]}</th>' for i in shown)
     body = "".join(
-        "<tr>" + "".join(f"<td{k}>{c}</td>" for k, c in zip(kind, row, strict=True)) + "</tr>"
-        for row in rows
+        "<tr>" + "".join(f"<td{kind[i]}>{row[i]}</td>" for i in shown) + "</tr>" for row in rows
     )
     whole = f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{whole}</div>'
+    return scrolled(f"table of {', '.join(head[i] for i in shown)}", whole)
+
+
+def scrolled(label: str, body: str, kind: str = "") -> str:
+    """A box that scrolls by itself, by keyboard too: the page is never wider than a phone."""
+    name = escape(re.sub("<[^>]*>", "", label))
+    kinds = f"wide {kind}".strip()
+    return f'<div class="{kinds}" role="group" aria-label="{name}" tabindex="0">{body}</div>'
 
 
 def more(total: int) -> str:
     hidden = total - MOST_ROWS
-    return f'<p class="soft">and {hidden:,} more in metrics.jsonl</p>' if hidden > 0 else ""
+    return soft(f"and {hidden:,} more in metrics.jsonl") if hidden > 0 else ""
 
 
 def plot(figure: Figure, label: str) -> str:
-    return f'<figure class="wide">{to_svg(figure, label)}</figure>'
+    """A figure as SVG; nothing where all that it would show is constant or a single point."""
+    if not varies(figure):
+        return ""
+    return f"<figure>{scrolled(f'figure: {label}', to_svg(figure, label))}</figure>"
 
 
-def png(path: Path, what: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+def png(source: Path | bytes, what: str) -> str:
+    """A PNG as an `<img>` that holds it.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    """
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    data = base64.b64encode(content).decode("ascii")
     return f'<img alt="{escape(what)}" src="data:image/png;base64,{data}">'
 
 

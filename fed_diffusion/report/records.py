@@ -37,6 +37,14 @@ class Record:
         results.json; empty for a run that has not finished.
     final, timeline
         The grids in samples/, the latter as (round, file) in order.
+    real
+        samples/real.png, where the server has the data.
+    data
+        data.json, or what results.json says of the data; empty where the server has none.
+    images_hash
+        The hash of the images that it trains on, where it is known.
+    status
+        status.json: how the run ended; empty while it goes on, and after a kill.
     damaged
         Names of other files that are there and cannot be read.
     """
@@ -49,6 +57,10 @@ class Record:
     results: dict[str, Any]
     final: Path | None
     timeline: list[tuple[int, Path]]
+    real: Path | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    images_hash: str | None = None
+    status: dict[str, Any] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
 
     def fact(self, key: str) -> Any:
@@ -78,17 +90,24 @@ def read_record(run_dir: Path) -> Record:
     rounds, unreadable = _read_rounds(run_dir / "metrics.jsonl")
     samples = run_dir / "samples"
     found = ((_ROUND.fullmatch(path.name), path) for path in samples.glob("round-*.png"))
-    final = samples / "final.png"
+    final, real = samples / "final.png", samples / "real.png"
     damaged: list[str] = []
+    results = _read_mapping(run_dir / "results.json", damaged)
+    data = _read_mapping(run_dir / "data.json", damaged) or results.get("data")
+    images_hash = _read_mapping(run_dir / "run.json", damaged).get("data")
     return Record(
         name=run_dir.resolve().name,
         settings=settings,
         rounds=rounds,
         unreadable=unreadable,
         budgets=_read_mapping(run_dir / "budgets.json", damaged),
-        results=_read_mapping(run_dir / "results.json", damaged),
+        results=results,
         final=final if final.is_file() else None,
         timeline=sorted((int(match[1]), path) for match, path in found if match),
+        real=real if real.is_file() else None,
+        data=data if isinstance(data, dict) else {},
+        images_hash=images_hash if isinstance(images_hash, str) else None,
+        status=_read_mapping(run_dir / "status.json", damaged),
         damaged=damaged,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1d21; --soft: #646a73; --line: #dfe2e6;
-  --paper: #ffffff; --tint: #f5f6f8; --warn: #a8480f; }
+  --paper: #ffffff; --tint: #f5f6f8; --warn: #a8480f; --line-strong: #3d85c6; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --soft: #9aa1ab; --line: #33373e;
   --paper: #16181c; --tint: #1f2227; --warn: #f0a35e; } }
 * { box-sizing: border-box; }
@@ -27,17 +27,37 @@ dl.facts small { display: block; font-size: .8rem; color: var(--soft); }
 figure { margin: 0; }
 figcaption { font-size: .85rem; }
 img { max-width: 100%; height: auto; image-rendering: pixelated; display: block; }
-svg { width: 100%; min-width: 32rem; height: auto; display: block; color: var(--ink); }
+svg { width: 100%; min-width: 30rem; height: auto; display: block; color: var(--ink); }
 svg text { font-family: inherit !important; }
-.timeline { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
-.wide { overflow-x: auto; }
+h3 { font-size: .95rem; font-weight: 650; margin: 1.4rem 0 .3rem; }
+.pair { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
+.classes { display: grid; gap: .5rem 1rem; max-width: 46rem; }
+.classes .row, .classes .head { display: grid; gap: .25rem 1rem; align-items: center;
+  grid-template-columns: 7rem minmax(0, 1fr) minmax(0, 1fr); }
+.classes.alone .row, .classes.alone .head { grid-template-columns: 7rem minmax(0, 1fr); }
+.classes .head { color: var(--soft); font-size: .82rem; }
+.classes .name { font-weight: 600; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  main { padding: 1.5rem 1rem 3rem; }
+  th, td:first-child { white-space: normal !important; }
+  .classes .row, .classes .head { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); }
+  .classes.alone .row, .classes.alone .head { grid-template-columns: minmax(0, 1fr); }
+  .classes .name, .classes .head span:first-child { grid-column: 1 / -1; }
+  .classes .head span:first-child { display: none; } }
+.timeline { display: flex; gap: 1rem; }
+.timeline figure { flex: none; width: 11rem; }
+.wide { overflow-x: auto; max-width: 100%; }
+.wide:focus-visible, summary:focus-visible { outline: 2px solid var(--line-strong); }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line);
+th, td { text-align: right; padding: .32rem .7rem .32rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.text { white-space: normal; overflow-wrap: anywhere; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
+.shade { display: block; padding: 0 .3rem; border-radius: 3px; min-width: 2.4rem;
+  background: rgb(61 133 198 / calc(var(--of) * .4)); }
+details { margin-top: .8rem; }
 details summary { cursor: pointer; color: var(--soft); }
 code, pre { font: .85em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--tint); padding: 1rem; overflow-x: auto; border-radius: 4px; }

@@ -10,17 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fed_diffusion.report.curves import BLUE, FEW, INK, ORANGE, Round, styled
+from fed_diffusion.report.curves import BLUE, FEW, INK, ORANGE, Round, gamma_figure, styled
 from fed_diffusion.report.markup import (
     MOST_ROWS,
     NONE,
+    folded,
     mapping,
     mappings,
     number,
     pair,
+    part,
+    percent,
     plain,
     plot,
     section,
+    soft,
     table,
     warning,
 )
@@ -57,26 +61,53 @@ MOST_WORKERS = 40
 
 
 def theory_section(record: Record) -> str:
-    """What the theory says of a run: the bound and its terms, coverage, w², Lemma 4.6."""
+    """What the theory says of a run, folded: Γ, the bound and its terms, w², Lemma 4.6."""
+    summary = "How many clients trained each parameter, and what Theorem 4.11 says of that"
+    return section("Theory", folded(summary, _gamma(record) + part("The bound", _bound(record))))
+
+
+def _gamma(record: Record) -> str:
+    if not record.rounds:
+        return ""
+    known = [entry["gamma"] for entry in record.rounds if entry.get("gamma") is not None]
+    least = record.results.get("gamma_star", min(known, default=None))
+    text = f"Γ* = {number(least)}: the fewest trainers that any coordinate had in any round."
+    if least == 0:
+        text += " That is outside Theorem 4.11: with Γ* = 0 its bound is infinite."
+    covered = [float(e["trained"]) for e in record.rounds if e.get("trained") is not None]
+    if covered:
+        text += f" In the round of least coverage {percent(min(covered))} of the coordinates"
+        text += " had a trainer" + ("; the others kept their values." if min(covered) < 1 else ".")
+    if mapping(record.settings.get("round")).get("fraction", 1) != 1:
+        text += " Only a part of the clients is drawn each round, which the theorem does not cover."
+    factor = [float(v) for e in record.rounds if (v := e.get("w2_n_over_gamma")) is not None]
+    if factor:
+        text += f" w² N / Γ, as it stands in the bound, was at most {number(max(factor))}."
+    clients = record.fact("clients")
+    drawn = plot(
+        gamma_figure(record.rounds, clients if isinstance(clients, int) else None),
+        "Gamma per round",
+    )
+    return part("Γ and coverage", f"<p>{text}</p>{drawn}{_masks(record)}")
+
+
+def _bound(record: Record) -> str:
     found = mapping(record.results.get("theory"))
     if not found:
         return ""
-    drawn = _masks(record)
     if found.get("why"):
         text = f'<p class="soft">The bound is not evaluated: {plain(found["why"])}.</p>'
-        return section("Theory", text + _unanswered(found) + drawn)
+        return text + _unanswered(found)
     bounds = mapping(found.get("bound"))
     proved, printed = (mapping(bounds.get(v)) for v in ("as_proved", "as_printed"))
-    return section(
-        "Theory",
+    return (
         _said(found, proved, printed)
         + plot(terms_figure(mapping(proved.get("terms"))), "terms of the bound")
-        + drawn
         + _lemma(found)
         + _estimates(found)
         + _unanswered(found)
         + _conditions(found)
-        + _images(found),
+        + _images(found)
     )
 
 
@@ -109,8 +140,19 @@ def _masks(record: Record) -> str:
     if any(entry.get("coverage") for entry in rounds):
         drawn += plot(coverage_figure(rounds), "trainers per coordinate")
     if any(float(c.get("w2") or 0) > 0 for e in rounds for c in mappings(e.get("clients"))):
-        drawn += plot(w2_figure(rounds), "w² per worker")
+        drawn += plot(w2_figure(rounds), "w² per worker") or _last_w2(rounds)
     return drawn
+
+
+def _last_w2(rounds: Sequence[Round]) -> str:
+    """w² of each worker in the last round, where it hardly moves."""
+    clients = mappings(rounds[-1].get("clients"))
+    rows = [(plain(client.get("client")), number(client.get("w2"))) for client in clients]
+    if len({w2 for _, w2 in rows}) == 1:
+        return f"<p>w² is {rows[0][1]} for every worker in the last round.</p>"
+    shown = table(("worker", "w² in the last round"), rows[:MOST_WORKERS])
+    hidden = len(rows) - MOST_WORKERS
+    return shown + (soft(f"and {hidden:,} more in metrics.jsonl") if hidden > 0 else "")
 
 
 def _estimates(found: Mapping[str, Any]) -> str:
@@ -134,7 +176,7 @@ def _estimates(found: Mapping[str, Any]) -> str:
         "value anywhere, which the theorem asks for; the estimate's noise is in its interval. One "
         "minibatch's loss is more curved than Fₙ."
     )
-    return f"<p>{text}</p>" + table(("quantity", "value", "95 % interval", ""), rows)
+    return f"<p>{text}</p>" + table(("quantity", "value", "95 % interval", "estimated"), rows)
 
 
 def _interval(entry: Mapping[str, Any]) -> str:
@@ -209,7 +251,7 @@ def _images(found: Mapping[str, Any]) -> str:
         ("this run sampled", plain(images.get("run"))),
         ("what differs", plain("; ".join(map(str, differ)) or "nothing")),
     ]
-    return table(("images", ""), rows, text=(1,))
+    return table(("images", "which"), rows, text=(1,))
 
 
 # --- figures -------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ config.yaml          the resolved configuration: enough to repeat the run
 metrics.jsonl        one line per round
 checkpoint/          theta.safetensors, ema.safetensors, state.json; checkpoint-previous/ is the one
                      before it
-samples/             round-0005.png ..., final.png
+samples/             round-0005.png ..., final.png; real.png, images of the data set beside them
 results.json         the figures of a finished run
 report.html          all of it on one page
 privacy.jsonl        under privacy one line for each round that was opened, again or not
+data.json            who holds how many images of which class, where the server has the data
 budgets.json         what each client's node can carry, where nodes say it (pruning.budget)
 status.json          how the run ended: finished, or stopped or failed and why
 run.json             the run's id, which its checkpoints carry too
@@ -48,7 +49,10 @@ from fed_diffusion.store.locks import STALE_S, FileLock, LockLost
 DEFAULT_ROOT = "runs"
 RESULTS = ("metrics.jsonl", NEWEST, PREVIOUS, "results.json")
 """Where one of these is, a run has done something."""
-OTHERS = ("config.yaml", "report.html", "budgets.json", "privacy.jsonl", "samples/final.png")
+OTHERS = (
+    *("config.yaml", "report.html", "budgets.json", "data.json", "privacy.jsonl"),
+    *("samples/final.png", "samples/real.png"),
+)
 LOCK = ".run"
 LOCK_TOKEN = "FED_DIFFUSION_RUN_LOCK"
 """The variable by which a command lets the ServerApp that it starts hold its lock too."""

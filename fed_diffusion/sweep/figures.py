@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.image
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fed_diffusion.report.curves import FEW, INK, styled
+from fed_diffusion.report.curves import INK, overlay, styled
 from fed_diffusion.report.records import Record
 from fed_diffusion.sweep.grid import Run
 
-COLOURS = ("#22262b", "#3d85c6", "#d9822b", "#4f9d69", "#cc4b4b", "#8e63b5", "#8a8f98")
 FAMILIES = {"R": "random masks", "T": "top-k masks", "C": "channels", "B": "balanced masks"}
 DPI = 120
 COLUMNS = 4
@@ -48,32 +46,11 @@ def family(method: str) -> str | None:
 
 
 def _curves(axes: Axes, done: Done) -> None:
+    by_method: dict[str, list[Record]] = {}
+    for run, record in done:
+        by_method.setdefault(run.method, []).append(record)
     styled(axes)
-    rounds = np.array([0])
-    for colour, method in zip(
-        _colours(done), dict.fromkeys(run.method for run, _ in done), strict=False
-    ):
-        runs = [record for run, record in done if run.method == method]
-        known = [{line["round"]: line.get("loss") for line in record.rounds} for record in runs]
-        # a damaged line of one run's record costs its round, not the figure
-        rounds = np.array([r for r in known[0] if all(k.get(r) is not None for k in known)])
-        losses = np.array([[one[number] for number in rounds] for one in known])
-        mean = losses.mean(axis=0)
-        marker = "o" if len(rounds) <= FEW else ""
-        axes.plot(rounds, mean, color=colour, label=method, lw=1.6, marker=marker, ms=2.5)
-        if len(runs) > 1:
-            band = losses.std(axis=0, ddof=1)
-            axes.fill_between(rounds, mean - band, mean + band, color=colour, alpha=0.15, lw=0)
-    axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.tick_params(axis="y", which="both", labelsize=8)
-    axes.legend(frameon=False, fontsize="small", labelcolor=INK)
-
-
-def _colours(done: Done) -> list[str]:
-    methods = len(dict.fromkeys(run.method for run, _ in done))
-    return [COLOURS[i % len(COLOURS)] for i in range(methods)]
+    overlay(axes, {method: [r.rounds for r in records] for method, records in by_method.items()})
 
 
 def save_samples_figure(done: Done, path: Path) -> Path | None:

@@ -10,12 +10,13 @@ import io
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fed_diffusion.config import ConfigError
+from fed_diffusion.report.figures import FIGURES, Figure, columns_of
 from fed_diffusion.report.records import Record, read_record
 from fed_diffusion.store.files import MEND, write_atomic
 from fed_diffusion.store.locks import FileLock, wait_for
@@ -24,43 +25,6 @@ from fed_diffusion.sweep.grid import MACHINES, Run
 from fed_diffusion.sweep.paper import TABLE_2
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A column: what it is called, its value in a run's results, and how it is written."""
-
-    key: str
-    title: str
-    value: Callable[[Mapping[str, Any]], Any]
-    digits: int
-
-
-def _quality(key: str) -> Callable[[Mapping[str, Any]], Any]:
-    return lambda results: _figure(results["quality"], key)
-
-
-def _quality_by(judge: str, key: str) -> Callable[[Mapping[str, Any]], Any]:
-    """A figure of one of quality's `others`; None where a run was not shown to it."""
-    return lambda results: _figure((results["quality"].get("others") or {}).get(judge, {}), key)
-
-
-def _figure(found: Mapping[str, Any], key: str) -> Any:
-    value = found.get(key)
-    return value[0] if isinstance(value, list) else value  # [mean, deviation over splits]
-
-
-FIGURES = (
-    Figure("inception_score", "IS", _quality("inception_score"), 2),
-    Figure("fid", "FID", _quality("fid"), 2),
-    Figure("fid_floor", "FID floor", _quality("fid_floor"), 2),
-    Figure("kid", "KID", _quality("kid"), 4),
-    Figure("loss", "loss", lambda r: r["loss"], 4),
-    Figure("holdout_loss", "held-out loss", lambda r: r["holdout_loss"], 4),
-    Figure("gamma_star", "Γ\\*", lambda r: r["gamma_star"], 0),
-    Figure("megabytes_up", "MB up", lambda r: r["bytes_up"] / 1e6, 1),
-    Figure("seconds", "seconds", lambda r: r["seconds"]["train"], 0),
-)
 
 
 @dataclass(frozen=True)
@@ -73,21 +37,6 @@ class Row:
     seeds: tuple[int, ...]
     figures: dict[str, tuple[float, float] | None]
     columns: tuple[Figure, ...] = FIGURES
-
-
-OF_OTHERS = (("inception_score", "IS", 2), ("fid", "FID", 2), ("fid_floor", "FID floor", 2))
-
-
-def columns_of(results: Sequence[Mapping[str, Any]]) -> tuple[Figure, ...]:
-    """`FIGURES`, and behind them those of every further judge, named after it."""
-    names: dict[str, None] = {}
-    for result in results:
-        names |= dict.fromkeys(result["quality"].get("others") or {})
-    return FIGURES + tuple(
-        Figure(f"{key}_{name}", f"{title} by {name}", _quality_by(name, key), digits)
-        for name in names
-        for key, title, digits in OF_OTHERS
-    )
 
 
 def finished(runs: Iterable[Run]) -> list[tuple[Run, Record]]:
@@ -215,7 +164,8 @@ def tables(rows: Sequence[Row]) -> list[str]:
         mine = [row for row in rows if row.preset == preset]
         paper = TABLE_2.get(mine[0].dataset)
         columns = mine[0].columns
-        titles = ["method", *(f.title for f in columns), *(["paper IS", "paper FID"] * bool(paper))]
+        titles = ["method", *(f.title.replace("*", r"\*") for f in columns)]  # no emphasis
+        titles += ["paper IS", "paper FID"] if paper else []
         lines += [f"**{preset}**", "", _line(titles), _line(["---"] * len(titles))]
         for row in mine:
             cells = [row.method, *(_cell(f, row) for f in columns)]
@@ -235,7 +185,7 @@ def _cell(figure: Figure, row: Row) -> str:
     found = row.figures[figure.key]
     if found is None:
         return "–"
-    mean, deviation = (f"{value:.{figure.digits}f}" for value in found)
+    mean, deviation = map(figure.written, found)
     same = len(row.seeds) == 1 or (figure.digits == 0 and found[1] == 0)
     return mean if same else f"{mean} ± {deviation}"
 

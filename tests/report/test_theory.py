@@ -56,7 +56,7 @@ def test_a_run_without_measurements_says_why_and_still_shows_its_masks(tmp_path)
     page = page_of(tmp_path / "run")
     assert "The bound is not evaluated: theory.every is 0" in page.text
     labels = [value for name, value in page.attributes if name == "aria-label"]
-    assert "w² per worker" in labels
+    assert "table of worker, w² in the last round" in labels  # it hardly moves in two rounds
     assert "terms of the bound" not in labels
 
 
