@@ -91,9 +91,10 @@ class Config(Section):
     worker: WorkerConfig = WorkerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     flower: FlowerConfig = FlowerConfig()
-    trackers: tuple[Annotated[str, part("csv")], ...] = ()
+    trackers: tuple[Annotated[str, part("csv", "tensorboard", "mlflow")], ...] = ()
     """Who is told how the run goes, beside the run directory. csv: rounds.csv in the run directory;
-    your_module:Tracker: see `report.trackers.Tracker`."""
+    tensorboard, mlflow: each needs the extra of its name; your_module:Tracker: see
+    `report.trackers.Tracker`."""
 
     @field_validator("trackers", mode="before")
     @classmethod

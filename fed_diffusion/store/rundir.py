@@ -5,11 +5,15 @@ metrics.jsonl        one line per round
 checkpoint/          theta.safetensors, ema.safetensors, state.json; checkpoint-previous/ is the one
                      before it
 samples/             round-0005.png ..., final.png
-results.json         the figures of a finished run
+results.json         the figures of a finished run; `evaluation` is the number of its own line in
+evaluations.jsonl    every evaluation, the run's own and later ones, with its settings and its date
 report.html          all of it on one page
 privacy.jsonl        under privacy one line for each round that was opened, again or not
 budgets.json         what each client's node can carry, where nodes say it (pruning.budget)
 status.json          how the run ended: finished, or stopped or failed and why
+progress.json        what a run that is alive does at this moment, see `fed_diffusion.store.live`
+provenance.json      what began and resumed the run: versions, commit, machine, command, date, and
+                     the hash of the images
 run.json             the run's id, which its checkpoints carry too
 .run.<n>.lock        who is at the run now, see `fed_diffusion.store.locks`
 
@@ -44,11 +48,20 @@ from fed_diffusion.store.checkpoint import (
 from fed_diffusion.store.files import MEND, append_line, read_object, write_atomic
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.store.locks import STALE_S, FileLock, LockLost
+from fed_diffusion.store.provenance import provenance
 
 DEFAULT_ROOT = "runs"
 RESULTS = ("metrics.jsonl", NEWEST, PREVIOUS, "results.json")
 """Where one of these is, a run has done something."""
-OTHERS = ("config.yaml", "report.html", "budgets.json", "privacy.jsonl", "samples/final.png")
+OTHERS = (
+    "config.yaml",
+    "report.html",
+    "budgets.json",
+    "privacy.jsonl",
+    "provenance.json",
+    "evaluations.jsonl",
+    "samples/final.png",
+)
 LOCK = ".run"
 LOCK_TOKEN = "FED_DIFFUSION_RUN_LOCK"
 """The variable by which a command lets the ServerApp that it starts hold its lock too."""
@@ -102,12 +115,14 @@ class RunDir:
             run.path.mkdir(parents=True, exist_ok=True)
             run.lock()
             run.refuse_existing()
-            (run.path / "status.json").unlink(missing_ok=True)  # of one that never began
+            for name in ("status.json", *([] if run.joined else ["provenance.json"])):
+                (run.path / name).unlink(missing_ok=True)  # of one that never began
             (run.path / "samples").mkdir(exist_ok=True)
             if not run.joined or not (run.path / "run.json").exists():
                 created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
                 identity = {"id": uuid.uuid4().hex, "created": created, "data": data}
                 write_atomic(run.path / "run.json", json.dumps(identity, indent=2) + "\n")
+                run.note_beginning(data)
             write_atomic(run.path / "config.yaml", config.to_yaml())
         except OSError as error:
             raise ConfigError(
@@ -222,6 +237,24 @@ class RunDir:
         except FileNotFoundError:
             return {}
 
+    def note_beginning(self, data: str | None = None) -> None:
+        """Add to provenance.json what begins or resumes this run.
+
+        A ServerApp adds nothing: the command that started it has done so.
+
+        Parameters
+        ----------
+        data
+            The hash of the images, where they are known.
+        """
+        if self.joined:
+            return
+        self.check_lock()
+        known = self._object("provenance.json").get("sessions")
+        sessions = [*(known if isinstance(known, list) else []), provenance(data)]
+        text = json.dumps({"sessions": sessions}, indent=2) + "\n"
+        write_atomic(self.path / "provenance.json", text)
+
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         self.check_lock()
         append_line(self.metrics, json.dumps(line))
@@ -253,6 +286,39 @@ class RunDir:
         except FileNotFoundError:
             raise ConfigError(f"{self.path} has no results.json: the run did not finish.") from None
 
+    def append_evaluation(self, entry: Mapping[str, Any]) -> int:
+        """Keep an evaluation beside those that are there; returns its number, from 1 on."""
+        self.check_lock()
+        number = max((line["number"] for line in self.evaluations()), default=0) + 1
+        append_line(self.path / "evaluations.jsonl", json.dumps({"number": number, **entry}))
+        return number
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Every evaluation that was kept, in order.
+
+        Raises
+        ------
+        ConfigError
+            evaluations.jsonl is damaged.
+        """
+        path = self.path / "evaluations.jsonl"
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        try:
+            found = [json.loads(line) for line in lines]
+            if not all(isinstance(line["number"], int) for line in found):
+                raise ValueError("a line has no number")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path} is damaged: {error}. {MEND}") from error
+        return found
+
+    def in_use(self) -> bool:
+        """Whether a living process holds the directory; nothing is written to find out."""
+        return FileLock(self.path, LOCK).in_use()
+
+    def write_config(self, config: Config) -> None:
+        self.check_lock()
+        write_atomic(self.path / "config.yaml", config.to_yaml())
+
     def write_budgets(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
         self.check_lock()
         write_atomic(self.path / "budgets.json", json.dumps(budgets, indent=2) + "\n")
@@ -262,9 +328,17 @@ class RunDir:
         self.check_lock()
         write_atomic(self.path / "status.json", json.dumps({"state": state, "reason": reason}))
 
+    def status(self) -> dict[str, Any]:
+        """How the run ended, as state and reason; empty while it goes on, or after a kill."""
+        return self._object("status.json")
+
     def finished(self) -> bool:
         """Whether the run has come to its end."""
-        return self._object("status.json").get("state") == "finished"
+        return self.status().get("state") == "finished"
+
+    def doing(self) -> dict[str, Any]:
+        """progress.json; empty where nothing is at the run."""
+        return self._object("progress.json")
 
     def budgets(self) -> dict[int, dict[str, float]]:
         """What write_budgets wrote; empty where it wrote nothing."""
