@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import stat
 import tempfile
 import uuid
 from collections.abc import Mapping
@@ -113,6 +114,16 @@ def save_tensors(
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    _open_up(path)  # safetensors makes files that their owner alone can read
+
+
+def _open_up(path: Path) -> None:
+    """Give a file the mode that the umask asks for, as a new file beside it has it."""
+    file, probe = fresh_file(path.parent, path.name)
+    mode = stat.S_IMODE(os.fstat(file).st_mode)
+    os.close(file)
+    probe.unlink()
+    path.chmod(mode)
 
 
 def read_object(path: Path) -> dict[str, Any]:

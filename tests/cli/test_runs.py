@@ -117,9 +117,8 @@ def test_watch_follows_a_run_from_another_process_to_its_end(tmp_path, monkeypat
 
     def follow():
         command = [sys.executable, "-m", "fed_diffusion", "watch", str(run)]
-        watcher = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+        watcher = subprocess.Popen(command, text=True, **pipes)
         first = watcher.stderr.readline()
         ready.set()
         rest, error = watcher.communicate(timeout=120)

@@ -108,7 +108,8 @@ def test_completion_is_a_static_script_with_every_command(capsys):
 def test_the_parser_is_made_without_torch():
     code = (
         "import sys; from fed_diffusion.cli.main import parser; parser();"
-        "heavy = {'torch', 'matplotlib', 'sklearn', 'flwr'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'torch', 'matplotlib', 'sklearn', 'flwr'} & set(sys.modules);"
+        "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
