@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import yaml
 from rich.table import Table
 
@@ -113,7 +114,8 @@ def size_lines(config: Config, size: Size) -> list[tuple[str, str]]:
     lines = [("network", network)]
     if size.memory is not None:
         text = f"{size.memory / 1e6:.0f} MB for the whole network and a batch of "
-        text += f"{config.local.batch}, above the idle process"
+        text += f"{config.local.batch}, above the idle process (this one has "
+        text += f"{psutil.Process().memory_info().rss / 1e6:.0f} MB)"
         lines.append(("memory per worker", text))
     images = [client.train for client in size.clients]
     held = sum(client.holdout for client in size.clients)

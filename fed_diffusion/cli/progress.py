@@ -77,7 +77,8 @@ class Display:
             texts = [f"{done:.0f}/{of} images" if of else "", f"{left} left" if left else ""]
         text = "  ".join(filter(None, texts))
         self._show(what, at, total or None, text)
-        if not console.is_terminal and time.monotonic() >= self._next_line:
+        begun = of or state["doing"] != "training"  # the line of the round before comes first
+        if not console.is_terminal and begun and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_S
             tell(f"{what}  {text}")
 

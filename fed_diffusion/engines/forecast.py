@@ -189,6 +189,8 @@ class _Timed:
     ----------
     asked
         The clients of the round.
+    keep
+        Client -> its keep ratio.
     server
         Seconds of the server for all tasks and updates of a round.
     down, up
@@ -220,14 +222,14 @@ class _Timed:
             self._step.append(step)
             up.append(update.payload.nbytes)
             received = max(received, _took(lambda u=update: coordinator.receive(u))[1])  # type: ignore[misc]
-        self._keep = keep
+        self.keep = keep
         self.up = sum(float(np.interp(k, self._at, up)) for k in keep.values())
         self.step = self._step[-1]
         self.server = made + received * len(tasks)
 
     def seconds(self, client: int, steps: int) -> float:
         """What a client's task of so many steps takes a worker."""
-        keep = self._keep[client]
+        keep = self.keep[client]
         fixed, step = (float(np.interp(keep, self._at, y)) for y in (self._fixed, self._step))
         return fixed + steps * step
 
@@ -264,7 +266,7 @@ def _announce(config: Config, coordinator: Coordinator, worker: Worker) -> None:
 def _diagnostics(config: Config, timed: _Timed, clients: list[Client], done: int) -> float:
     """Seconds of all workers in the diagnostic rounds that are left, beside their training."""
     due = sum(is_due(config, round) for round in range(done + 1, config.rounds + 1))
-    whole = [n for n in timed.asked if timed._keep[n] == 1]
+    whole = [n for n in timed.asked if timed.keep[n] == 1]
     if not due or not whole:
         return 0.0
     counts = [diagnostics.minibatches(config, clients[n].steps, len(whole)) for n in whole]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import subprocess
@@ -16,9 +17,21 @@ import psutil
 
 from fed_diffusion import __version__
 from fed_diffusion.common.hardware import usable_cores
+from fed_diffusion.store.files import read_object, write_atomic
 
+PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "torchvision", "flwr", "numpy")
 GIT_S = 5.0
+
+
+def add_session(path: Path, data: str | None) -> None:
+    """Add to the file what this process is, which begins or resumes a run."""
+    try:
+        known = read_object(path).get("sessions")
+    except FileNotFoundError:
+        known = None
+    sessions = [*(known if isinstance(known, list) else []), provenance(data)]
+    write_atomic(path, json.dumps({"sessions": sessions}, indent=2) + "\n")
 
 
 def provenance(data: str | None = None) -> dict[str, Any]:

@@ -45,10 +45,11 @@ from fed_diffusion.store.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from fed_diffusion.store.evaluations import EVALUATIONS, append_evaluation, read_evaluations
 from fed_diffusion.store.files import MEND, append_line, read_object, write_atomic
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.store.locks import STALE_S, FileLock, LockLost
-from fed_diffusion.store.provenance import provenance
+from fed_diffusion.store.provenance import PROVENANCE, add_session
 
 DEFAULT_ROOT = "runs"
 RESULTS = ("metrics.jsonl", NEWEST, PREVIOUS, "results.json")
@@ -58,8 +59,8 @@ OTHERS = (
     "report.html",
     "budgets.json",
     "privacy.jsonl",
-    "provenance.json",
-    "evaluations.jsonl",
+    PROVENANCE,
+    EVALUATIONS,
     "samples/final.png",
 )
 LOCK = ".run"
@@ -115,7 +116,7 @@ class RunDir:
             run.path.mkdir(parents=True, exist_ok=True)
             run.lock()
             run.refuse_existing()
-            for name in ("status.json", *([] if run.joined else ["provenance.json"])):
+            for name in ("status.json", *([] if run.joined else [PROVENANCE])):
                 (run.path / name).unlink(missing_ok=True)  # of one that never began
             (run.path / "samples").mkdir(exist_ok=True)
             if not run.joined or not (run.path / "run.json").exists():
@@ -250,10 +251,7 @@ class RunDir:
         if self.joined:
             return
         self.check_lock()
-        known = self._object("provenance.json").get("sessions")
-        sessions = [*(known if isinstance(known, list) else []), provenance(data)]
-        text = json.dumps({"sessions": sessions}, indent=2) + "\n"
-        write_atomic(self.path / "provenance.json", text)
+        add_session(self.path / PROVENANCE, data)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         self.check_lock()
@@ -289,27 +287,11 @@ class RunDir:
     def append_evaluation(self, entry: Mapping[str, Any]) -> int:
         """Keep an evaluation beside those that are there; returns its number, from 1 on."""
         self.check_lock()
-        number = max((line["number"] for line in self.evaluations()), default=0) + 1
-        append_line(self.path / "evaluations.jsonl", json.dumps({"number": number, **entry}))
-        return number
+        return append_evaluation(self.path / EVALUATIONS, entry)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Every evaluation that was kept, in order.
-
-        Raises
-        ------
-        ConfigError
-            evaluations.jsonl is damaged.
-        """
-        path = self.path / "evaluations.jsonl"
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-        try:
-            found = [json.loads(line) for line in lines]
-            if not all(isinstance(line["number"], int) for line in found):
-                raise ValueError("a line has no number")
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path} is damaged: {error}. {MEND}") from error
-        return found
+        """Every evaluation that was kept, in order; `ConfigError` where the file is damaged."""
+        return read_evaluations(self.path / EVALUATIONS)
 
     def in_use(self) -> bool:
         """Whether a living process holds the directory; nothing is written to find out."""
