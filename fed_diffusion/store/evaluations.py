@@ -14,8 +14,8 @@ EVALUATIONS = "evaluations.jsonl"
 
 
 def append_evaluation(path: Path, entry: Mapping[str, Any]) -> int:
-    """Add a line to the file; returns its number, from 1 on."""
-    number = max((line["number"] for line in read_evaluations(path)), default=0) + 1
+    """Add a line to the file; returns its number, from 1 on, among all lines, damaged ones too."""
+    number = len(path.read_bytes().splitlines()) + 1 if path.is_file() else 1
     append_line(path, json.dumps({"number": number, **entry}))
     return number
 

@@ -90,13 +90,19 @@ class Live:
             each = sum(self._took) / len(self._took)
         elif self._first is not None:
             each = self._first
-        elif part:
-            each = elapsed / part
-        else:
-            return None
+        else:  # the first round, in which the workers start: what lies between answers tells
+            return self._by_answers(part)
         # a round that takes longer than the others ends, as far as its answers tell, after this
         this = max(each - elapsed, elapsed / part - elapsed if part else 0.0, 0.0)
         return this + (self._rounds - self._round) * each
+
+    def _by_answers(self, part: float) -> float | None:
+        """Seconds that are left, as the answers of the first round come in."""
+        count = len(self._answers)
+        if count < FEW_ANSWERS or not part:
+            return None
+        each = (self._answers[-1] - self._answers[0]) / (count - 1) * (self._done / part)
+        return each * (1 - part) + (self._rounds - self._round) * each
 
     def _without_start(self, seconds: float) -> float:
         """What a round takes, by the one in which the workers started: from its first answer on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shlex
 import subprocess
@@ -17,19 +18,27 @@ import psutil
 
 from fed_diffusion import __version__
 from fed_diffusion.common.hardware import usable_cores
+from fed_diffusion.config.schema import ConfigError
 from fed_diffusion.store.files import read_object, write_atomic
 
 PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "torchvision", "flwr", "numpy")
 GIT_S = 5.0
+logger = logging.getLogger(__name__)
 
 
 def add_session(path: Path, data: str | None) -> None:
-    """Add to the file what this process is, which begins or resumes a run."""
+    """Add to the file what this process is, which begins or resumes a run.
+
+    A file that is damaged stays as it is, with a warning: the run goes on without the note.
+    """
     try:
         known = read_object(path).get("sessions")
     except FileNotFoundError:
         known = None
+    except ConfigError as error:
+        logger.warning("%s This beginning of the run is not noted there.", error)
+        return
     sessions = [*(known if isinstance(known, list) else []), provenance(data)]
     write_atomic(path, json.dumps({"sessions": sessions}, indent=2) + "\n")
 

@@ -214,6 +214,10 @@ class RunDir:
                 f"{self.path}"
             )
 
+    def in_use(self) -> bool:
+        """Whether a living process holds the directory; nothing is written to find out."""
+        return FileLock(self.path, LOCK).in_use()
+
     # --- what is in it --------------------------------------------------------------------------
 
     @property
@@ -227,6 +231,10 @@ class RunDir:
             return build_config(settings)
         except ConfigError as error:
             raise ConfigError(f"{path} cannot be used: {error}") from error
+
+    def write_config(self, config: Config) -> None:
+        self.check_lock()
+        write_atomic(self.path / "config.yaml", config.to_yaml())
 
     def identity(self) -> dict[str, Any]:
         """run.json; empty where there is none, as in a run that an earlier version began."""
@@ -292,14 +300,6 @@ class RunDir:
     def evaluations(self) -> list[dict[str, Any]]:
         """Every evaluation that was kept, in order; `ConfigError` where the file is damaged."""
         return read_evaluations(self.path / EVALUATIONS)
-
-    def in_use(self) -> bool:
-        """Whether a living process holds the directory; nothing is written to find out."""
-        return FileLock(self.path, LOCK).in_use()
-
-    def write_config(self, config: Config) -> None:
-        self.check_lock()
-        write_atomic(self.path / "config.yaml", config.to_yaml())
 
     def write_budgets(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
         self.check_lock()

@@ -58,9 +58,11 @@ def test_the_start_of_the_workers_is_not_expected_again(tmp_path, clock):
     told = Live(RunDir(tmp_path), rounds=3)
     told.round(1)
     clock.now += 30
-    for _ in range(5):
+    for done in range(1, 6):
         clock.now += 2
         told.answered(of=5)
+        left = said(tmp_path)["seconds_left"]
+        assert left == (None if done < 4 else (5 - done) * 2 + 2 * 10)
     told.closed(40.0)
     assert said(tmp_path)["seconds_left"] == 2 * (8 / 4 * 5)
 

@@ -47,6 +47,19 @@ def test_a_run_that_is_resumed_names_both_of_its_beginnings(tmp_path, digits, mo
     assert begun["date"][:10] == RunDir(tmp_path / "run").identity()["created"][:10]
 
 
+def test_a_damaged_note_keeps_no_run_from_going_on(tmp_path, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        fd.run(fd.load_config("digits", SMALL), tmp_path / "run", progress=stop)
+    for name in ("provenance.json", "evaluations.jsonl"):
+        (tmp_path / "run" / name).write_text("[damaged\n")
+    results = fd.resume(tmp_path / "run")
+    assert (tmp_path / "run/provenance.json").read_text() == "[damaged\n"
+    assert "not noted there" in caplog.text
+    assert results["evaluation"] == 2
+    with pytest.raises(fd.ConfigError, match=r"evaluations\.jsonl is damaged"):
+        RunDir(tmp_path / "run").evaluations()
+
+
 def test_neither_host_nor_user_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     argv = [f"{tmp_path}/bin/fed-diffusion", "run", "x", "--out", f"{tmp_path}/r"]
