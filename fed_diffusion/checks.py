@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from fed_diffusion.aggregation.named import check_aggregator
@@ -92,18 +95,26 @@ def check_device(config: Config) -> None:
         )
 
 
-def check_resume(run: RunDir, accept_changes: bool = False) -> None:
+def check_resume(
+    run: RunDir, accept_changes: bool = False, changes: Mapping[str, Any] | None = None
+) -> tuple[Config, str | None]:
     """All that `Experiment.resume` refuses, for a command that has another process resume a run.
+
+    Returns
+    -------
+    config, data
+        The settings that the run goes on with, and the hash of its images.
 
     Raises
     ------
     ConfigError
         See `Experiment.resume`.
     """
-    found = standing(run, VERSIONS, accept_changes)
+    found = standing(run, VERSIONS, accept_changes, changes)
     dataset = check(found.config)
     data = None if dataset is None else content_hash(dataset)
     check_same_data(run, found.config, found.checkpoint, data)
+    return found.config, data
 
 
 VERSIONS = {"checkpoint": checkpoint.VERSION, "wire": wire.VERSION}

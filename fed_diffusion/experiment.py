@@ -25,10 +25,12 @@ from fed_diffusion.data import (
 from fed_diffusion.finish import finish, small_grid
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.report.holdings import write_data
+from fed_diffusion.report.live import LivePage
 from fed_diffusion.report.trackers import Trackers
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.server.divergence import Diverged
 from fed_diffusion.store.ledger import RoundSummary
+from fed_diffusion.store.live import Live
 from fed_diffusion.store.origin import Standing, check_same_data, standing
 from fed_diffusion.store.record import Record
 from fed_diffusion.store.rundir import RunDir
@@ -76,6 +78,8 @@ class Experiment:
         """What carries this run; the command that resumes it depends on it."""
         self._data = None if self.dataset is None else content_hash(self.dataset)
         self.run = RunDir.create(path, config, self._data) if run is None else run
+        self.live = Live(self.run, config.rounds)
+        self.page = LivePage(self.run)
         try:
             self.coordinator = Coordinator(config, parameters_of(build_network(config)))
             self.record = Record(config, self.run, self._data, VERSIONS)
@@ -94,6 +98,7 @@ class Experiment:
         dataset: ImageSet | None = None,
         needs_data: bool = True,
         accept_changes: bool = False,
+        changes: Mapping[str, Any] | None = None,
     ) -> Experiment:
         """A run that was stopped or killed, at its last checkpoint (or at its start).
 
@@ -101,7 +106,7 @@ class Experiment:
 
         Parameters
         ----------
-        accept_changes
+        accept_changes, changes
             See `fed_diffusion.store.origin.standing`.
 
         Raises
@@ -113,7 +118,7 @@ class Experiment:
         run = RunDir.open(path)
         run.lock()
         try:
-            found = standing(run, VERSIONS, accept_changes)
+            found = standing(run, VERSIONS, accept_changes, changes)
             experiment = cls(found.config, run.path, dataset, needs_data, run)
             experiment._go_on(found)
         except BaseException:
@@ -130,8 +135,12 @@ class Experiment:
             except ValueError as error:
                 raise ConfigError(f"{self.run.path} cannot be resumed: {error}.") from error
             self.record.go_on(found, state)
+            self.live.go_on([summary.seconds for summary in found.rounds])
             self.coordinator.ledger.losses = [line.loss for line in found.rounds if line.clients]
         self.run.begin_again(found.rounds)
+        self.run.note_beginning(self._data)
+        if found.config != self.run.config():
+            self.run.write_config(found.config)  # as it was typed with the command
         if found.changed or found.checkpoint is None:
             self._checkpoint()  # from here on the run is one with the new settings
 
@@ -143,6 +152,8 @@ class Experiment:
     def close(self) -> None:
         """Free the run directory for others."""
         self.trackers.end()
+        self.page.end()
+        self.live.end()
         self.run.unlock()
 
     def train(
@@ -201,6 +212,7 @@ class Experiment:
         """See `Coordinator.tasks`."""
         if self.coordinator.open is None:  # where tasks outlive rounds, a round asks repeatedly
             self._round_began = time.perf_counter()
+            self.live.round(round)
         if self.config.privacy.clip is not None:
             self.run.note_opened(round)  # before anything of it is sent: it counts from here on
         with pinned_threads(self.config.worker.threads):
@@ -209,11 +221,19 @@ class Experiment:
     def receive(self, update: Update, node: int | None = None) -> bool:
         """See `Coordinator.receive`."""
         with self.record.timed("aggregate"), pinned_threads(self.config.worker.threads):
-            return self.coordinator.receive(update, node)
+            counted = self.coordinator.receive(update, node)
+        self._answered()
+        return counted
 
     def reject(self, client: int, reason: str, node: int | None = None, nbytes: int = 0) -> None:
         """See `Coordinator.reject`."""
         self.coordinator.reject(client, reason, node, nbytes)
+        self._answered()
+
+    def _answered(self) -> None:
+        if (state := self.coordinator.open) is not None:
+            overlapping = self.coordinator.policy.overlapping
+            self.live.answered(state.target if overlapping else len(state.recipes))
 
     def enough(self) -> bool:
         """See `Coordinator.enough`."""
@@ -229,6 +249,8 @@ class Experiment:
         if summary.round % config.round.checkpoint_every == 0:
             self._checkpoint()
         self.trackers.round(summary.to_dict())
+        self.live.closed(summary.seconds)
+        self.page.refresh()
         every = config.evaluation.every
         if every and summary.round % every == 0 and summary.round < config.rounds:
             small_grid(self, summary.round)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fed_diffusion.analysis.results import results_of
 from fed_diffusion.common.rng import Purpose
 from fed_diffusion.evaluation import no_quality
-from fed_diffusion.evaluation.generated import measure
+from fed_diffusion.evaluation.generated import UNFINISHED, evaluate, evaluation_entry
 from fed_diffusion.generate import Sampler
 from fed_diffusion.report.grids import save_grid
 from fed_diffusion.report.holdings import grid_labels
@@ -18,15 +18,21 @@ if TYPE_CHECKING:
     from fed_diffusion.experiment import Experiment
 
 
+SMALL = 16
+"""Images of a small grid."""
+
+
 def finish(experiment: Experiment) -> dict[str, Any]:
     """Sample, measure, and write results.json and the report; returns the results."""
     run, record = experiment.run, experiment.record
-    why = "the evaluation did not finish; fed-diffusion evaluate RUN does it again"
-    run.write_results(_results(experiment, no_quality(why, 0, 0)))
+    run.write_results(_results(experiment, no_quality(UNFINISHED, 0, 0)) | {"evaluation": None})
     with record.timed("evaluate"):
         quality = _evaluate(experiment)
-    results = _results(experiment, quality)
+    entry = evaluation_entry(experiment.config, experiment.coordinator.round, quality)
+    results = _results(experiment, quality) | {"evaluation": run.append_evaluation(entry)}
     run.write_results(results)
+    experiment.live.step("writing the report")
+    experiment.page.end()
     from fed_diffusion.report.html import write_report  # matplotlib takes seconds to import
 
     write_report(run.path)
@@ -36,17 +42,24 @@ def finish(experiment: Experiment) -> dict[str, Any]:
 
 
 def _evaluate(experiment: Experiment) -> dict[str, Any]:
-    """Sample once; the first images make the grid, all of them the figures."""
-    sampler, config = _sampler(experiment), experiment.config.evaluation
-    images = sampler.sample(max(config.samples, config.grid))
-    _save(experiment, images[: config.grid], "final.png", grid_labels(experiment.config))
-    return measure(sampler, images[: config.samples], experiment.dataset)
+    """Draw the grid first, then the other images that the figures need, and measure."""
+    live, labels = experiment.live, grid_labels(experiment.config)
+    return evaluate(
+        _sampler(experiment),
+        experiment.dataset,
+        grid=lambda images: _save(experiment, images, "final.png", labels),
+        told=live.step,
+    )
 
 
 def small_grid(experiment: Experiment, round: int) -> None:
     """Images from the same noise each time."""
     with experiment.record.timed("evaluate"):
-        images = _sampler(experiment).sample(16, purpose=Purpose.GRID)
+        images = _sampler(experiment).sample(
+            SMALL,
+            purpose=Purpose.GRID,
+            progress=lambda done: experiment.live.step("sampling", done, SMALL),
+        )
         _save(experiment, images, f"round-{round:04d}.png")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from fed_diffusion.store.rundir import DEFAULT_ROOT, RunDir
 
 __all__ = ["DEFAULT_ROOT", "RunDir", "Sampler", "batches_at_once", "sampler_partition"]
 
+Sampled = Callable[[float], None]
+"""Called while images are made with how many are done; a batch half way counts as half of it."""
 FEW = 16
 """Images that are tried to see how much memory a whole batch will take."""
 
@@ -162,7 +166,6 @@ class Sampler:
                 f"{self.classes - 1}."
             )
 
-    @torch.no_grad()
     def sample(
         self,
         num: int,
@@ -175,6 +178,7 @@ class Sampler:
         guidance: float | None = None,
         partition: str | None = None,
         purpose: Purpose = Purpose.SAMPLES,
+        progress: Sampled | None = None,
     ) -> Tensor:
         """Generate images, by the exponential integrator (10) unless another sampler is named.
 
@@ -192,6 +196,8 @@ class Sampler:
             Default: evaluation.sampler, evaluation.guidance.
         partition
             As diffusion.partition, which is the default.
+        progress
+            Told how many images are done, after each step of each batch.
 
         Returns
         -------
@@ -211,8 +217,6 @@ class Sampler:
                 "diffusion.partition": partition,
             }
         )
-        u = sampler_partition(config)
-        solve = solver_of(config)
         batch = batch or config.evaluation.batch
         seed = self.config.seed if seed is None else seed
         if not 0 <= seed < LARGEST:
@@ -221,26 +225,60 @@ class Sampler:
             self._check_labels(labels, num)
         elif self.classes is not None:
             labels = torch.arange(num) % self.classes
+        made = self._batches(config, num, batch, seed, labels, purpose, progress)
+        return torch.cat([torch.empty((0, *self.shape), dtype=torch.uint8), *made])
 
+    def batches(
+        self, num: int, *, purpose: Purpose = Purpose.SAMPLES, progress: Sampled | None = None
+    ) -> Iterator[Tensor]:
+        """The images of `sample(num)` in parts, in order, each as soon as it is made."""
+        labels = None if self.classes is None else torch.arange(num) % self.classes
+        config = self.config
+        size = config.evaluation.batch
+        yield from self._batches(config, num, size, config.seed, labels, purpose, progress)
+
+    def _batches(
+        self,
+        config: Config,
+        num: int,
+        batch: int,
+        seed: int,
+        labels: Tensor | None,
+        purpose: Purpose,
+        progress: Sampled | None,
+    ) -> Iterator[Tensor]:
+        u, solve, guidance = (
+            sampler_partition(config),
+            solver_of(config),
+            config.evaluation.guidance,
+        )
+        count = _Count(progress, self.calls(u, config))
+
+        @torch.no_grad()
         def generate(start: int) -> Tensor:
             n = min(batch, num - start)
             # each batch has a stream of its own, so it does not matter which thread makes it
             noise = torch_generator(seed, purpose, round=start // batch, device=self.device)
             y = torch.randn((n, *self.shape), generator=noise, device=self.device)
             chosen = None if labels is None else labels[start : start + n].to(self.device)
-            score = self.score(chosen, config.evaluation.guidance)
+            score = count.counted(self.score(chosen, guidance), start, n)
             y = solve(score, y, u, generator=noise, denoise=config.evaluation.denoise)
+            count.note(start, n)
             return to_uint8(y).cpu()
 
-        images = [torch.empty((0, *self.shape), dtype=torch.uint8)]
         starts = range(0, num, batch)
+        if not starts:
+            return
         few = min(batch, num, FEW)
-        score = self.score(None if labels is None else labels[:few], config.evaluation.guidance)
         with kernels(self.config, self.device):
-            at_once = self._at_once(score, few, batch, len(starts))
+            at_once = self._at_once(
+                self.score(None if labels is None else labels[:few], guidance),
+                few,
+                batch,
+                len(starts),
+            )
             with batches_at_once(self.device, at_once) as pool:
-                images += pool.map(torch.no_grad()(generate), starts)
-        return torch.cat(images)
+                yield from pool.map(generate, starts)
 
     def _at_once(self, score: Score, few: int, batch: int, batches: int) -> int:
         """How many batches the cores and the free memory allow at once; images depend on neither.
@@ -254,7 +292,7 @@ class Sampler:
         if self.device.type != "cpu" or cores <= 1:
             return 1
         y, u = torch.zeros((few, *self.shape)), torch.ones(few, dtype=torch.float64)
-        with pinned_threads(1):
+        with pinned_threads(1), torch.no_grad():
             score(y, u)  # the first call loads what later ones share
             with peak_memory(self.device) as peak:
                 score(y, u)
@@ -268,5 +306,43 @@ class Sampler:
         though its two halves go through in one call.
         """
         guided = self.config.evaluation.guidance if guidance is None else guidance
-        once = len(self.partition(steps)) - 1 + int(self.config.evaluation.denoise)
+        once = self.calls(self.partition(steps), self.config)
         return once * (2 if guided and self.classes is not None else 1)
+
+    @staticmethod
+    def calls(u: Tensor, config: Config) -> int:
+        """Calls of the score behind a batch on the partition u."""
+        return len(u) - 1 + int(config.evaluation.denoise)
+
+
+class _Count:
+    """How many images are done, from the calls of the score of batches that are made at once."""
+
+    def __init__(self, tell: Sampled | None, calls: int):
+        self._tell = tell
+        self._calls = calls
+        self._done: dict[int, float] = {}
+        self._lock = threading.Lock()
+
+    def counted(self, score: Score, start: int, n: int) -> Score:
+        """The score of the batch at `start`, of n images, whose calls are counted."""
+        if self._tell is None:
+            return score
+        asked = 0
+
+        def count(y: Tensor, u: Tensor) -> Tensor:
+            nonlocal asked
+            found = score(y, u)
+            asked += 1
+            # a sampler of the user's own may ask more often than once a step
+            self.note(start, n * min(asked / self._calls, 1.0))
+            return found
+
+        return count
+
+    def note(self, start: int, done: float) -> None:
+        if self._tell is None:
+            return
+        with self._lock:
+            self._done[start] = done
+            self._tell(sum(self._done.values()))

@@ -7,9 +7,17 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fed_diffusion.cli.arguments import add_dry_run, add_set
 from fed_diffusion.cli.output import say
-from fed_diffusion.config import ConfigError, build_config, read_value
-from fed_diffusion.config.yaml import absolute
+from fed_diffusion.cli.progress import Display, followed
+from fed_diffusion.config import (
+    ConfigError,
+    build_config,
+    parse_pairs,
+    read_value,
+    refuse_overlaps,
+    with_overrides,
+)
 from fed_diffusion.store.files import check_writable
 
 if TYPE_CHECKING:
@@ -18,7 +26,9 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Any) -> None:
     """Add them to the sub-parsers of `fed-diffusion`."""
-    evaluate = commands.add_parser("evaluate", help="sample and measure a trained run again")
+    evaluate = commands.add_parser(
+        "evaluate", help="sample and measure a trained run again; earlier figures are kept"
+    )
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument("--samples", type=int, metavar="N", help="how many images to generate")
     evaluate.add_argument("--reference", help="data, train, test or a folder of images")
@@ -32,6 +42,8 @@ def add_commands(commands: Any) -> None:
         "--weights",
         help="a file of the extractor's weights, or as evaluation.weights: {NAME: FILE, ...}",
     )
+    add_set(evaluate, "of evaluation.*, as in evaluation.sampler=second_order")
+    add_dry_run(evaluate)
     evaluate.set_defaults(command=evaluate_command)
 
     features = commands.add_parser("features", help="extractors of one's own")
@@ -56,52 +68,88 @@ def add_commands(commands: Any) -> None:
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    """Measure quality again, write it to results.json and the report, and print it."""
+    """Measure quality again, keep it in evaluations.jsonl, and print it."""
     from fed_diffusion.generate import RunDir
 
     run = RunDir.open(arguments.run)
+    typed = _typed(arguments)
+    if arguments.dry_run:
+        from fed_diffusion.cli.dry_run import print_evaluation
+        from fed_diffusion.store.origin import trained
+
+        return print_evaluation(with_overrides(trained(run)[0], typed))
     with run.locked():
-        quality = _measure_again(run, arguments)
+        quality = _measure_again(run, typed)
     say(json.dumps(quality, indent=2))
     return 0
 
 
-def _measure_again(run: RunDir, arguments: argparse.Namespace) -> dict[str, Any]:
+def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The dotted settings that are to differ from the run's."""
+    pairs = parse_pairs(arguments.set)
+    if other := [key for key in pairs if not key.startswith("evaluation.")]:
+        raise ConfigError(
+            f"--set {other[0]}: only evaluation.* can be set here; the network and its images are "
+            "the run's."
+        )
+    names = ("samples", "reference", "extractor", "weights")
+    given = {
+        f"evaluation.{name}": value
+        for name in names
+        if (value := getattr(arguments, name)) is not None
+    }
+    if arguments.weights is not None:
+        given["evaluation.weights"] = read_value("evaluation.weights", arguments.weights)
+    refuse_overlaps([*given, *pairs], "evaluate's own options and --set")
+    typed = pairs | given
+    if "evaluation.extractor" in typed:  # the weights of the run's own extractor go with it
+        typed.setdefault("evaluation.weights", None)
+    return typed
+
+
+def _measure_again(run: RunDir, typed: dict[str, Any]) -> dict[str, Any]:
     from fed_diffusion.data import content_hash, load_dataset, tell
     from fed_diffusion.evaluation.checks import OWN_DATA, check_evaluation
-    from fed_diffusion.evaluation.generated import measure
-    from fed_diffusion.generate import Sampler
+    from fed_diffusion.evaluation.generated import evaluate, evaluation_entry
+    from fed_diffusion.generate import Sampler, check_sampler
     from fed_diffusion.report.html import write_report
+    from fed_diffusion.store.live import Live
     from fed_diffusion.store.origin import check_same_data, resume_command, trained
 
-    results, (config, checkpoint) = run.results(), trained(run)
+    results, (own, checkpoint) = run.results(), trained(run)
     done = checkpoint.state["round"]
     if results.get("rounds") not in (None, done):
         raise ConfigError(
             f"{run.path} cannot be measured: its results.json is of round {results['rounds']} and "
             f"its checkpoint of round {done}. Finish it first: {resume_command(run.path)}"
         )
-    settings = config.to_dict()
-    names = ("samples", "reference", "extractor", "weights")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if "weights" in given:
-        given["weights"] = read_value("evaluation.weights", given["weights"])
-    if "extractor" in given:  # the weights of the run's own extractor go with it
-        given.setdefault("weights", None)
-    if given.get("reference", "none") not in (*OWN_DATA, "none", ""):
-        given["reference"] = str(absolute(given["reference"], "--reference"))
-    settings["evaluation"] |= given
-    config = build_config(settings)
+    config = with_overrides(own, typed)
     check_evaluation(config)
+    check_sampler(config)
+    sampler = Sampler(config, checkpoint.tensors["ema"])
+    sampler.partition()  # refuses too few steps
     dataset = None
     if config.evaluation.reference in OWN_DATA and config.evaluation.samples:
         dataset = tell(load_dataset(config.data))
         check_same_data(run, config, checkpoint, content_hash(dataset))
-    sampler = Sampler(config, checkpoint.tensors["ema"])
-    quality = measure(sampler, sampler.sample(config.evaluation.samples), dataset)
-    run.write_results(results | {"quality": quality})
+    live = Live(run, config.rounds)
+    try:
+        with Display(config) as shown, followed(run, shown.live):
+            quality = evaluate(sampler, dataset, told=live.step)
+    finally:
+        live.end()
+    number = run.append_evaluation(evaluation_entry(config, done, quality))
+    if config.evaluation == own.evaluation and _has_none(results):
+        run.write_results(results | {"quality": quality, "evaluation": number})
     write_report(run.path)
     return quality
+
+
+def _has_none(results: dict[str, Any]) -> bool:
+    """Whether a run's own evaluation did not come to its end."""
+    from fed_diffusion.evaluation.generated import UNFINISHED
+
+    return bool(results["quality"]["why"] == UNFINISHED)
 
 
 def features_train_command(arguments: argparse.Namespace) -> int:

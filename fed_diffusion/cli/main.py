@@ -1,39 +1,37 @@
-"""fed-diffusion run | resume | sample | evaluate | report | compare | sweep | deploy | ...."""
+"""fed-diffusion COMMAND: the parser of all commands, and those that are short."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
 
 from fed_diffusion.cli import compare as cli_compare
+from fed_diffusion.cli import dry_run as cli_dry_run
 from fed_diffusion.cli import evaluation as cli_evaluation
+from fed_diffusion.cli import runs as cli_runs
+from fed_diffusion.cli import settings as cli_settings
 from fed_diffusion.cli import theory as cli_theory
+from fed_diffusion.cli.arguments import INTERRUPTED, add_dry_run, add_set, spread
 from fed_diffusion.cli.deploy import add_deploy_commands
 from fed_diffusion.cli.output import OutputError, make_printable, say
-from fed_diffusion.common.terminal import console, tell
-from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
+from fed_diffusion.cli.progress import Display
+from fed_diffusion.common.terminal import tell
+from fed_diffusion.config import ConfigError, parse_pairs
 from fed_diffusion.store.files import check_writable, in_words
 from fed_diffusion.store.locks import LockLost
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fed_diffusion.experiment import Experiment
-    from fed_diffusion.store.rundir import RunDir
-
-INTERRUPTED = 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: done; 1: the run failed; 2: refused before it began; 130: interrupted."""
     make_printable()
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_args(spread(sys.argv[1:] if argv is None else argv))
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for parts that settings name as module:attribute
     try:
@@ -57,26 +55,11 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="fed-diffusion", description="Federated training of diffusion models."
     )
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and the commit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="train, sample, evaluate; prints the run directory")
-    run.add_argument("preset", help="a name in conf/ or the path of a YAML file")
-    run.add_argument("--engine", choices=("local", "flower"), default="local")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="as in pruning.level=S"
-    )
-    run.add_argument("--out", type=Path, help="the run directory (default: runs/<preset>-<time>)")
-    run.set_defaults(command=run_command)
-
-    resume = commands.add_parser("resume", help="go on with a run that was stopped or killed")
-    resume.add_argument("run", type=Path, metavar="RUN")
-    resume.add_argument("--engine", choices=("local", "flower"), default="local")
-    resume.add_argument(
-        "--accept-changes",
-        action="store_true",
-        help="let through rounds, evaluation.*, worker.* that were changed in RUN/config.yaml",
-    )
-    resume.set_defaults(command=resume_command)
+    cli_runs.add_commands(commands)
+    cli_settings.add_commands(commands)
 
     sample = commands.add_parser("sample", help="generate images from a trained run")
     sample.add_argument("run", type=Path, metavar="RUN")
@@ -102,7 +85,8 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--only", nargs="+", default=[], metavar="PATTERN", help="as in T-FedDM or '*-seed0'"
     )
-    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    add_set(sweep)
+    add_dry_run(sweep)
     sweep.add_argument("--processes", type=int, help="clients at once (default: cores; 1 on a GPU)")
     sweep.add_argument(
         "--report", type=Path, metavar="FILE.md", help="the tables and figures once more, there"
@@ -113,70 +97,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def run_command(arguments: argparse.Namespace) -> int:
-    """Train a preset on the chosen engine; the run directory is the last line of the output."""
-    from fed_diffusion.engines.either import begin
-    from fed_diffusion.store.rundir import RunDir
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> None:
+        from fed_diffusion import __version__
+        from fed_diffusion.store.provenance import commit
 
-    config = load_config(arguments.preset, parse_pairs(arguments.set))
-    if arguments.out is not None:
-        RunDir(arguments.out).refuse_existing()  # before a bar is shown
-    return _train(config, lambda: begin(config, arguments.out, arguments.engine))
-
-
-def resume_command(arguments: argparse.Namespace) -> int:
-    """Go on from a run's last checkpoint; it ends with the bits it would have ended with."""
-    from fed_diffusion.engines.either import begin_again
-    from fed_diffusion.store.rundir import RunDir
-
-    run = RunDir.open(arguments.run)
-    accept = arguments.accept_changes
-
-    def begin() -> Experiment | RunDir:
-        return begin_again(run.path, arguments.engine, accept)[0]
-
-    return _train(run.config(), begin, resumed=True, accept_changes=accept)
-
-
-def _train(
-    config: Config,
-    begin: Callable[[], Experiment | RunDir],
-    *,
-    resumed: bool = False,
-    accept_changes: bool = False,
-) -> int:
-    """Run a new or stopped run to its end.
-
-    Parameters
-    ----------
-    begin
-        Claims the run directory: returns the experiment, for this process, or for the Flower
-        engine the directory.
-    """
-    from fed_diffusion.engines.either import carry
-    from fed_diffusion.engines.signals import stop_signals_interrupt
-    from fed_diffusion.experiment import Experiment
-    from fed_diffusion.store.origin import resume_command
-
-    path = made = None
-    with _live_progress(config) as report, stop_signals_interrupt():
-        try:
-            made = begin()
-            path = made.run.path if isinstance(made, Experiment) else made.path
-            carry(made, config, report, resumed=resumed, accept_changes=accept_changes)
-        except ConfigError:
-            raise
-        except RuntimeError as error:  # below quorum; a worker died; no disk
-            tell(str(error), "failed:")
-            return 1
-        except KeyboardInterrupt:
-            engine = "local" if isinstance(made, Experiment) else "flower"
-            how = f"; go on with: {resume_command(path, engine=engine)}" if path else ""
-            tell(f"interrupted{how}")
-            return INTERRUPTED
-    _print_results(path)
-    say(path)
-    return 0
+        say(f"fed-diffusion {__version__}" + (f" ({known})" if (known := commit()) else ""))
+        parser.exit()
 
 
 def sample_command(arguments: argparse.Namespace) -> int:
@@ -233,6 +160,8 @@ def sweep_command(arguments: argparse.Namespace) -> int:
     if not arguments.resume:
         sweeping.refuse_existing(out)
     datasets = sweeping.check_runs(todo)
+    if arguments.dry_run:
+        return cli_dry_run.print_sweep([run for run in todo if not run.finished()], datasets)
     sweeping.start(out, resume=arguments.resume)
     command = sweeping.command_line(arguments)
     try:
@@ -242,7 +171,7 @@ def sweep_command(arguments: argparse.Namespace) -> int:
                 out,
                 datasets,
                 processes=arguments.processes,
-                progress=_live_progress,
+                progress=Display,
                 say=tell,
             )
     except KeyboardInterrupt:
@@ -257,67 +186,6 @@ def sweep_command(arguments: argparse.Namespace) -> int:
         tell(f"left to others: {name}: {who}")
     say(out)
     return 1 if outcome.failed else 0
-
-
-class _live_progress:
-    """A bar with round, loss, images/s and time left; plain lines without a terminal."""
-
-    def __init__(self, config: Config):
-        self._rounds = config.rounds
-        self._bar = Progress(
-            TextColumn("round", style="bold", markup=False),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}", markup=False),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("starting", total=config.rounds)
-
-    def __enter__(self) -> _live_progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, line: dict[str, Any]) -> None:
-        speed = line["images"] / max(line["seconds"], 1e-9)
-        text = f"loss {line['loss']:.4f}  {speed:.0f} images/s"
-        if line["rejected"]:
-            text += f"  rejected {len(line['rejected'])}"
-        self._bar.update(self._task, completed=line["round"], description=text)
-        if line["round"] == self._rounds:
-            self._bar.update(self._task, description=f"{text}  sampling and evaluating")
-        if not console.is_terminal:
-            tell(f"round {line['round']}/{self._rounds}  {text}")
-
-
-def _fid(found: dict[str, Any], samples: int) -> str:
-    """A judge's FID with what it depends on, or why there is none."""
-    if found["fid"] is None:
-        return f"no quality figures: {found['why']}"
-    return (
-        f"FID {found['fid']:.2f} (floor {found['fid_floor']:.2f}, {found['extractor']}, "
-        f"{samples} samples)"
-    )
-
-
-def _print_results(path: Path) -> None:
-    from fed_diffusion.store.rundir import RunDir
-
-    results = RunDir(path).results()
-    quality, seconds = results["quality"], results["seconds"]
-    fid = _fid(quality, quality["samples"])
-    tell(f"{results['method']}  loss {results['loss']:.4f}  Gamma* {results['gamma_star']}  {fid}")
-    for name, found in quality["others"].items():
-        tell(f"{name}: {_fid(found, quality['samples'])}")
-    copied = (quality["memorisation"] or {}).get("copied")
-    if copied:
-        named = ", ".join(map(str, copied))
-        tell("see report.html", f"the samples copy images of clients {named};")
-    tell(f"train {seconds['train']:.0f} s, evaluate {seconds['evaluate']:.0f} s")
 
 
 if __name__ == "__main__":

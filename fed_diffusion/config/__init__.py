@@ -12,6 +12,7 @@ from fed_diffusion.config.load import (
     presets,
     read_value,
     refuse_overlaps,
+    with_overrides,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "presets",
     "read_value",
     "refuse_overlaps",
+    "with_overrides",
 ]

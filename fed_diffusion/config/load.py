@@ -33,6 +33,7 @@ __all__ = [
     "presets",
     "read_value",
     "refuse_overlaps",
+    "with_overrides",
 ]
 
 RECORDED = {"data", "model", "diffusion", "local", "round", "worker", "evaluation"}
@@ -197,6 +198,20 @@ def _change(settings: dict[str, Any], flat: Mapping[str, Any]) -> None:
     _resolve_method(settings, given)
 
 
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """A configuration with dotted settings replaced, checked as a whole.
+
+    Raises
+    ------
+    ConfigError
+        Names the key, the value given and what is allowed.
+    """
+    settings = config.to_dict()
+    for key, value in overrides.items():
+        _assign(settings, key, value)
+    return _absolute(build_config(settings))
+
+
 def _absolute(config: Config) -> Config:
     """Paths as seen from where the user stands: the engine's processes stand elsewhere."""
 
@@ -259,7 +274,8 @@ def _assign(settings: dict[str, Any], key: str, value: Any) -> None:
             node[section] = {**node.get(section, {}), last: value}
             return
         if known is None or not _is_section(model, section):
-            raise ConfigError(_unknown(".".join(sections[: depth + 1]), model, sections[:depth]))
+            here = ".".join(sections[: depth + 1])
+            raise ConfigError(_unknown(here, model, sections[:depth], whole=key))
         model = model.model_fields[section].annotation
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
@@ -308,12 +324,49 @@ def _is_section(model: type[BaseModel], name: str) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def _unknown(key: str, model: type[BaseModel], sections: list[str]) -> str:
-    names = list(model.model_fields)
-    close = difflib.get_close_matches(key.split(".")[-1], names, n=1)
+def _unknown(key: str, model: type[BaseModel], sections: list[str], whole: str = "") -> str:
+    """What is said of a key that is no setting, or no section.
+
+    Parameters
+    ----------
+    whole
+        The key as it was typed, where it goes on behind `key`.
+    """
     prefix = "".join(f"{s}." for s in sections)
-    hint = f" Did you mean {prefix}{close[0]}?" if close else ""
-    return f"{key} is not a setting.{hint} Allowed: {', '.join(prefix + n for n in names)}."
+    what = "a setting"
+    if whole and whole != key:
+        name = key.rsplit(".", 1)[-1]
+        what = "a section: it is a setting itself" if name in model.model_fields else "a section"
+    close = _nearest(whole or key)
+    hint = f" Did you mean {close}?" if close else ""
+    names = ", ".join(prefix + name for name in model.model_fields)
+    return f"{key} is not {what}.{hint} Allowed: {names}."
+
+
+def _nearest(key: str) -> str | None:
+    """The setting or section that is most likely meant by a key that is none."""
+    known = setting_names()
+    *sections, last = key.split(".")
+    same = [name for name in known if name.split(".")[-1] == last]
+    if close := difflib.get_close_matches(key, same, n=1, cutoff=0.0):
+        return close[0]  # the right name in the wrong section
+    within = [name for name in known if name.split(".")[:-1] == sections]
+    names = {name.split(".")[-1]: name for name in within}
+    if close := difflib.get_close_matches(last, names, n=1):
+        return names[close[0]]
+    return next(iter(difflib.get_close_matches(key, known, n=1)), None)
+
+
+def setting_names() -> list[str]:
+    """Every dotted setting and every section."""
+
+    def of(model: Any, prefix: str) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            yield prefix + name
+            if _is_section(model, name):
+                yield from of(field.annotation, f"{prefix}{name}.")
+
+    return list(of(Config, ""))
 
 
 def _explain(item: dict[str, Any]) -> str:

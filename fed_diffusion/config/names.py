@@ -53,6 +53,7 @@ def part(*built_in: str) -> AfterValidator:
             raise PydanticCustomError(UNKNOWN, "{says}", {"says": allowed(name, built_in)})
         return name
 
+    check.built_in = built_in  # type: ignore[attr-defined]
     return AfterValidator(check)
 
 

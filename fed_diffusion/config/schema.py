@@ -98,9 +98,10 @@ class Config(Section):
     worker: WorkerConfig = WorkerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     flower: FlowerConfig = FlowerConfig()
-    trackers: tuple[Annotated[str, part("csv")], ...] = ()
+    trackers: tuple[Annotated[str, part("csv", "tensorboard", "mlflow")], ...] = ()
     """The trackers that are told how the run goes. csv writes rounds.csv into the run directory;
-    your_module:Tracker is one of yours, see `report.trackers.Tracker`."""
+    tensorboard and mlflow need the extras of these names; your_module:Tracker is one of yours, see
+    `report.trackers.Tracker`."""
 
     @field_validator("trackers", mode="before")
     @classmethod

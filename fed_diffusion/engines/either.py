@@ -5,7 +5,7 @@ torch and Flower take seconds to import, so both are imported where they are nee
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -62,8 +62,15 @@ def resume(
     progress: Progress | None = None,
     *,
     accept_changes: bool = False,
+    overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Go on with a run that was stopped or killed; it ends with the bits it would have ended with.
+
+    With `overrides={"rounds": 20}` a finished run goes on, too. A schedule of the step size then
+    means what it means in a run of 20 rounds from the start: with local.schedule = cosine a run
+    that had come down to nearly 0 after 10 rounds goes on with the step size that is half way down,
+    and falls to 0 again until round 20. With a constant step size the longer run ends with the bits
+    of one that had 20 rounds from the start.
 
     Parameters
     ----------
@@ -74,6 +81,9 @@ def resume(
     accept_changes
         Let through rounds, trackers, evaluation.* and worker.* that were changed in its
         config.yaml.
+    overrides
+        Dotted settings that have new values from here on, among rounds, trackers, evaluation.* and
+        worker.*; config.yaml is written anew with them.
 
     Raises
     ------
@@ -82,8 +92,9 @@ def resume(
     RuntimeError
         The run ended early again.
     """
-    made, config = begin_again(run, engine, accept_changes)
-    return carry(made, config, progress, resumed=True, accept_changes=accept_changes)
+    made, config = begin_again(run, engine, accept_changes, overrides)
+    accepts = accept_changes or bool(overrides)
+    return carry(made, config, progress, resumed=True, accept_changes=accepts)
 
 
 def begin(config: Config, out: str | Path | None, engine: Engine) -> Experiment | RunDir:
@@ -104,7 +115,10 @@ def begin(config: Config, out: str | Path | None, engine: Engine) -> Experiment 
 
 
 def begin_again(
-    path: str | Path, engine: Engine, accept_changes: bool
+    path: str | Path,
+    engine: Engine,
+    accept_changes: bool,
+    overrides: Mapping[str, Any] | None = None,
 ) -> tuple[Experiment | RunDir, Config]:
     """Check everything and claim the directory of a run that is there; its settings, too."""
     from fed_diffusion.checks import check_resume
@@ -113,12 +127,15 @@ def begin_again(
 
     _check_engine(engine)
     run = RunDir.open(path)
-    config = run.config()
     if engine == "local":
-        return Experiment.resume(run.path, accept_changes=accept_changes), config
+        experiment = Experiment.resume(run.path, None, True, accept_changes, overrides)
+        return experiment, experiment.config
     run.lock()
     try:
-        check_resume(run, accept_changes)
+        config, data = check_resume(run, accept_changes, overrides)
+        run.note_beginning(data)
+        if overrides:
+            run.write_config(config)  # the ServerApp reads it there
     except BaseException:
         run.unlock()
         raise

@@ -177,13 +177,20 @@ def _status(run_dir: Path) -> dict[str, Any] | None:
 
 
 class MetricsTail:
-    """The lines that a growing JSON-lines file has gained since the last look."""
+    """The lines that a growing JSON-lines file has gained since the last look.
 
-    def __init__(self, path: Path):
+    Parameters
+    ----------
+    whole
+        Begin with the lines that are there already.
+    """
+
+    def __init__(self, path: Path, whole: bool = False):
         self._path = path
         self._offset = 0
         self._seen: set[bytes] = set()
-        self.new()  # what is there already is of an earlier part of the run
+        if not whole:
+            self.new()  # what is there already is of an earlier part of the run
 
     def new(self) -> list[dict[str, Any]]:
         try:

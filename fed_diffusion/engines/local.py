@@ -67,14 +67,19 @@ def run_in_process(
     """
     config = experiment.config
     assert experiment.dataset is not None
-    if processes is None:
-        processes = max(1, usable_cores() // config.worker.threads)
-        if (device := device_of(config)).type == "cuda":
-            processes = 1 if device.index is not None else torch.cuda.device_count()
+    at_once = processes_of(config) if processes is None else min(processes, config.clients)
     with experiment.guarded():
         announce_budgets(experiment)
-        with task_runner(config, experiment.dataset, min(processes, config.clients)) as run:
+        with task_runner(config, experiment.dataset, at_once) as run:
             return experiment.train(Exchange(experiment, run), progress)
+
+
+def processes_of(config: Config) -> int:
+    """Clients at once: cores / worker.threads on the CPU, one on each GPU."""
+    processes = max(1, usable_cores() // config.worker.threads)
+    if (device := device_of(config)).type == "cuda":
+        processes = 1 if device.index is not None else torch.cuda.device_count()
+    return min(processes, config.clients)
 
 
 class Exchange:

@@ -21,6 +21,7 @@ from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.compute import device_of
 from fed_diffusion.config import Config
 from fed_diffusion.data import ImageSet
+from fed_diffusion.engines.signals import signals_held
 from fed_diffusion.experiment import RunStopped
 from fed_diffusion.protocol.messages import Task, Update
 
@@ -42,8 +43,10 @@ def task_runner(config: Config, dataset: ImageSet, processes: int) -> Iterator[R
     runner = _InProcesses(config, processes)
     try:
         yield runner
-    finally:
-        runner.close()
+    except BaseException:
+        runner.abandon()
+        raise
+    runner.close()
 
 
 class _InTurn:
@@ -104,6 +107,17 @@ class _InProcesses:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+    def abandon(self) -> None:
+        """End the workers at once: nobody wants what they compute any more.
+
+        To wait for their tasks takes minutes, and a second signal meanwhile would leave them and
+        this process waiting for each other for ever.
+        """
+        with signals_held():
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+            self._pool.shutdown(cancel_futures=True)
 
     def _submit(self, task: Task) -> Future[Update]:
         with _main_module_hidden():

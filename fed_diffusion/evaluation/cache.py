@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from fed_diffusion.common.caches import cache_root
 from fed_diffusion.config.schema import ConfigError
+from fed_diffusion.store.files import fresh_file
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +58,11 @@ def cached(key: str, n: int, compute: Callable[[], Tensor]) -> Tensor:
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all, also where several processes write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".features-", delete=False) as file:
-        try:
-            file.write(content)
-        except BaseException:
-            Path(file.name).unlink()
-            raise
-    os.replace(file.name, path)
+    file, fresh = fresh_file(path.parent, "features")
+    try:
+        with os.fdopen(file, "wb") as stream:
+            stream.write(content)
+    except BaseException:
+        fresh.unlink()
+        raise
+    os.replace(fresh, path)

@@ -1,18 +1,76 @@
-"""Quality figures of the images that a run's model generates."""
+"""Images that a run's model generates, their quality figures, and the record of both."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fed_diffusion.common.compute import device_of
+from fed_diffusion.config import Config
 from fed_diffusion.data import (
     ImageSet,
 )
 from fed_diffusion.evaluation import no_quality
 from fed_diffusion.evaluation.reference import reference_set
 from fed_diffusion.generate import Sampler
+
+UNFINISHED = "the evaluation did not finish; fed-diffusion evaluate RUN does it again"
+Told = Callable[[str, float, int], None]
+"""Called with what is done now, and with how much of how much is done where that is known."""
+
+
+def images_needed(config: Config) -> int:
+    """How many images the figures are of: none where there is nothing to compare them with."""
+    settings = config.evaluation
+    return 0 if settings.reference == "none" else settings.samples
+
+
+def evaluate(
+    sampler: Sampler,
+    dataset: ImageSet | None,
+    *,
+    grid: Callable[[torch.Tensor], None] | None = None,
+    told: Told | None = None,
+) -> dict[str, Any]:
+    """Draw the images that somebody uses, and measure them; returns the figures.
+
+    Parameters
+    ----------
+    dataset
+        The run's own data, where the server has it.
+    grid
+        Called with the first evaluation.grid images as soon as they are there, before the others
+        are drawn. Without it, none are drawn but for the figures.
+    told
+        Told how far it is.
+    """
+    config = sampler.config
+    shown = config.evaluation.grid if grid is not None else 0
+    needed = images_needed(config)
+    num = max(shown, needed)
+    tell: Told = told or (lambda doing, done, of: None)
+    images, here = [torch.empty((0, *sampler.shape), dtype=torch.uint8)], 0
+    for part in sampler.batches(num, progress=lambda done: tell("sampling", done, num)):
+        before, here = here, here + len(part)
+        images.append(part)
+        if grid is not None and before < shown <= here:
+            grid(torch.cat(images)[:shown])
+    if needed:
+        tell("measuring", 0.0, 0)
+    return measure(sampler, torch.cat(images)[:needed], dataset)
+
+
+def evaluation_entry(config: Config, round: int, quality: dict[str, Any]) -> dict[str, Any]:
+    """A line of evaluations.jsonl: the figures of a model, and how and when they came about."""
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "round": round,
+        "settings": config.model_dump(mode="json")["evaluation"],
+        "quality": quality,
+    }
 
 
 def measure(sampler: Sampler, images: torch.Tensor, dataset: ImageSet | None) -> dict[str, Any]:

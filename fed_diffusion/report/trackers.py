@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,10 +16,13 @@ from torch import Tensor
 
 from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.report.grids import grid
 from fed_diffusion.store.files import append_line, write_atomic
 from fed_diffusion.store.ledger import RoundSummary
 
 KEY = "trackers"
+BATCH, MOST = 50, 500
+"""Settings that MLflow takes at once, and characters of one: its limits are 100 and 500 or more."""
 Line = Mapping[str, Any]
 """A line of metrics.jsonl: `RoundSummary.to_dict()`."""
 logger = logging.getLogger(__name__)
@@ -97,13 +102,113 @@ def _row(values: Sequence[Any]) -> str:
     return text.getvalue()
 
 
-TRACKERS: dict[str, Callable[[Config], Tracker]] = {"csv": Csv}
+class TensorBoard:
+    """The tracker `tensorboard`: curves and images, for `tensorboard --logdir RUN`."""
+
+    def __init__(self, config: Config):
+        self._writer: Any = None
+
+    def begin(self, run: Path, lines: Sequence[Line]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # rounds that are done again replace those that were told before
+        purge = lines[-1]["round"] + 1 if lines else 1
+        self._writer = SummaryWriter(run / "tensorboard", purge_step=purge)
+
+    def round(self, line: Line) -> None:
+        for name, value in numbers_of(line).items():
+            self._writer.add_scalar(name, value, line["round"])
+        self._writer.flush()
+
+    def images(self, round: int, images: Tensor) -> None:
+        self._writer.add_images("samples", images, round)
+
+    def end(self, results: Mapping[str, Any] | None) -> None:
+        if results is not None:
+            for name, value in figures_of(results).items():
+                self._writer.add_scalar(name, value, results["rounds"])
+        self._writer.close()
+
+
+class MLflow:
+    """The tracker `mlflow`: one MLflow run for each run directory, resumed with it.
+
+    Where it is kept is MLflow's own setting, MLFLOW_TRACKING_URI; the experiment is called
+    fed-diffusion unless MLFLOW_EXPERIMENT_NAME says otherwise.
+    """
+
+    ID = "mlflow-run.txt"
+
+    def __init__(self, config: Config):
+        self._settings = config.to_dict()
+
+    def begin(self, run: Path, lines: Sequence[Line]) -> None:
+        import mlflow
+
+        known = run / self.ID
+        resumed = known.read_text("utf-8").strip() if known.is_file() else None
+        if resumed is None and "MLFLOW_EXPERIMENT_NAME" not in os.environ:
+            mlflow.set_experiment("fed-diffusion")
+        active = mlflow.start_run(run_id=resumed, run_name=None if resumed else run.name)
+        if resumed is None:
+            write_atomic(known, active.info.run_id + "\n")
+            settings = [(key, str(value)[:MOST]) for key, value in _flat(self._settings)]
+            for start in range(0, len(settings), BATCH):
+                mlflow.log_params(dict(settings[start : start + BATCH]))
+        self._mlflow = mlflow
+
+    def round(self, line: Line) -> None:
+        self._mlflow.log_metrics(numbers_of(line), step=line["round"])
+
+    def images(self, round: int, images: Tensor) -> None:
+        self._mlflow.log_image(grid(images), f"samples/round-{round:04d}.png")
+
+    def end(self, results: Mapping[str, Any] | None) -> None:
+        if results is not None:
+            self._mlflow.log_metrics(figures_of(results), step=results["rounds"])
+            self._mlflow.log_dict(dict(results), "results.json")
+        self._mlflow.end_run("FINISHED" if results is not None else "KILLED")
+
+
+def numbers_of(line: Line) -> dict[str, float]:
+    """The columns of a round that are numbers, without its own."""
+    found = {name: line[name] for name in Csv.COLUMNS if name != "round"}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def figures_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """The quality figures of a finished run that are numbers."""
+    names = ("fid", "fid_floor", "kid", "precision", "recall")
+    quality = results["quality"]
+    return {name: float(quality[name]) for name in names if quality[name] is not None}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+TRACKERS: dict[str, Callable[[Config], Tracker]] = {
+    "csv": Csv,
+    "tensorboard": TensorBoard,
+    "mlflow": MLflow,
+}
+EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
+"""Trackers that need a package beside ours -> the package, which is also the name of the extra."""
 
 
 def check_trackers(config: Config) -> None:
     """Refuse names in trackers that cannot be found, before anything else is done."""
     for name in config.trackers:
         resolve(KEY, name, TRACKERS)
+        if (package := EXTRAS.get(name)) is not None and find_spec(package) is None:
+            raise ConfigError(
+                f"{KEY} = {name!r} needs the package {package}, which is not installed: "
+                f"pip install 'fed-diffusion[{package}]'"
+            )
 
 
 class Trackers:

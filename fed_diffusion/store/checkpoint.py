@@ -14,7 +14,8 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
+import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ NEWEST, PREVIOUS = "checkpoint", "checkpoint-previous"
 STATE = "state.json"
 VERSION = 1
 """Raised when a state means something else than before, or when a run goes on otherwise from it."""
+TRIES, PAUSE_S = 5, 0.1
+"""How often, and how far apart, a checkpoint is looked for that is being replaced."""
 logger = logging.getLogger(__name__)
 
 
@@ -58,7 +61,8 @@ def save_checkpoint(
     state
         Plain values, as JSON takes them.
     """
-    fresh = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=run))
+    fresh = run / f".checkpoint-{uuid.uuid4().hex[:12]}"
+    fresh.mkdir()
     try:
         _write(fresh, tensors, state)
         _swap(run, fresh)
@@ -94,28 +98,45 @@ def _write(
     (folder / STATE).write_text(json.dumps(sealed | {"seal": _seal(sealed)}), "utf-8")
     sync(folder / STATE)
     sync(folder)
-    folder.chmod(0o755)
 
 
 def load_checkpoint(run: Path) -> Checkpoint:
-    """The newest checkpoint that is whole.
+    """The newest checkpoint that is whole, also while another process writes the next one.
 
     Raises
     ------
     CheckpointError
         There is none; the message says what is wrong with each.
     """
-    problems = []
-    for folder in (run / NEWEST, run / PREVIOUS):
-        try:
-            checkpoint = _read(folder)
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        for problem in problems:
-            logger.warning("%s; the one before it is used", problem)
-        return checkpoint
+    for _ in range(TRIES):
+        before, problems = _standing(run), []
+        for folder in (run / NEWEST, run / PREVIOUS):
+            try:
+                checkpoint = _read(folder)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if problems and _standing(run) != before:
+                break  # the folders were renamed while they were read
+            for problem in problems:
+                logger.warning("%s; the one before it is used", problem)
+            return checkpoint
+        if _standing(run) == before and (run / NEWEST).exists():
+            break
+        time.sleep(PAUSE_S)
     raise CheckpointError("; ".join(problems))
+
+
+def _standing(run: Path) -> list[int | None]:
+    """Which folders are the newest checkpoint and the one before it, however they are called."""
+    paths = (run / NEWEST, run / PREVIOUS)
+    found: list[int | None] = []
+    for path in paths:
+        try:
+            found.append(path.stat().st_ino)
+        except FileNotFoundError:
+            found.append(None)
+    return found
 
 
 def _read(folder: Path) -> Checkpoint:

@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import re
+import stat
 import tempfile
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,19 +33,35 @@ DISK_ERRORS = (
 """What a file system answers that is full, read-only, broken, gone or not ours to write to."""
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the whole new one."""
-    file, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+def fresh_file(folder: Path, name: str) -> tuple[int, Path]:
+    """A new hidden file beside `name`, open for writing, with the mode that the umask asks for.
+
+    tempfile's are readable by their owner alone, and in a folder that people share they stay so
+    when they take another file's place.
+    """
+    path = folder / f".{name}-{uuid.uuid4().hex[:12]}"
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), path
+
+
+def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the whole new one.
+
+    Parameters
+    ----------
+    durable
+        Bring it to disk at once; not needed for what is out of date within seconds.
+    """
+    file, fresh = fresh_file(path.parent, path.name)
     try:
         with os.fdopen(file, "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o644)
-        os.replace(name, path)
+            if durable:
+                os.fsync(stream.fileno())
+        os.replace(fresh, path)
     except BaseException:
         with suppress(FileNotFoundError):
-            os.unlink(name)
+            os.unlink(fresh)
         raise
 
 
@@ -51,7 +69,7 @@ def append_line(path: Path, line: str) -> None:
     """Append a line and bring it to disk; where there is no room, nothing of it stays."""
     data = (line + "\n").encode()
     fresh = not path.exists()
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         before = os.fstat(file).st_size
         try:
@@ -96,6 +114,16 @@ def save_tensors(
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    _open_up(path)  # safetensors makes files that their owner alone can read
+
+
+def _open_up(path: Path) -> None:
+    """Give a file the mode that the umask asks for, as a new file beside it has it."""
+    file, probe = fresh_file(path.parent, path.name)
+    mode = stat.S_IMODE(os.fstat(file).st_mode)
+    os.close(file)
+    probe.unlink()
+    path.chmod(mode)
 
 
 def read_object(path: Path) -> dict[str, Any]:

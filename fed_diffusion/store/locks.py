@@ -12,7 +12,6 @@ lock is left over only when both are gone.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import logging
@@ -20,7 +19,6 @@ import os
 import re
 import shlex
 import socket
-import tempfile
 import threading
 import time
 import uuid
@@ -28,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from fed_diffusion.store.files import write_atomic
 
 BEAT_S = 20.0
 """Seconds between two touches of a held lock's file."""
@@ -74,7 +74,7 @@ class FileLock:
             return False
         path = self._path(number + 1)
         try:
-            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False  # somebody else was faster
         try:
@@ -93,7 +93,7 @@ class FileLock:
         if not token or found.get("token") != token:
             return False
         self.token, self.joined = token, True
-        _replace(path, found | {"joined": _this_process()})
+        write_atomic(path, json.dumps(found | {"joined": _this_process()}))
         self._hold(path)
         return True
 
@@ -123,6 +123,11 @@ class FileLock:
             _held.discard(self.token)
         self._mine = None
 
+    def in_use(self) -> bool:
+        """Whether a process that is alive holds the lock; nothing is written to find out."""
+        number = max(self._numbers(), default=0)
+        return bool(number) and not self._left_over(self._path(number), look_only=True)
+
     def holder(self) -> str:
         """Who holds the lock, in words."""
         found = _read(self._path(max(self._numbers(), default=0)))
@@ -140,7 +145,7 @@ class FileLock:
         ends = (re.fullmatch(r"\.(\d+)\.lock", path.name[len(self._name) :]) for path in paths)
         return [int(end[1]) for end in ends if end]
 
-    def _left_over(self, path: Path) -> bool:
+    def _left_over(self, path: Path, look_only: bool = False) -> bool:
         holder, here = _read(path), _this_process()
         if all(holder.get(key) == here[key] for key in ("host", "pids")):
             both = [one for one in (holder, holder.get("joined")) if one]
@@ -151,7 +156,7 @@ class FileLock:
             touched = path.stat().st_mtime
         except FileNotFoundError:
             return True  # released a moment ago
-        return self._now() - touched > STALE_S
+        return (time.time() if look_only else self._now()) - touched > STALE_S
 
     def _now(self) -> float:
         """The time by the folder's own clock, which another machine's may differ from."""
@@ -175,19 +180,6 @@ def wait_for(lock: FileLock, every_s: float = 0.2) -> None:
     """Take a lock that others hold for moments only."""
     while not lock.acquire():
         time.sleep(every_s)
-
-
-def _replace(path: Path, content: dict[str, Any]) -> None:
-    """Write a lock's file anew; whoever reads it sees the old content or the new one."""
-    file, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(file, "w", encoding="utf-8") as stream:
-            json.dump(content, stream)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
 
 
 def _this_process() -> dict[str, Any]:

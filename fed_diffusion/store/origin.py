@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 
 from fed_diffusion import __version__
 from fed_diffusion.common.compute import device_of
-from fed_diffusion.config import Config, ConfigError, build_config
+from fed_diffusion.config import Config, ConfigError, build_config, with_overrides
 from fed_diffusion.store.checkpoint import Checkpoint
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.store.rundir import RunDir
@@ -76,7 +76,12 @@ def origin_of(
     }
 
 
-def standing(run: RunDir, versions: Mapping[str, int], accept_changes: bool = False) -> Standing:
+def standing(
+    run: RunDir,
+    versions: Mapping[str, int],
+    accept_changes: bool = False,
+    changes: Mapping[str, Any] | None = None,
+) -> Standing:
     """Read everything that a run goes on from, and write nothing.
 
     Parameters
@@ -86,15 +91,19 @@ def standing(run: RunDir, versions: Mapping[str, int], accept_changes: bool = Fa
     accept_changes
         Let through what can be changed on purpose (`CHANGEABLE`), and rounds that the record has
         lost.
+    changes
+        Dotted settings that are to have new values from here on, as they were typed: they need no
+        other word, and are in the `config` that comes back, not in the directory yet.
 
     Raises
     ------
     ConfigError
         The run cannot go on; the message says what differs from its beginning, and what to do.
     """
-    config = run.config()
+    typed = dict(changes or {})
+    config = _with(run.config(), typed)
     finished = run.finished()
-    if finished and not accept_changes:
+    if finished and not accept_changes and not typed:
         raise _nothing_left(run)
     if not run.has_checkpoint():
         _refuse_lost_checkpoints(run)
@@ -117,11 +126,12 @@ def standing(run: RunDir, versions: Mapping[str, int], accept_changes: bool = Fa
     round = int(found.state["round"])
     different = _differences(run, origin["config"], config)
     if different:
-        _refuse_changes(run, different, accept_changes)
+        _refuse_changes(run, different, accept_changes, typed)
     if round > config.rounds:
         raise ConfigError(
-            f"{run.path} has done {round} rounds, more than rounds = {config.rounds} in its "
-            f"config.yaml; set rounds to {round} to end it there, or higher to go on."
+            f"{run.path} has done {round} rounds, more than rounds = {config.rounds}; set rounds "
+            f"to {round} to end it there, or higher to go on: "
+            f"{resume_command(run.path, '--rounds', str(round))}"
         )
     if finished and round == config.rounds:
         raise _nothing_left(run)
@@ -203,8 +213,8 @@ def resume_command(path: Path, *options: str, engine: str = "local") -> str:
 def _nothing_left(run: RunDir) -> ConfigError:
     return ConfigError(
         f"{run.path} is finished; there is nothing to resume. To measure it anew: "
-        f"{shlex.join(['fed-diffusion', 'evaluate', str(run.path)])}. For more rounds raise rounds "
-        f"in its config.yaml, then: {resume_command(run.path, '--accept-changes')}"
+        f"{shlex.join(['fed-diffusion', 'evaluate', str(run.path)])}. For more rounds: "
+        f"{resume_command(run.path, '--rounds', str(2 * run.config().rounds))}"
     )
 
 
@@ -240,10 +250,29 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def _refuse_changes(run: RunDir, different: Mapping[str, tuple[Any, Any]], accept: bool) -> None:
+def _with(config: Config, typed: Mapping[str, Any]) -> Config:
+    """The settings with others that were typed; only those that may change."""
+    for key in typed:
+        if not _may_change(key):
+            raise ConfigError(
+                f"{key} cannot be changed in a run that has begun: it decides on every bit. "
+                f"What can be set anew: {', '.join(f'{one}' for one in CHANGEABLE)}. For another "
+                f"{key} begin a new run."
+            )
+    return with_overrides(config, typed) if typed else config
+
+
+def _refuse_changes(
+    run: RunDir,
+    different: Mapping[str, tuple[Any, Any]],
+    accept: bool,
+    typed: Mapping[str, Any],
+) -> None:
     fixed = [key for key in different if not _may_change(key)]
-    if accept and not fixed:
+    if not fixed and (accept or all(_stands_in(key, typed) for key in different)):
         return
+    if not fixed:
+        different = {k: pair for k, pair in different.items() if not _stands_in(k, typed)}
     if fixed:
         how = f"Put {', '.join(fixed)} back, or begin a new run: these decide on every bit."
     else:
@@ -255,7 +284,12 @@ def _refuse_changes(run: RunDir, different: Mapping[str, tuple[Any, Any]], accep
 
 
 def _may_change(key: str) -> bool:
-    return any(key == one or key.startswith(f"{one}.") for one in CHANGEABLE)
+    return _stands_in(key, CHANGEABLE)
+
+
+def _stands_in(key: str, others: Iterable[str]) -> bool:
+    """Whether a key is one of the others, or in a section that is."""
+    return any(key == one or key.startswith(f"{one}.") for one in others)
 
 
 def _changes(different: Mapping[str, tuple[Any, Any]]) -> str:

@@ -5,12 +5,16 @@ metrics.jsonl        one line per round
 checkpoint/          theta.safetensors, ema.safetensors, state.json; checkpoint-previous/ is the one
                      before it
 samples/             round-0005.png ..., final.png; real.png, images of the data set beside them
-results.json         the figures of a finished run
+results.json         the figures of a finished run; `evaluation` is the number of its own line in
+evaluations.jsonl    every evaluation, the run's own and later ones, with its settings and its date
 report.html          all of it on one page
 privacy.jsonl        under privacy one line for each round that was opened, again or not
 data.json            who holds how many images of which class, where the server has the data
 budgets.json         what each client's node can carry, where nodes say it (pruning.budget)
 status.json          how the run ended: finished, or stopped or failed and why
+progress.json        what a run that is alive does at this moment, see `fed_diffusion.store.live`
+provenance.json      what began and resumed the run: versions, commit, machine, command, date, and
+                     the hash of the images
 run.json             the run's id, which its checkpoints carry too
 .run.<n>.lock        who is at the run now, see `fed_diffusion.store.locks`
 
@@ -42,16 +46,18 @@ from fed_diffusion.store.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from fed_diffusion.store.evaluations import EVALUATIONS, append_evaluation, read_evaluations
 from fed_diffusion.store.files import MEND, append_line, read_object, write_atomic
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.store.locks import STALE_S, FileLock, LockLost
+from fed_diffusion.store.provenance import PROVENANCE, add_session
 
 DEFAULT_ROOT = "runs"
 RESULTS = ("metrics.jsonl", NEWEST, PREVIOUS, "results.json")
 """Where one of these is, a run has done something."""
 OTHERS = (
     *("config.yaml", "report.html", "budgets.json", "data.json", "privacy.jsonl"),
-    *("samples/final.png", "samples/real.png"),
+    *(PROVENANCE, EVALUATIONS, "samples/final.png", "samples/real.png"),
 )
 LOCK = ".run"
 LOCK_TOKEN = "FED_DIFFUSION_RUN_LOCK"
@@ -106,12 +112,14 @@ class RunDir:
             run.path.mkdir(parents=True, exist_ok=True)
             run.lock()
             run.refuse_existing()
-            (run.path / "status.json").unlink(missing_ok=True)  # of one that never began
+            for name in ("status.json", *([] if run.joined else [PROVENANCE])):
+                (run.path / name).unlink(missing_ok=True)  # of one that never began
             (run.path / "samples").mkdir(exist_ok=True)
             if not run.joined or not (run.path / "run.json").exists():
                 created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
                 identity = {"id": uuid.uuid4().hex, "created": created, "data": data}
                 write_atomic(run.path / "run.json", json.dumps(identity, indent=2) + "\n")
+                run.note_beginning(data)
             write_atomic(run.path / "config.yaml", config.to_yaml())
         except OSError as error:
             raise ConfigError(
@@ -202,6 +210,10 @@ class RunDir:
                 f"{self.path}"
             )
 
+    def in_use(self) -> bool:
+        """Whether a living process holds the directory; nothing is written to find out."""
+        return FileLock(self.path, LOCK).in_use()
+
     # --- what is in it --------------------------------------------------------------------------
 
     @property
@@ -216,6 +228,10 @@ class RunDir:
         except ConfigError as error:
             raise ConfigError(f"{path} cannot be used: {error}") from error
 
+    def write_config(self, config: Config) -> None:
+        self.check_lock()
+        write_atomic(self.path / "config.yaml", config.to_yaml())
+
     def identity(self) -> dict[str, Any]:
         """run.json; empty where there is none, as in a run that an earlier version began."""
         return self._object("run.json")
@@ -225,6 +241,21 @@ class RunDir:
             return read_object(self.path / name)
         except FileNotFoundError:
             return {}
+
+    def note_beginning(self, data: str | None = None) -> None:
+        """Add to provenance.json what begins or resumes this run.
+
+        A ServerApp adds nothing: the command that started it has done so.
+
+        Parameters
+        ----------
+        data
+            The hash of the images, where they are known.
+        """
+        if self.joined:
+            return
+        self.check_lock()
+        add_session(self.path / PROVENANCE, data)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         self.check_lock()
@@ -257,6 +288,15 @@ class RunDir:
         except FileNotFoundError:
             raise ConfigError(f"{self.path} has no results.json: the run did not finish.") from None
 
+    def append_evaluation(self, entry: Mapping[str, Any]) -> int:
+        """Keep an evaluation beside those that are there; returns its number, from 1 on."""
+        self.check_lock()
+        return append_evaluation(self.path / EVALUATIONS, entry)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Every evaluation that was kept, in order; `ConfigError` where the file is damaged."""
+        return read_evaluations(self.path / EVALUATIONS)
+
     def write_budgets(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
         self.check_lock()
         write_atomic(self.path / "budgets.json", json.dumps(budgets, indent=2) + "\n")
@@ -266,9 +306,17 @@ class RunDir:
         self.check_lock()
         write_atomic(self.path / "status.json", json.dumps({"state": state, "reason": reason}))
 
+    def status(self) -> dict[str, Any]:
+        """How the run ended, as state and reason; empty while it goes on, or after a kill."""
+        return self._object("status.json")
+
     def finished(self) -> bool:
         """Whether the run has come to its end."""
-        return self._object("status.json").get("state") == "finished"
+        return self.status().get("state") == "finished"
+
+    def doing(self) -> dict[str, Any]:
+        """progress.json; empty where nothing is at the run."""
+        return self._object("progress.json")
 
     def budgets(self) -> dict[int, dict[str, float]]:
         """What write_budgets wrote; empty where it wrote nothing."""

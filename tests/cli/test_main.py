@@ -17,7 +17,10 @@ import torch
 from PIL import Image
 
 from fed_diffusion.cli.main import main
+from fed_diffusion.evaluation import no_quality
+from fed_diffusion.evaluation.generated import UNFINISHED
 from fed_diffusion.evaluation.resnet56 import ResNet56
+from fed_diffusion.store.rundir import RunDir
 from tests.tiny import TINY
 
 
@@ -82,7 +85,7 @@ def test_evaluate_measures_a_finished_run_again(run, capsys):
     before = json.loads((run / "results.json").read_text())["quality"]
     assert main(["evaluate", str(run)]) == 0
     again = json.loads(capsys.readouterr().out)
-    assert again == json.loads((run / "results.json").read_text())["quality"]
+    assert again == RunDir(run).evaluations()[-1]["quality"]
     assert again["fid"] == pytest.approx(before["fid"], rel=1e-3)
 
 
@@ -96,7 +99,52 @@ def test_evaluate_takes_other_samples_and_another_reference(run, tmp_path, capsy
     assert quality["extractor"] == "classifier(digits train, 64 features)"
     assert quality["fid"] > 0
     assert len(quality["memorisation"]["clients"]) == TINY["clients"]
-    assert quality == json.loads((again / "results.json").read_text())["quality"]
+    assert quality == RunDir(again).evaluations()[-1]["quality"]
+
+
+def test_evaluate_leaves_the_run_s_own_figures_and_keeps_each_with_its_settings(run, tmp_path):
+    again = shutil.copytree(run, tmp_path / "run")
+    own = RunDir(again).results()
+    kept = RunDir(again).evaluations()
+    assert kept[own["evaluation"] - 1]["quality"] == own["quality"]
+    more = ["--samples", "30", "--set", "evaluation.reference=train", "evaluation.steps=8"]
+    assert main(["evaluate", str(again), *more]) == 0
+    assert RunDir(again).results() == own
+    *before, last = RunDir(again).evaluations()
+    assert before == kept
+    assert (last["number"], last["round"]) == (len(kept) + 1, own["rounds"])
+    changed = {"samples": 30, "reference": "train", "steps": 8}
+    assert last["settings"] == kept[0]["settings"] | changed
+    assert last["date"] >= kept[0]["date"]
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for_by_the_same_one_only(run, tmp_path):
+    again = shutil.copytree(run, tmp_path / "run")
+    own = RunDir(again).results()
+    cut = no_quality(UNFINISHED, 0, 0)
+    RunDir(again).write_results(own | {"quality": cut, "evaluation": None})
+    assert main(["evaluate", str(again), "--samples", "20"]) == 0
+    assert RunDir(again).results()["quality"] == cut
+    assert main(["evaluate", str(again)]) == 0
+    results = RunDir(again).results()
+    assert results["quality"] == RunDir(again).evaluations()[results["evaluation"] - 1]["quality"]
+    assert results["quality"]["fid"] == pytest.approx(own["quality"]["fid"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "model.widths=[8]"], "only evaluation.* can be set here"),
+        (["--set", "evaluation.samples=9", "--samples", "8"], "samples is given twice"),
+        (["--set", "evaluation.sampler=eulr"], "evaluation.sampler = 'eulr' is unknown"),
+        (["--set", "evaluation.steps=2"], "evaluation.steps = 2"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_and_nothing_is_kept(run, arguments, words, capsys):
+    before = RunDir(run).evaluations()
+    assert main(["evaluate", str(run), *arguments]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert RunDir(run).evaluations() == before
 
 
 def test_evaluate_takes_several_judges_and_prints_the_figures_of_each(run, tmp_path, capsys):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,8 +12,12 @@ import psutil
 import pytest
 import torch
 
+from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.engines.local import run_in_process, simulate
+from fed_diffusion.engines.pool import task_runner
+from fed_diffusion.engines.signals import stop_signals_interrupt
 from fed_diffusion.experiment import Experiment, RunStopped
+from fed_diffusion.server.coordinator import Coordinator
 from fed_diffusion.store.checkpoint import load_checkpoint
 
 SCRIPT = """
@@ -91,3 +96,27 @@ def wait_until(condition, process):
         assert process.poll() is None, "it ended early"
         time.sleep(0.05)
     raise AssertionError("it has not come about in two minutes")
+
+
+def test_a_run_that_is_interrupted_twice_ends_at_once_and_leaves_no_worker(tiny, digits):
+    """Its tasks would take an hour; the second signal comes while the first one ends the pool."""
+    config = tiny(local__steps=100_000, clients=4)
+    coordinator = Coordinator(config, parameters_of(build_network(config)))
+
+    def twice():
+        while len(children()) < 2:
+            time.sleep(0.05)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=twice)
+    thread.start()
+    with stop_signals_interrupt():
+        try:
+            with pytest.raises(KeyboardInterrupt), task_runner(config, digits, 2) as run:
+                list(run(coordinator.tasks(1)))
+            thread.join()
+        except KeyboardInterrupt:  # the second signal, where the pool had ended before it
+            thread.join()
+    assert children() == []

@@ -8,6 +8,7 @@ import pytest
 
 import fed_diffusion as fd
 from fed_diffusion.engines import local
+from fed_diffusion.report.trackers import numbers_of
 from fed_diffusion.store.rundir import RunDir
 from tests.tiny import TINY
 
@@ -133,3 +134,46 @@ def test_trackers_may_change_when_a_run_goes_on_and_say_nothing_of_its_bits(tmp_
     assert len(rows(tmp_path / "run")) == 3
     assert fd.run(config(), tmp_path / "whole")["loss"] == resumed["loss"]
     assert RunDir(tmp_path / "run").results()["changes"][0]["key"] == "trackers"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
+def test_a_tracker_whose_package_is_missing_is_refused_with_what_to_install(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fed_diffusion.report.trackers.find_spec", lambda package: None)
+    with pytest.raises(fd.ConfigError, match=rf"'{name}'.*pip install 'fed-diffusion\[{name}\]'"):
+        fd.run(config().model_copy(update={"trackers": (name,)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_has_the_curves_and_the_images(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fd.run(config().model_copy(update={"trackers": ("tensorboard",)}), tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    told = [(e.step, e.value) for e in events.Scalars("loss")]
+    assert told == [(line["round"], pytest.approx(line["loss"])) for line in lines]
+    assert [e.step for e in events.Images("samples")] != []
+
+
+def test_mlflow_has_one_run_with_settings_curves_and_results(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    fd.run(config().model_copy(update={"trackers": ("mlflow",)}), tmp_path / "run")
+    id = (tmp_path / "run" / "mlflow-run.txt").read_text().strip()
+    client = mlflow.MlflowClient()
+    found = client.get_run(id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["local.steps"] == "1"
+    assert [m.step for m in client.get_metric_history(id, "loss")] == [1, 2, 3]
+
+
+def test_numbers_of_a_round_are_all_of_its_numbers_and_nothing_else(tmp_path):
+    fd.run(config(), tmp_path / "run")
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    told = numbers_of(line)
+    counted = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "round"}
+    assert told == counted

@@ -1,0 +1,362 @@
+"""What a run would take: its size by arithmetic, its time from a few timed steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fed_diffusion.build import build_network, parameters_of, skeleton, time_grid
+from fed_diffusion.client import diagnostics
+from fed_diffusion.client.budget import demand
+from fed_diffusion.client.worker import Worker
+from fed_diffusion.common.compute import kernels, pinned_threads
+from fed_diffusion.common.hardware import usable_cores
+from fed_diffusion.config import Config
+from fed_diffusion.data import ImageSet, class_count, image_shape, partition, split_holdout
+from fed_diffusion.engines.local import processes_of
+from fed_diffusion.evaluation.generated import images_needed
+from fed_diffusion.evaluation.reference import reference_set
+from fed_diffusion.finish import SMALL
+from fed_diffusion.generate import Sampler
+from fed_diffusion.models.unet import UNet
+from fed_diffusion.protocol.diagnostics import is_due
+from fed_diffusion.protocol.messages import Task, Update
+from fed_diffusion.server.coordinator import Coordinator
+
+START_S = {"local": 8.0, "flower": 22.0}
+"""From the command to the first round, and to end the workers, on two quiet cores."""
+ROUND_S = 0.2
+"""Of the server at the end of each round: the checkpoint on disk above all."""
+SIDE_BY_SIDE = 1.1
+"""Workers at once share memory and caches: each is this much slower than one alone."""
+MOST_GROUPS = 6
+"""Different keep ratios that are timed; the others lie between them."""
+TIMED_S = 1.5
+"""What the timed steps of one keep ratio may take, beyond two."""
+MOST_STEPS = 8
+INCEPTION_MACS = 5.7e9
+"""Multiply-adds of the Inception network for one image."""
+FIGURES_S = {"classifier": 4.0, "inception": 90.0}
+"""FID's floor, the intervals and the others from features, for a thousand images."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """What one client has: training images, held-out ones, images per label, steps a round."""
+
+    number: int
+    train: int
+    holdout: int
+    labels: dict[str, int]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a run is, by arithmetic alone.
+
+    Attributes
+    ----------
+    parameters
+        Of the whole network.
+    macs
+        Multiply-adds of the network for one image, forwards; None where they cannot be counted.
+    memory
+        Bytes of a worker with the whole network above an idle process: parameters, gradients,
+        optimiser and activations of a batch; None for a network of the user's own.
+    clients
+        Each client's images.
+    """
+
+    parameters: int
+    macs: float | None
+    memory: float | None
+    clients: list[Client]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would take.
+
+    Attributes
+    ----------
+    seconds
+        Part of the run -> seconds on this machine.
+    bytes_down, bytes_up
+        Of one round, all clients together.
+    processes
+        Clients at once.
+    keeps
+        Keep ratio -> how many clients of a round have it.
+    step
+        Seconds of one training step with the largest of these ratios.
+    """
+
+    seconds: dict[str, float]
+    bytes_down: float
+    bytes_up: float
+    processes: int
+    keeps: dict[float, int]
+    step: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def size_of(config: Config, dataset: ImageSet) -> Size:
+    """Everything about a run that needs no training step."""
+    network = skeleton(config)
+    return Size(
+        parameters=sum(value.numel() for value in network.parameters()),
+        macs=_macs(config, network),
+        memory=demand(config, network).memory if isinstance(network, UNet) else None,
+        clients=_clients(config, dataset),
+    )
+
+
+def _macs(config: Config, network: torch.nn.Module) -> float:
+    device = next(network.parameters()).device
+    images = torch.zeros((1, *image_shape(config.data)), device=device)
+    u = torch.ones(1, dtype=torch.float64, device=device)
+    labelled = config.model.conditional and class_count(config.data)
+    labels = torch.zeros(1, dtype=torch.int64, device=device) if labelled else None
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        network(images, u, labels)
+    return flops.get_total_flops() / 2
+
+
+def _clients(config: Config, dataset: ImageSet) -> list[Client]:
+    found = []
+    for number, part in enumerate(partition(dataset, config)):
+        train, held = split_holdout(part, config, number)
+        labels = dataset.subset(train).per_class() if dataset.labels is not None else {}
+        steps = config.local.steps_of(len(train))
+        found.append(Client(number, len(train), len(held), labels, steps))
+    return found
+
+
+def forecast(
+    config: Config, dataset: ImageSet, *, engine: str = "local", done: int = 0
+) -> Forecast:
+    """Time a few steps of each part of a run, and say what the whole would take.
+
+    Nothing is written, and what is computed for it is a few seconds' worth.
+
+    Parameters
+    ----------
+    done
+        Rounds that a resumed run has behind it.
+    """
+    rounds = config.rounds - done
+    clients = _clients(config, dataset)
+    processes = processes_of(config)
+    with torch.random.fork_rng():
+        timed = _Timed(config, dataset)
+        jobs = [timed.seconds(n, clients[n].steps) for n in timed.asked]
+        at_once = SIDE_BY_SIDE if min(processes, len(jobs)) > 1 else 1.0
+        training = at_once * makespan(jobs, processes) + timed.server + ROUND_S
+        measured = _diagnostics(config, timed, clients, done) / max(processes, 1)
+        parts = {
+            "start": START_S[engine],
+            "training": rounds * training + measured,
+            **evaluation_seconds(config, dataset, rounds),
+        }
+    return Forecast(parts, timed.down, timed.up, processes, timed.keeps, timed.step)
+
+
+def makespan(jobs: Sequence[float], processes: int) -> float:
+    """When the last of these jobs ends that so many processes take in turn."""
+    ends = [0.0] * max(1, processes)
+    for job in jobs:
+        first = min(range(len(ends)), key=ends.__getitem__)
+        ends[first] += job
+    return max(ends)
+
+
+class _Timed:
+    """A round's tasks, of which one of each keep ratio is trained for a few steps.
+
+    Attributes
+    ----------
+    asked
+        The clients of the round.
+    keep
+        Client -> its keep ratio.
+    server
+        Seconds of the server for all tasks and updates of a round.
+    down, up
+        Bytes of a round.
+    step
+        Seconds of a step with the largest network of the round.
+    """
+
+    def __init__(self, config: Config, dataset: ImageSet):
+        self._config = _with_steps(config, 1)
+        self._worker = Worker(self._config, dataset)
+        coordinator = Coordinator(self._config, parameters_of(build_network(config)))
+        _announce(config, coordinator, self._worker)
+        tasks, made = _took(lambda: list(islice(coordinator.tasks(1), 2 * config.clients)))
+        state = coordinator.open
+        assert state is not None
+        keep = {task.client: state.recipes[task.client].keep for task in tasks}
+        self.asked = [task.client for task in tasks]
+        self.keeps = {k: list(keep.values()).count(k) for k in sorted(set(keep.values()))}
+        self.down = float(sum(task.payload.nbytes for task in tasks))
+        first = {keep[task.client]: task for task in reversed(tasks)}
+        ratios = sorted(first)
+        chosen = {ratios[round(i)] for i in np.linspace(0, len(ratios) - 1, MOST_GROUPS)}
+        self._at = sorted(chosen)
+        self._fixed, self._step, up, received = [], [], [], 0.0
+        for ratio in self._at:
+            fixed, step, update = self._time(first[ratio])
+            self._fixed.append(fixed)
+            self._step.append(step)
+            up.append(update.payload.nbytes)
+            received = max(received, _took(lambda u=update: coordinator.receive(u))[1])  # type: ignore[misc]
+        self.keep = keep
+        self.up = sum(float(np.interp(k, self._at, up)) for k in keep.values())
+        self.step = self._step[-1]
+        self.server = made + received * len(tasks)
+
+    def seconds(self, client: int, steps: int) -> float:
+        """What a client's task of so many steps takes a worker."""
+        keep = self.keep[client]
+        fixed, step = (float(np.interp(keep, self._at, y)) for y in (self._fixed, self._step))
+        return fixed + steps * step
+
+    def _time(self, task: Task) -> tuple[float, float, Update]:
+        """Seconds of what a task takes beside its steps, and of a step."""
+        self._worker.config = self._config
+        self._worker.run(task)  # the first call loads what later ones share
+        update, one = _took(lambda: self._worker.run(task))
+        more = max(1, min(MOST_STEPS, int(TIMED_S / max(one, 1e-3))))
+        self._worker.config = _with_steps(self._config, 1 + more)
+        step = max(_took(lambda: self._worker.run(task))[1] - one, 0.0) / more
+        return max(one - step, 0.0), step, update
+
+
+def _with_steps(config: Config, steps: int) -> Config:
+    """The run with so few steps a round, and nothing measured beside them."""
+    return config.model_copy(
+        update={
+            "local": config.local.model_copy(update={"steps": steps, "epochs": None}),
+            "theory": config.theory.model_copy(update={"every": 0}),
+        }
+    )
+
+
+def _announce(config: Config, coordinator: Coordinator, worker: Worker) -> None:
+    """Keep ratios that nodes would say: what this machine carries, or the whole network."""
+    if config.pruning.budget == "level":
+        return
+    keep = worker.budget().keep if config.pruning.budget == "auto" else 1.0
+    for client in range(config.clients):
+        coordinator.participation.announce(client, keep)
+
+
+def _diagnostics(config: Config, timed: _Timed, clients: list[Client], done: int) -> float:
+    """Seconds of all workers in the diagnostic rounds that are left, beside their training."""
+    due = sum(is_due(config, round) for round in range(done + 1, config.rounds + 1))
+    whole = [n for n in timed.asked if timed.keep[n] == 1]
+    if not due or not whole:
+        return 0.0
+    counts = [diagnostics.minibatches(config, clients[n].steps, len(whole)) for n in whole]
+    steps = diagnostics.MINIBATCH_STEPS * sum(counts) + diagnostics.CURVATURE_STEPS
+    return due * steps * timed.step
+
+
+def evaluation_seconds(
+    config: Config, dataset: ImageSet | None, rounds: int = 0
+) -> dict[str, float]:
+    """What sampling and measuring take, from one timed call of the network.
+
+    Parameters
+    ----------
+    rounds
+        Rounds before it, with their small grids; 0: `fed-diffusion evaluate`, without a grid.
+    """
+    settings, needed = config.evaluation, images_needed(config)
+    shown = settings.grid if rounds else 0
+    num = max(shown, needed)
+    sampler = Sampler(config, parameters_of(build_network(config)))
+    batch = min(settings.batch, max(num, SMALL))
+    call = _score_seconds(sampler, batch)
+    calls = sampler.calls(time_grid(config, settings.steps), config)
+    cores = usable_cores() if sampler.device.type == "cpu" else 1
+    sizes = [min(batch, num - start) for start in range(0, num, batch)]
+    at_once = SIDE_BY_SIDE if min(cores, len(sizes)) > 1 else 1.0
+    sampling = at_once * makespan([n * calls * call for n in sizes], cores)
+    small = (rounds - 1) // settings.every if settings.every and rounds else 0
+    sampling += small * SMALL * calls * call
+    measuring = 0.0
+    if needed:
+        measuring = _figures_seconds(config, dataset, needed, _macs(config, sampler.network) / call)
+    return {"sampling": sampling, "measuring": measuring}
+
+
+def _score_seconds(sampler: Sampler, batch: int) -> float:
+    """Seconds of one call of the score, for each image of a batch."""
+    noise = torch.Generator(sampler.device).manual_seed(0)
+    labels = None
+    if sampler.classes is not None:
+        labels = torch.arange(batch, device=sampler.device) % sampler.classes
+
+    def call(n: int) -> Callable[[], Any]:
+        y = torch.randn((n, *sampler.shape), generator=noise, device=sampler.device)
+        u = torch.ones(n, dtype=torch.float64, device=sampler.device)
+        chosen = None if labels is None else labels[:n]
+        score = sampler.score(chosen, sampler.config.evaluation.guidance)
+        return lambda: score(y, u).sum().item()
+
+    threads = 1 if sampler.device.type == "cpu" else torch.get_num_threads()
+    with torch.no_grad(), pinned_threads(threads), kernels(sampler.config, sampler.device):
+        few = min(SMALL, batch)
+        call(few)()
+        each = _took(call(few))[1] / few
+        if each * batch < TIMED_S:
+            _took(call(batch))
+            each = _took(call(batch))[1] / batch
+    return each
+
+
+def _figures_seconds(config: Config, dataset: ImageSet | None, images: int, rate: float) -> float:
+    """Seconds of the extractor and of the figures; `rate` is the network's multiply-adds/s."""
+    reference = reference_set(config, dataset)
+    if reference is None:
+        return 0.0
+    settings = config.evaluation
+    seen = images + len(reference.images)
+    if settings.extractor == "inception":
+        looking = seen * INCEPTION_MACS / rate / usable_cores()
+        return FIGURES_S["inception"] + looking
+    seconds = FIGURES_S["classifier"] * max(1.0, images / 1000)
+    if settings.extractor == "classifier" and settings.weights is None:
+        from fed_diffusion.evaluation import features
+
+        teacher, batch = reference.teacher, features.BATCH
+        few = min(len(teacher), 4 * batch)
+        picked = np.linspace(0, len(teacher) - 1, few).astype(np.int64)
+        part = teacher.subset(picked)
+        if features.labels_missing(part) is None:
+            features.train_classifier(part, config.seed, 1)
+            step = _took(lambda: features.train_classifier(part, config.seed, 1))[1]
+            step /= math.ceil(few / batch)
+            per_epoch = math.ceil(len(teacher) / batch)
+            epochs = max(features.EPOCHS, math.ceil(features.FEWEST_STEPS / per_epoch))
+            seconds += step * (epochs * per_epoch + seen / batch / 3)
+    return seconds
+
+
+def _took(action: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    found = action()
+    return found, time.perf_counter() - began

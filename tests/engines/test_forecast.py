@@ -1,0 +1,91 @@
+"""What a run is said to take is what it takes, as far as that can be known before."""
+
+import time
+
+import numpy as np
+import pytest
+
+from fed_diffusion.build import build_network
+from fed_diffusion.data import partition, split_holdout
+from fed_diffusion.engines import forecast as forecasting
+from fed_diffusion.engines import local
+from fed_diffusion.engines.forecast import Forecast, forecast, makespan, size_of
+from fed_diffusion.engines.local import simulate
+
+UNEQUAL = {"pruning__kind": "channels", "pruning__keep": [1, 1, 0.5, 0.5, 0.5]}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setattr(local, "usable_cores", lambda: 1)
+
+
+def test_the_sizes_are_those_of_the_network_and_of_the_split(tiny, digits):
+    config = tiny(local__steps=None, local__epochs=3)
+    size = size_of(config, digits)
+    assert size.parameters == sum(p.numel() for p in build_network(config).parameters())
+    for client, part in zip(size.clients, partition(digits, config), strict=True):
+        train, held = split_holdout(part, config, client.number)
+        assert (client.train, client.holdout) == (len(train), len(held))
+        counted = np.bincount(digits.labels.numpy()[train], minlength=10).tolist()
+        assert list(client.labels.values()) == counted
+        assert client.steps == 3 * -(-len(train) // 8)
+
+
+def test_multiply_adds_are_those_of_every_convolution_and_product(tiny, digits):
+    network, counted = build_network(tiny()), 0
+
+    def convolution(module, inputs, output):
+        nonlocal counted
+        counted += module.weight.numel() * output.shape[2] * output.shape[3] // module.groups
+
+    def linear(module, inputs, output):
+        nonlocal counted
+        counted += module.weight.numel()
+
+    import torch
+
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(convolution)
+        elif isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(linear)
+    with torch.no_grad():
+        network(torch.zeros(1, 1, 8, 8), torch.ones(1, dtype=torch.float64), None)
+    # attention adds its two products, which no module holds
+    assert counted <= size_of(tiny(), digits).macs <= 1.2 * counted
+
+
+def test_the_bytes_and_ratios_of_a_round_are_the_run_s(tiny, digits, tmp_path):
+    config = tiny(**UNEQUAL, rounds=1, evaluation__every=0)
+    expected = forecast(config, digits)
+    results = simulate(config, tmp_path / "run", processes=1)
+    assert expected.keeps == {0.5: 3, 1.0: 2}
+    assert expected.bytes_down == results["bytes_down"]
+    assert expected.bytes_up == results["bytes_up"]
+
+
+def test_jobs_are_taken_in_turn_by_whoever_is_free():
+    assert makespan([3, 1, 1, 1], 2) == 3
+    assert makespan([2, 2, 2], 2) == 4
+    assert makespan([5], 4) == 5
+    assert makespan([1, 2, 3], 1) == 6
+    assert makespan([], 2) == 0
+
+
+def test_more_rounds_take_more_training_and_a_resumed_run_only_what_is_left(tiny, digits):
+    config = tiny(rounds=100, evaluation__every=0)
+    whole, rest = forecast(config, digits), forecast(config, digits, done=99)
+    assert rest.seconds["training"] < whole.seconds["training"] / 10
+    assert whole.total == sum(whole.seconds.values())
+    assert isinstance(rest, Forecast)
+
+
+def test_the_time_is_within_a_factor_of_what_the_rounds_then_take(tiny, digits, tmp_path):
+    """A wide factor, since the machine may be busy with something else; see benchmarks for more."""
+    config = tiny(rounds=3, clients=3, local__steps=60, local__batch=16, evaluation__every=0)
+    expected = forecast(config, digits).seconds["training"] - 3 * forecasting.ROUND_S
+    began = time.perf_counter()
+    seconds = simulate(config, tmp_path / "run", processes=1)["seconds"]
+    assert time.perf_counter() - began > seconds["train"]
+    assert seconds["train"] / 4 < expected < 4 * seconds["train"]
