@@ -8,7 +8,8 @@ of a hundred tensors would spend its round on them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -18,6 +19,8 @@ from fed_diffusion.protocol.wire import Packed, Payload
 
 STYPE = "fed-diffusion.raw"
 VALUES = "values"
+ENTRY = 200
+"""Characters of an entry of an index beside its name, at most."""
 ALIGNMENT = 8
 """Bytes: tensors are read where they lie, and start at multiples of it."""
 
@@ -52,12 +55,23 @@ def to_task(content: RecordDict) -> Task:
     return Task(*_parts(content))
 
 
-def to_update(content: RecordDict) -> Update:
-    """The update in a reply's content; `UpdateError` where it is not one."""
-    return Update(*_parts(content))
+def to_update(content: RecordDict, longest: float = math.inf) -> Update:
+    """The update in a reply's content; `UpdateError` where it is not one.
+
+    Parameters
+    ----------
+    longest
+        Characters of its index, at most; see `longest_index`.
+    """
+    return Update(*_parts(content, longest))
 
 
-def _parts(content: RecordDict) -> tuple[int, int, Payload]:
+def longest_index(names: Iterable[str]) -> int:
+    """The most characters of an index of tensors with these names, and of a few others."""
+    return sum(len(json.dumps(name)) + ENTRY for name in names) + 8 * ENTRY
+
+
+def _parts(content: RecordDict, longest: float = math.inf) -> tuple[int, int, Payload]:
     # content[...], not content.array_records: that view makes a reference cycle, and the arrays
     # would then wait for the garbage collector
     try:
@@ -69,6 +83,8 @@ def _parts(content: RecordDict) -> tuple[int, int, Payload]:
         assert isinstance(index, str)
         if array.stype != STYPE:
             raise UpdateError(f"its values have stype {array.stype!r}, not {STYPE!r}")
+        if len(index) > longest:  # before it is parsed: a million entries take seconds
+            raise UpdateError(f"its index has {len(index)} characters, above {longest:g}")
         packed = dict(_unpacked(array.data, index))
         fields = {key: _number(key, value) for key, value in numbers.items()}
         round, client = about["round"], about["client"]

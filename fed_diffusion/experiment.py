@@ -23,6 +23,7 @@ from fed_diffusion.data import (
     with_class_names,
 )
 from fed_diffusion.finish import finish, small_grid
+from fed_diffusion.protocol.errors import Fault
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.report.trackers import Trackers
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
@@ -208,9 +209,20 @@ class Experiment:
         with self.record.timed("aggregate"), pinned_threads(self.config.worker.threads):
             return self.coordinator.receive(update, node)
 
-    def reject(self, client: int, reason: str, node: int | None = None, nbytes: int = 0) -> None:
+    def reject(
+        self,
+        client: int,
+        reason: str,
+        node: int | None = None,
+        nbytes: int = 0,
+        fault: Fault = "server",
+    ) -> None:
         """See `Coordinator.reject`."""
-        self.coordinator.reject(client, reason, node, nbytes)
+        self.coordinator.reject(client, reason, node, nbytes, fault)
+
+    def note_refused(self, nodes: list[dict[str, str]]) -> None:
+        """See `Coordinator.note_refused`."""
+        self.coordinator.note_refused(nodes)
 
     def enough(self) -> bool:
         """See `Coordinator.enough`."""

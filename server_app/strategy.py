@@ -10,8 +10,10 @@ from flwr.common import log
 from flwr.serverapp import Grid
 
 from fed_diffusion.experiment import Experiment
+from server_app.answers import Numbers
 from server_app.exchange import Exchange
-from server_app.nodes import Host, Nodes, Numbers
+from server_app.nodes import Host, Nodes
+from server_app.replies import bound
 
 
 class FedDiffusion:
@@ -51,7 +53,9 @@ class FedDiffusion:
         )
 
     def _meet(self, grid: Grid) -> Nodes:
-        nodes = Nodes(grid, json.dumps(self.config.to_dict()), self._accept, self._joined)
+        bound(grid)
+        settings = json.dumps(self.config.to_dict())
+        nodes = Nodes(grid, settings, self.config.clients, self._accept, self._joined)
         nodes.meet()
         return nodes
 
@@ -70,6 +74,8 @@ class FedDiffusion:
                 "with pruning.budget a node's ratio is its clients', so its node config must say "
                 "which they are: partition-id=0 num-partitions=3"
             )
+        if "keep" not in numbers:
+            raise ValueError("its answer does not say its keep")
         self.experiment.coordinator.participation.check(numbers["keep"])
 
     def _joined(self, host: Host) -> None:
@@ -79,7 +85,7 @@ class FedDiffusion:
         if self.config.pruning.budget == "level":
             return
         clients = range(self.config.clients)
-        own = [client for client in clients if client % host.of == host.partition]
+        own = [client for client in clients if host.owns(client)]
         self.experiment.announce(dict.fromkeys(own, host.numbers))
 
     def _report(self, line: dict[str, Any]) -> None:

@@ -22,7 +22,13 @@ from fed_diffusion.masks.spaces import Layout
 from fed_diffusion.protocol.codecs import kept_of
 from fed_diffusion.protocol.errors import LimitError
 from fed_diffusion.protocol.messages import EXAMPLES_LIMIT, Task, Update, measurements
-from fed_diffusion.protocol.wire import Payload, cast_theta, decode_update, encode_task
+from fed_diffusion.protocol.wire import (
+    Payload,
+    cast_theta,
+    decode_update,
+    encode_task,
+    largest_update,
+)
 from fed_diffusion.server.diagnostics import Diagnostics
 from fed_diffusion.server.mask_store import MaskStore
 from fed_diffusion.server.norms import NormLimit
@@ -119,7 +125,8 @@ class Rounds:
                 payload = encode_task(casts, recipe, mask)
                 kept, w2 = kept_fraction(mask, theta), pruning_error(mask, theta)
                 bits = masks.pack(recipe, mask)
-            flight = Flight(round, recipe, payload.nbytes, kept, w2, bits)
+            most = largest_update(theta, kept, self._config)
+            flight = Flight(round, recipe, payload.nbytes, kept, w2, bits, most)
             yield Task(round, client, payload), flight
 
     def take(
@@ -129,6 +136,7 @@ class Rounds:
         update: Update,
         theta: Theta,
         staleness: int,
+        node: int | None = None,
     ) -> None:
         """Add an update; where it is bad, nothing of it has been added.
 
@@ -140,6 +148,8 @@ class Rounds:
             theta_r, which the round began with.
         staleness
             How often theta has changed since the task was sent.
+        node
+            Which node has sent it, where one has.
 
         Raises
         ------
@@ -161,7 +171,7 @@ class Rounds:
         factor = self._policy.weight(staleness)
         state.mean.add(damped(values, theta, masks, factor), masks, weight)
         self._diagnostics.add(update.client, answer)
-        state.count(flight, update, measured, staleness)
+        state.count(flight, update, measured, staleness, node)
         state.norms += [] if rms is None else [rms]
 
     def _private_mean(self, round: int, theta: Theta, masks: MaskStore) -> PrivateMean:

@@ -119,6 +119,7 @@ class Ledger:
             late=late,
             banned=banned,
             absent=state.absent,
+            refused=state.refused,
             outliers=outliers,
             coverage={str(count): coordinates for count, coordinates in trainers.items()},
             theory=theory,
