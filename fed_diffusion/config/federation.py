@@ -27,8 +27,9 @@ class RoundConfig(Section):
     """Ask this part more clients than wanted, and close when the wanted number is in."""
     max_norm: float | None = Field(None, gt=0)
     """Refuse updates whose difference to theta_r has a larger norm."""
-    norm_factor: float | None = Field(None, ge=1)
-    """Refuse updates that differ this many times more than the median of recent ones."""
+    norm_factor: Annotated[float, Field(ge=1)] | Literal["auto"] | None = "auto"
+    """Refuse updates that differ this many times more than the median of recent ones, and in the
+    first round than theta's own size. auto: 100, under privacy none; null: no limit."""
     ban_after: int = Field(3, ge=0)
     """Leave a client out after so many bad updates; 0: never."""
     aggregation: Literal["mean", "trimmed_mean", "median"] = "mean"

@@ -146,13 +146,14 @@ class Config(Section):
     def _privacy_has_a_guarantee(self) -> Config:
         if self.privacy.clip is None:
             return self
+        factor = None if self.round.norm_factor == "auto" else self.round.norm_factor
         wanted = {
             "wire.differences": (self.wire.differences, True, "differences are what is clipped"),
             "round.mode": (self.round.mode, "synchronous", "weights of stale updates vary"),
             "round.aggregation": (self.round.aggregation, "mean", "its sensitivity is no clip"),
             "round.weighting": (self.round.weighting, "uniform", "weights tell of the data"),
             "round.over_select": (self.round.over_select, 0, "who is first is not drawn"),
-            "round.norm_factor": (self.round.norm_factor, None, "one update decides on others"),
+            "round.norm_factor": (factor, None, "one update decides on others"),
             "theory.every": (self.theory.every or None, None, "gradients would leave unclipped"),
         }
         for key, (value, needed, why) in wanted.items():

@@ -20,7 +20,7 @@ from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.server.diagnostics import Diagnostics
 from fed_diffusion.server.divergence import check_divergence
-from fed_diffusion.server.norms import NormLimit
+from fed_diffusion.server.norms import NormLimit, norm_factor
 from fed_diffusion.server.open_round import Flights, OpenRound
 from fed_diffusion.server.participation import Participation
 from fed_diffusion.server.policies import RoundPolicy
@@ -65,7 +65,7 @@ class Coordinator:
         self.participation = Participation(config, self.layout)
         self.policy: RoundPolicy = policy_of(config)
         self.flights = Flights(self.policy.overlapping)
-        self.norms = NormLimit(config.round.max_norm, config.round.norm_factor)
+        self.norms = NormLimit(config.round.max_norm, norm_factor(config))
         self.diagnostics = Diagnostics(config)
         self.ledger = Ledger(config, self.parameters)
         parts = self.participation, self.policy, self.norms, self.diagnostics, self.ledger
