@@ -147,12 +147,12 @@ class Nodes:
                 self._again.pop(node, None)  # another process, perhaps with another node config
         self._refused = {n: it for n, it in self._refused.items() if n in self._online}
         for node in sorted(self._online):
-            if not self._is_here(node) and now >= self._again.get(node, -math.inf):
-                self._again[node] = now + AGAIN_S
+            if not (self._is_here(node) or self._is_asked(node) or now < self._again.get(node, 0)):
                 self._ask(node)
         for message_id, query in list(self._queries.items()):
             for reply in pull(self._grid, message_id, MOST_ANSWER):
                 self._queries.pop(message_id, None)
+                self._again[query.node] = now + AGAIN_S
                 self._take(query, reply)
             if message_id in self._queries and now > query.expires:
                 del self._queries[message_id]
@@ -207,6 +207,11 @@ class Nodes:
         """Whether a node is online and has answered since it came."""
         info, host = self._online.get(node), self._hosts.get(node)
         return info is not None and host is not None and host.active == info.last_activated_at
+
+    def _is_asked(self, node: int) -> bool:
+        """Whether the process that is there now has a query to answer."""
+        active = self._online[node].last_activated_at
+        return any(q.node == node and q.active == active for q in self._queries.values())
 
     def _ask(self, node: int) -> None:
         about = ConfigRecord({"round": 0, "client": 0, "config": self._config_json})

@@ -1,4 +1,4 @@
-"""Attacks on a deployment, to be tried on real ones: a listed node that lies, a stranger who knocks.
+"""Attacks to be tried on real deployments: by a listed node that lies, by a stranger who knocks.
 
 As a module of a staged app (`stage`) it is the ClientApp of every node: one whose node config has
 `attack=1` does another of `FORMS` in each round, the others are honest. From this machine's side
@@ -103,10 +103,11 @@ def client_app():
 
     @app.query()
     def hello(message, context):
-        reply = work.hello(message.content, context.node_config)
+        reply = honest.hello(message, context)
         if context.node_config.get("attack") == "everybody":
-            reply["metrics"] |= {"partition-id": 0, "num-partitions": 1, "own-data": 0}
-        return Message(reply, reply_to=message)
+            for key, value in {"partition-id": 0, "num-partitions": 1, "own-data": 0}.items():
+                reply.content["metrics"][key] = value
+        return reply
 
     @app.train()
     def train(message, context):

@@ -48,7 +48,7 @@ def hosts(met, clients=3):
 
 
 class Lying(LocalGrid):
-    """What a node sends in reply to a training message is what `lie(message, reply)` makes of it."""
+    """What a node replies to a training message is what `lie(message, reply)` makes of it."""
 
     def __init__(self, configs, lies):
         super().__init__(configs)

@@ -18,7 +18,7 @@ AUTO = 100.0
 """round.norm_factor where it is auto: far beyond what clients of unequal data and steps differ by,
 and one update of it does not make theta useless."""
 LEAST = 1e-2
-"""Of theta's root mean square, where nothing was learned of updates yet: networks may begin at 0."""
+"""Of theta's root mean square, while no update is known: networks may begin at zero."""
 HARMLESS = 1e-2
 """What differs by less than this part of theta's root mean square is not refused for its size."""
 KEPT = 256
