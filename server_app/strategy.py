@@ -33,11 +33,12 @@ class FedDiffusion:
 
         Every node answers a query first, so that start-up eats no deadline.
         """
-        self.summary()
-        nodes = self._meet(grid)
-        log(INFO, "%d clients on %d nodes", self.config.clients, len(nodes))
-        self.experiment.coordinator.flights.forget()
-        return self.experiment.train(Exchange(self.experiment, grid, nodes), self._report)
+        with self.experiment.guarded():
+            self.summary()
+            nodes = self._meet(grid)
+            log(INFO, "%d clients on %d nodes", self.config.clients, len(nodes))
+            self.experiment.coordinator.flights.forget()
+            return self.experiment.train(Exchange(self.experiment, grid, nodes), self._report)
 
     def start(self, *arguments: object, **keywords: object) -> NoReturn:
         """Refuse what Flower's strategies are called with.

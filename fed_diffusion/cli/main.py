@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fed_diffusion.cli import evaluation as cli_evaluation
 from fed_diffusion.cli import theory as cli_theory
 from fed_diffusion.cli.deploy import add_deploy_commands
-from fed_diffusion.cli.output import OutputError, make_printable, say
+from fed_diffusion.cli.output import INTERRUPTED, OutputError, make_printable, say
 from fed_diffusion.common.terminal import console, tell
 from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs
 from fed_diffusion.store.files import check_writable, in_words
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from fed_diffusion.experiment import Experiment
     from fed_diffusion.store.rundir import RunDir
-
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
