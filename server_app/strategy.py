@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from logging import INFO
+from logging import INFO, WARNING
 from typing import Any, NoReturn
 
 from flwr.common import log
@@ -83,11 +83,26 @@ class FedDiffusion:
         """What a node says it can carry holds for every client that it hosts."""
         whose = "of its own" if host.numbers["own-data"] else "of a shared set"
         log(INFO, "node %d has %d images %s", host.node, host.numbers.get("images", 0), whose)
+        own = [client for client in range(self.config.clients) if host.owns(client)]
+        self._weigh(host, own)
         if self.config.pruning.budget == "level":
             return
-        clients = range(self.config.clients)
-        own = [client for client in clients if host.owns(client)]
         self.experiment.announce(dict.fromkeys(own, host.numbers))
+
+    def _weigh(self, host: Host, clients: list[int]) -> None:
+        """With round.weighting examples no client counts more than its node says here, once."""
+        if self.config.round.weighting != "examples" or "images" not in host.numbers:
+            return
+        images = self.experiment.coordinator.participation.images
+        images |= dict.fromkeys(clients, int(host.numbers["images"]))
+        most, total = max(images.values()), sum(images.values())
+        if len(images) > 2 and 2 * most > total and host.numbers["own-data"]:
+            log(
+                WARNING,
+                "client %d says that it has %d of the %d images of all who have joined: with "
+                "round.weighting=examples it decides more than all others together",
+                *(max(images, key=lambda client: images[client]), most, total),
+            )
 
     def _report(self, line: dict[str, Any]) -> None:
         held_out = line["holdout_loss"]

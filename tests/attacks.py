@@ -13,15 +13,19 @@ import time
 from pathlib import Path
 
 MB = 1 << 20
-EVIL = "\x1b]0;owned\x07\x1b[2J\u202e\nINFO : round 9/9 " + "x" * (5 * MB)
+EVIL = "\x1b]0;owned\x07\x1b[2J\u202e\nINFO : round 9/9 "
 
 
 def raises(reply, message):
-    raise RuntimeError(EVIL)
+    raise RuntimeError("x" * (MB // 2) + EVIL)
+
+
+def raises_megabytes(reply, message):
+    raise RuntimeError(EVIL + "x" * (5 * MB))
 
 
 def long_key(reply, message):
-    reply["metrics"]["loss\x1b[2J" + "k" * (2 * MB)] = [0.5]
+    reply["metrics"][EVIL + "k" * (MB // 2)] = [0.5]
     return reply
 
 
@@ -68,7 +72,8 @@ def nothing(reply, message):
 
 
 FORMS = {
-    raises: "RuntimeError: | INFO : round 9/9",
+    raises: "INFO : round 9/9",
+    raises_megabytes: "has more than the",
     long_key: "is not a list of whole numbers",
     heavy: "has more than the",
     many_objects: "objects, and at most",

@@ -303,6 +303,18 @@ def test_no_node_of_a_deployment_can_end_a_run_with_the_words_of_a_dead_ray_acto
     assert [client["client"] for client in line["clients"]] == [0, 2]
 
 
+def test_a_client_weighs_no_more_than_its_node_said_when_it_joined(tmp_path):
+    def boasts(message, reply):
+        reply.content["metrics"]["examples"] = 1_000_000
+        return reply
+
+    grid = Lying([node(0), node(1), node(2)], {102: boasts})
+    (line,) = run(grid, tmp_path, **{"round.weighting": "examples"})
+    (entry,) = line["rejected"]
+    assert (entry["client"], entry["fault"]) == (2, "node")
+    assert "trained on 1000000 images, and its node had 1797 when it joined" in entry["reason"]
+
+
 # --- texts --------------------------------------------------------------------------------------
 
 EVIL = "\x1b]0;owned\x07 \x1b[2J\u202e\x9b31m\nINFO : round 3/3 " + "x" * 5_000_000

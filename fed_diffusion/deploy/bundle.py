@@ -299,12 +299,17 @@ scp -r {here}/server {server}:           # unless it is this machine
 APP is a checkout of fed-diffusion, or what `fed-diffusion deploy run` stages by itself:
 
 ```
-fed-diffusion deploy run {here}/operator digits --set clients={wanted.nodes} --out /var/tmp/digits-1
+fed-diffusion deploy run {here}/operator digits --nodes {wanted.nodes} --set clients={wanted.nodes} \\
+    --out /var/tmp/digits-1
 ```
+
+It says the run's number. Ctrl-C ends the command and not the run: `fed-diffusion deploy attach
+{here}/operator NUMBER` waits for it again, `fed-diffusion deploy stop {here}/operator NUMBER` ends it.
 
 ## Each node
 
-Name its images in `data-dir` of node.toml, and start it:
+Name its images in `data-dir` of node.toml, and start it (several on one host: each with a port of
+its own, as in `PORT=9095 ./node-2/supernode.sh`):
 
 ```
 {nodes}

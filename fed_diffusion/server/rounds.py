@@ -20,7 +20,7 @@ from fed_diffusion.masks.recipe import (
 )
 from fed_diffusion.masks.spaces import Layout
 from fed_diffusion.protocol.codecs import kept_of
-from fed_diffusion.protocol.errors import LimitError
+from fed_diffusion.protocol.errors import LimitError, UpdateError
 from fed_diffusion.protocol.messages import EXAMPLES_LIMIT, Task, Update, measurements
 from fed_diffusion.protocol.wire import (
     Payload,
@@ -167,7 +167,8 @@ class Rounds:
         arrays, answer = self._diagnostics.split(update)
         values = decode_update(arrays, theta, masks, self._config)
         rms = self._norms.check(values, theta, masks)
-        weight = weight_of(self._config, measured["examples"])
+        said = self._participation.images.get(update.client)
+        weight = weight_of(self._config, measured["examples"], said)
         factor = self._policy.weight(staleness)
         state.mean.add(damped(values, theta, masks, factor), masks, weight)
         self._diagnostics.add(update.client, answer)
@@ -191,16 +192,27 @@ def mean_of(config: Config, theta: Theta, workers: int) -> MaskedMean:
     return RobustMean(theta, trim, workers)
 
 
-def weight_of(config: Config, examples: int) -> int:
+def weight_of(config: Config, examples: int, said: int | None = None) -> int:
     """How often an update counts: once, or as often as its client has images.
+
+    Parameters
+    ----------
+    said
+        What its node said that it has, before it knew any round; None where nobody said it.
 
     Raises
     ------
+    UpdateError
+        It says more now.
     LimitError
         There is no room for so many images.
     """
     if config.round.weighting != "examples":
         return 1
+    if said is not None and examples > said:
+        raise UpdateError(
+            f"it says that it trained on {examples} images, and its node had {said} when it joined"
+        )
     if examples > EXAMPLES_LIMIT:
         raise LimitError(
             f"it trained on {examples} images, and round.weighting = examples has room for "
