@@ -157,12 +157,12 @@ def _write_all(folder: Path, target: Path, wanted: Deployment) -> None:
         "flwr.sh": _template("flwr.sh").encode(),
         "register.sh": _template("register.sh").encode(),
     }
-    places: dict[str, dict[str, str | int]] = {}
+    places: dict[str, dict[str, object]] = {}
     for index in range(wanted.nodes):
         private, public = make_node_key()
         operator[f"nodes/node-{index + 1}.pub"] = public
-        place: dict[str, str | int] = {"partition-id": index, "num-partitions": wanted.nodes}
-        places[f"node-{index + 1}"] = {"key": public.decode().strip()} | place
+        place: dict[str, object] = {"key": public.decode().strip(), "partition-id": index}
+        places[f"node-{index + 1}"] = place | {"num-partitions": wanted.nodes}
         node = common | _units("supernode")
         node |= {
             "common.sh": _template("common.sh").encode(),
@@ -299,12 +299,13 @@ scp -r {here}/server {server}:           # unless it is this machine
 APP is a checkout of fed-diffusion, or what `fed-diffusion deploy run` stages by itself:
 
 ```
-fed-diffusion deploy run {here}/operator digits --nodes {wanted.nodes} --set clients={wanted.nodes} \\
-    --out /var/tmp/digits-1
+fed-diffusion deploy run {here}/operator digits --nodes {wanted.nodes} \\
+    --set clients={wanted.nodes} --out /var/tmp/digits-1
 ```
 
-It says the run's number. Ctrl-C ends the command and not the run: `fed-diffusion deploy attach
-{here}/operator NUMBER` waits for it again, `fed-diffusion deploy stop {here}/operator NUMBER` ends it.
+It says the run's number. Ctrl-C ends the command and not the run:
+`fed-diffusion deploy attach {here}/operator NUMBER` waits for it again, and
+`fed-diffusion deploy stop {here}/operator NUMBER` ends it.
 
 ## Each node
 
