@@ -259,7 +259,15 @@ def _round(experiment: Experiment, exchange: Callable[[int], None]) -> RoundSumm
         exchange(round)
         try:
             return experiment.close_round()
-        except Diverged as error:  # to resume would bring it again
+        except Diverged as error:
+            if error.spoiled:
+                experiment.record.set_back(round - 1)
+                raise RunStopped(
+                    f"{error} Or round {round - 1} has spoiled theta, by an update that counted "
+                    f"in it (look at its line in metrics.jsonl; round.norm_factor and "
+                    "round.aggregation withstand such): its checkpoint is put aside."
+                ) from error
+            # to resume would bring it again
             raise RunDiverged(f"{error} {experiment.record.last_good()}") from error
         except BelowQuorum as error:
             problem = error

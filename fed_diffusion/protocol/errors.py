@@ -39,6 +39,16 @@ class RangeError(LimitError):
 
 
 class DivergedError(UpdateError):
-    """An update whose values or losses are not finite, or so large that training has diverged."""
+    """An update whose values or losses are not finite, or so large that training has diverged.
+
+    Attributes
+    ----------
+    first
+        The loss at theta_r itself, before the first local step, where the worker has said it.
+    """
 
     diverged = True
+
+    def __init__(self, what: str, first: float | None = None):
+        super().__init__(what)
+        self.first = first

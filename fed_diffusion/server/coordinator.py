@@ -15,7 +15,7 @@ from torch import Tensor
 from fed_diffusion.build import channel_layout
 from fed_diffusion.config import Config
 from fed_diffusion.masks.recipe import RecipeError
-from fed_diffusion.protocol.errors import Fault, UpdateError
+from fed_diffusion.protocol.errors import DivergedError, Fault, UpdateError
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.server.diagnostics import Diagnostics
@@ -171,6 +171,8 @@ class Coordinator:
             if refused.strike:
                 self.participation.strike(update.client)
             state.diverged += [update.client] if refused.diverged else []
+            first = refused.first if isinstance(refused, DivergedError) else None
+            state.spoiled += [update.client] if self.ledger.spoiled(first) else []
             state.reject(update.client, str(error), node, 0, "node" if refused.strike else "server")
             self.flights.land(update.client)
             return False

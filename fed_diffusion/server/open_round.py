@@ -69,6 +69,8 @@ class OpenRound:
         Clients whose node sent no update in answer to their task, by a fault of its own.
     diverged
         Clients whose update did not count because their training has diverged.
+    spoiled
+        Those among them who found theta worthless before their first step.
     norms
         Root-mean-square differences of the updates, where their size is limited.
     staleness
@@ -86,6 +88,7 @@ class OpenRound:
     refused: list[dict[str, str]] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
     diverged: list[int] = field(default_factory=list)
+    spoiled: list[int] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     staleness: int = 0
     bytes_up: int = 0
