@@ -6,6 +6,7 @@ As a module of a staged app (`stage`) it is the ClientApp of every node: one who
 """
 
 import json
+import os
 import socket
 import ssl
 import threading
@@ -30,7 +31,7 @@ def long_key(reply, message):
 
 
 def heavy(reply, message):
-    reply["arrays"] = _record({"values": bytes(300 * MB)})
+    reply["arrays"] = _record({"values": os.urandom(300 * MB)})  # no part is like another
     return reply
 
 
@@ -75,7 +76,7 @@ FORMS = {
     raises: "INFO : round 9/9",
     raises_megabytes: "has more than the",
     long_key: "is not a list of whole numbers",
-    heavy: "has more than the",
+    heavy: "objects, and at most",
     many_objects: "objects, and at most",
     long_index: "its index has",
     for_another: "the reply is for client 0",
