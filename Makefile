@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-slow test-faults test-lab test-browser lint docs install clean docker docker-demo
+.PHONY: run test test-slow test-faults test-lab test-browser lint docs install clean constraints docker docker-demo
 
 run: .venv/.run
 	$(BIN)/fed-diffusion run digits --engine flower
@@ -15,7 +15,7 @@ test-slow: .venv/.test
 	$(BIN)/python -m pytest -m slow
 
 test-faults: .venv/.test
-	$(BIN)/python -m pytest -m slow tests/test_deployment.py
+	$(BIN)/python -m pytest -m slow tests/test_deployment.py tests/test_attacks.py tests/deploy/test_submit.py
 
 # as root, with iproute2, nginx and curl: hosts in network namespaces of their own
 test-lab: .venv/.test
@@ -51,23 +51,33 @@ install: .venv/.test
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
+# the versions that the images are built with, from what is installed here: after the tests passed
+constraints: .venv/.test
+	$(BIN)/python docker/constraints.py > docker/constraints.txt
+
 # DOCKER_BUILD takes more options, as in DOCKER_BUILD='--build-arg TORCH_INDEX='
 docker:
 	docker build $(DOCKER_BUILD) --file docker/Dockerfile --tag fed-diffusion .
 	docker build $(DOCKER_BUILD) --file docker/Dockerfile --target proxy --tag fed-diffusion-proxy .
 
-# Containers run as this user, or as 10001 where that is root. DEMO must not exist yet.
+# Containers run as this user, or as 10001 where that is root. A demo that is there runs again, as
+# another run: make docker-demo RUN=digits-2
 DEMO ?= $(CURDIR)/demo
+RUN ?= digits
 DEMO_UID := $(if $(filter 0,$(shell id -u)),10001,$(shell id -u))
 COMPOSE = DEMO=$(DEMO) FED_UID=$(DEMO_UID) FED_GID=$(DEMO_UID) docker compose --file docker/compose.yaml
 
-docker-demo: docker
+docker-demo:
+	@test ! -e $(DEMO)/runs/$(RUN) || { echo "$(DEMO)/runs/$(RUN) is there already:" \
+		"make docker-demo RUN=another-name, or remove $(DEMO)" >&2; exit 2; }
+	$(MAKE) docker
 	mkdir -p $(DEMO)/runs $(DEMO)/state/superlink
 	chown -R $(DEMO_UID) $(DEMO)
-	$(COMPOSE) run --rm init
-	$(COMPOSE) up --detach superexec node-1 node-2 node-3
-	$(COMPOSE) run --rm train; code=$$?; $(COMPOSE) down; exit $$code
-	@echo $(DEMO)/runs/$${RUN:-digits}
+	trap '$(COMPOSE) down' EXIT; \
+		{ test -e $(DEMO)/deployment || $(COMPOSE) run --rm init; } \
+		&& $(COMPOSE) up --detach superexec node-1 node-2 node-3 \
+		&& RUN=$(RUN) $(COMPOSE) run --rm train
+	@echo $(DEMO)/runs/$(RUN)
 
 clean:
 	rm -rf .venv build dist site

@@ -8,7 +8,8 @@ of a hundred tensors would spend its round on them.
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator
+import math
+from collections.abc import Container, Iterable, Iterator
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -21,6 +22,8 @@ STYPE = "fed-diffusion.raw"
 VALUES = "values"
 MOST_KEY = 100
 """Letters of a key that go into messages."""
+ENTRY = 200
+"""Characters of an entry of an index beside its name, at most."""
 ALIGNMENT = 8
 """Bytes: tensors are read where they lie, and start at multiples of it."""
 
@@ -63,12 +66,23 @@ def to_task(content: RecordDict) -> Task:
     return Task(*_parts(content))
 
 
-def to_update(content: RecordDict) -> Update:
-    """The update in a reply's content; `UpdateError` where it is not one."""
-    return Update(*_parts(content))
+def to_update(content: RecordDict, longest: float = math.inf) -> Update:
+    """The update in a reply's content; `UpdateError` where it is not one.
+
+    Parameters
+    ----------
+    longest
+        Characters of its index, at most; see `longest_index`.
+    """
+    return Update(*_parts(content, longest))
 
 
-def _parts(content: RecordDict) -> tuple[int, int, Payload]:
+def longest_index(names: Iterable[str]) -> int:
+    """The most characters of an index of tensors with these names, and of a few others."""
+    return sum(len(json.dumps(name)) + ENTRY for name in names) + 8 * ENTRY
+
+
+def _parts(content: RecordDict, longest: float = math.inf) -> tuple[int, int, Payload]:
     # content[...], not content.array_records: that view makes a reference cycle, and the arrays
     # would then wait for the garbage collector
     try:
@@ -82,6 +96,8 @@ def _parts(content: RecordDict) -> tuple[int, int, Payload]:
         assert isinstance(index, str)
         if array.stype != STYPE:
             raise UpdateError(f"its values have stype {array.stype!r}, not {STYPE!r}")
+        if len(index) > longest:  # before it is parsed: a million entries take seconds
+            raise UpdateError(f"its index has {len(index)} characters, above {longest:g}")
         packed = dict(_unpacked(array.data, index))
         fields: Numbers = {key: _number(key, value) for key, value in numbers.items()}
         fields |= {key: _name(key, value, numbers) for key, value in names.items()}

@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from client_app.messages import to_records, to_task
 from fed_diffusion.client.worker import Worker
+from fed_diffusion.common.text import clean
 from fed_diffusion.config import ConfigError, build_config
 from fed_diffusion.config.schema import as_numbers
 from fed_diffusion.data import load_own
@@ -74,8 +75,8 @@ def hello(content: RecordDict, node: NodeConfig) -> RecordDict:
             numbers["keep"] = _number(node, "keep", 1.0)
         elif worker.config.pruning.budget == "auto":
             numbers |= worker.budget().to_metrics()
-    except (ConfigError, BudgetError) as error:
-        refused = ConfigRecord({"refused": str(error)})
+    except (ConfigError, BudgetError, OSError) as error:  # OSError: a folder that is out of reach
+        refused = ConfigRecord({"refused": clean(error)})
         return RecordDict({"metrics": MetricRecord(dict(numbers)), "about": refused})
     return RecordDict({"metrics": MetricRecord(dict(numbers))})
 

@@ -23,6 +23,7 @@ from fed_diffusion.data import (
     with_class_names,
 )
 from fed_diffusion.finish import finish, small_grid
+from fed_diffusion.protocol.errors import Fault
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.report.holdings import write_data
 from fed_diffusion.report.live import LivePage
@@ -225,10 +226,21 @@ class Experiment:
         self._answered()
         return counted
 
-    def reject(self, client: int, reason: str, node: int | None = None, nbytes: int = 0) -> None:
+    def reject(
+        self,
+        client: int,
+        reason: str,
+        node: int | None = None,
+        nbytes: int = 0,
+        fault: Fault = "server",
+    ) -> None:
         """See `Coordinator.reject`."""
-        self.coordinator.reject(client, reason, node, nbytes)
+        self.coordinator.reject(client, reason, node, nbytes, fault)
         self._answered()
+
+    def note_refused(self, nodes: list[dict[str, str]]) -> None:
+        """See `Coordinator.note_refused`."""
+        self.coordinator.note_refused(nodes)
 
     def _answered(self) -> None:
         if (state := self.coordinator.open) is not None:
@@ -272,7 +284,15 @@ def _round(experiment: Experiment, exchange: Callable[[int], None]) -> RoundSumm
         exchange(round)
         try:
             return experiment.close_round()
-        except Diverged as error:  # to resume would bring it again
+        except Diverged as error:
+            if error.spoiled:
+                experiment.record.set_back(round - 1)
+                raise RunStopped(
+                    f"{error} Or round {round - 1} has spoiled theta, by an update that counted "
+                    f"in it (look at its line in metrics.jsonl; round.norm_factor and "
+                    "round.aggregation withstand such): its checkpoint is put aside."
+                ) from error
+            # to resume would bring it again
             raise RunDiverged(f"{error} {experiment.record.last_good()}") from error
         except BelowQuorum as error:
             problem = error

@@ -84,8 +84,9 @@ def main(grid: Grid, context: Context) -> None:
         FedDiffusion(experiment).run(grid)
     except RunTaken:
         raise  # the run that is there keeps its status
-    except (RunStopped, KeyboardInterrupt):
-        traceback.print_exc()
+    except (RunStopped, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, RunStopped):
+            traceback.print_exc()
         raise  # its status says that it was stopped, and how to resume
     except BaseException as error:
         traceback.print_exc()  # Flower prints it only after Ray is down

@@ -12,23 +12,39 @@ from logging import WARNING
 from flwr.app import Message, MessageType
 from flwr.common import log
 from flwr.serverapp import Grid
+from flwr.superlink.grid import InMemoryGrid
 
-from client_app.messages import to_records, to_update
+from client_app.messages import longest_index, to_records, to_update
+from fed_diffusion.common.text import clean
 from fed_diffusion.experiment import Experiment
-from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.errors import Fault, UpdateError
 from fed_diffusion.protocol.messages import Task
-from server_app.nodes import JOIN_S, Host, Nodes, Patience, most_out, pull, reason_of
+from server_app.nodes import JOIN_S, Host, Nodes, Patience, most_out
+from server_app.replies import TooLarge, fault_of, pull, reason_of
 
 DEAD_ACTOR = "ray.exceptions.ActorDiedError"
+LIVES_S = 5.0
+"""Between looks for nodes while a round waits for replies."""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A message that is out: whose task it carries, to which node, and when it expires."""
+    """A message that is out: whose task it carries, to which node, and when it expires.
+
+    Attributes
+    ----------
+    most
+        The bytes that its reply may have.
+    """
 
     client: int
-    node: int
+    host: Host
     expires: float
+    most: int
+
+    @property
+    def node(self) -> int:
+        return self.host.node
 
 
 class Exchange:
@@ -47,9 +63,12 @@ class Exchange:
         self._seconds = experiment.config.round.deadline_s
         self._config_json = json.dumps(experiment.config.to_dict())
         self._overlapping = experiment.coordinator.policy.overlapping
+        self._simulated = isinstance(grid, InMemoryGrid)
+        self._index = longest_index(experiment.coordinator.theta)
+        self._looked = time.monotonic()
         self._out: dict[str, Sent] = {}
-        self._late: dict[str, float] = {}
-        """Messages that are no longer waited for -> when they expire."""
+        self._late: dict[str, Sent] = {}
+        """Messages that are no longer waited for."""
 
     def __call__(self, round: int) -> None:
         """One round, until there are enough updates, or no more can come, or time is up."""
@@ -70,7 +89,8 @@ class Exchange:
         if not self._overlapping:
             self._give_up()
         for client, node, reason in self._nodes.refusals(self._clients):
-            self._reject(client, reason, node)
+            self._reject(client, reason, node, "node")
+        self._experiment.note_refused(self._nodes.refused())
 
     def _available(self) -> set[int]:
         """The clients whose node is there; a round that asks once waits for its quorum of them."""
@@ -92,10 +112,12 @@ class Exchange:
         message_ids = self._grid.push_messages([self._message(task, host)]) if host else []
         sent = [message_id for message_id in message_ids if message_id]
         if not sent or host is None:
-            self._reject(task.client, "its node cannot be reached", host.node if host else None)
+            node = host.node if host else None
+            self._reject(task.client, "its node cannot be reached", node, "network")
             return
         expires = min(deadline, time.monotonic() + self._seconds)
-        self._out |= dict.fromkeys(sent, Sent(task.client, host.node, expires))
+        most = self._experiment.coordinator.flights.out[task.client].most + self._index
+        self._out |= dict.fromkeys(sent, Sent(task.client, host, expires, most))
 
     def _message(self, task: Task, host: Host) -> Message:
         return Message(
@@ -111,8 +133,11 @@ class Exchange:
     def _look(self, tasks: Iterator[Task], deadline: float) -> bool:
         """Look once for each reply that is out, until there are enough; whether any came."""
         came = False
+        if time.monotonic() - self._looked > LIVES_S:
+            self._nodes.refresh()
+            self._looked = time.monotonic()
         for message_id, sent in list(self._out.items()):  # one update in memory, not all of them
-            for reply in pull(self._grid, message_id):
+            for reply in pull(self._grid, message_id, sent.most):
                 came = True
                 self._out.pop(message_id, None)
                 self._receive(reply, sent.client, sent.node)
@@ -121,36 +146,47 @@ class Exchange:
             if message_id not in self._out:
                 self._fill(tasks, deadline)
             elif time.monotonic() > sent.expires:
-                self._late[message_id] = self._out.pop(message_id).expires
-                self._reject(sent.client, self._no_reply(), sent.node)
+                self._drop(message_id, self._no_reply())
+            elif self._nodes.has_restarted(sent.host):
+                self._drop(message_id, "its node was started again while it worked")
         return came
 
-    def _receive(self, reply: Message | Exception, client: int, node: int | None) -> None:
+    def _drop(self, message_id: str, why: str) -> None:
+        """Wait no longer for a reply."""
+        sent = self._late[message_id] = self._out.pop(message_id)
+        self._reject(sent.client, why, sent.node, "network")
+
+    def _receive(self, reply: Message | Exception, client: int, node: int) -> None:
+        if isinstance(reply, TooLarge):
+            self._reject(client, str(reply), node, "node", reply.nbytes)
+            return
         if isinstance(reply, Exception):
-            self._reject(client, f"its reply cannot be read: {reply!r}", node)
+            self._reject(client, f"its reply cannot be read: {reply!r}", node, "node")
             return
         if reply.has_error():
             reason = reason_of(reply.error)
-            if reply.error.code == 0 and DEAD_ACTOR in reason:
+            if self._simulated and reply.error.code == 0 and DEAD_ACTOR in reason:
                 # Flower puts a dead actor back in its pool, where it eats message after message
                 raise RuntimeError(f"a Ray worker process died (out of memory?): {reason}")
-            self._reject(client, reason, node)
+            self._reject(client, reason, node, fault_of(reply.error))
             return
         try:
-            update = to_update(reply.content)
+            update = to_update(reply.content, self._index)
         except UpdateError as error:
-            self._reject(client, str(error), node)
+            self._reject(client, str(error), node, "node")
             return
         if update.client != client:
             reason = f"the reply is for client {update.client}"
-            self._reject(client, reason, node, update.payload.nbytes)
+            self._reject(client, reason, node, "node", update.payload.nbytes)
             return
         if not self._experiment.receive(update, node):
             log(WARNING, "the update of client %d was rejected; see metrics.jsonl", client)
 
-    def _reject(self, client: int, reason: str, node: int | None, nbytes: int = 0) -> None:
-        log(WARNING, "client %d does not count in this round: %s", client, reason)
-        self._experiment.reject(client, reason, node, nbytes)
+    def _reject(
+        self, client: int, reason: str, node: int | None, fault: Fault, nbytes: int = 0
+    ) -> None:
+        log(WARNING, "client %d does not count in this round: %s", client, clean(reason))
+        self._experiment.reject(client, reason, node, nbytes, fault)
 
     # --- what does not come ---------------------------------------------------------------------
 
@@ -159,19 +195,19 @@ class Exchange:
         coordinator, early = self._experiment.coordinator, self._experiment.enough()
         why = "there were enough updates without it" if early else self._no_reply()
         nodes = {sent.client: sent.node for sent in self._out.values()}
-        self._late |= {message_id: sent.expires for message_id, sent in self._out.items()}
+        self._late |= self._out
         self._out.clear()
         for client in coordinator.waiting() + ([] if early else coordinator.unsent()):
-            self._reject(client, why, nodes.get(client))
+            self._reject(client, why, nodes.get(client), "nobody" if early else "network")
 
     def _no_reply(self) -> str:
         return f"no reply within {self._seconds:g} s"
 
     def _drop_late(self) -> None:
         """Replies that are no longer waited for are recognised and thrown away."""
-        for message_id, expires in list(self._late.items()):
-            found = list(pull(self._grid, message_id))
+        for message_id, sent in list(self._late.items()):
+            found = list(pull(self._grid, message_id, sent.most))
             if any(isinstance(reply, Message) and reply.has_content() for reply in found):
                 self._experiment.coordinator.ledger.late()
-            if found or time.monotonic() > expires:
+            if found or time.monotonic() > sent.expires:
                 del self._late[message_id]

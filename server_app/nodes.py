@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from logging import INFO, WARNING
 
-from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common import log
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
+
+from fed_diffusion.common.text import clean
+from server_app.admitted import Admitted
+from server_app.answers import Answer, Numbers, read_answer
+from server_app.replies import UNANSWERED, pull, reason_of
 
 POLL_S = 0.05
 """Between looks for replies, at first; Flower's own loop waits up to 3 s."""
@@ -21,14 +28,12 @@ POLL_SHARE = 0.05
 reply that is out, and in a deployment costs the SuperLink some 10 ms of CPU."""
 JOIN_S = 120.0
 """How long to wait for the first node, and for a node to answer the opening query."""
-UNANSWERED = (3, 4, 5, 8)
-"""Flower's errors for a message, a reply or a node that is not there, and a ClientApp that died."""
-MOST_TEXT = 2000
-"""Characters of what a node says that go into logs and records."""
+AGAIN_S = 30.0
+"""How long a node that cannot be used, or did not answer, is left alone until it is asked again."""
 LOOK_S = 1.0
 """Between looks for nodes, while there are too few."""
-
-Numbers = Mapping[str, float]
+MOST_ANSWER = 1 << 16
+"""Bytes of an answer to the opening query."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +50,46 @@ class Host:
     """A node that has answered: the clients whose number is `partition` modulo `of` are its own.
 
     A node without a partition in its node config (`of` is 0) takes clients that no other hosts.
+
+    Attributes
+    ----------
+    active
+        Since when it is active, as Flower says: another time is another process, which may have
+        another node config and knows nothing of what was sent to the one before.
     """
 
     node: int
     partition: int
     of: int
     numbers: Numbers
+    active: str
+
+    def owns(self, client: int) -> bool:
+        """Whether a client is surely this node's."""
+        return self.of > 0 and client % self.of == self.partition
+
+
+@dataclass(frozen=True)
+class Query:
+    """An opening query that is out: to which node, to which of its processes, and until when."""
+
+    node: int
+    active: str
+    expires: float
 
 
 class Nodes:
     """The nodes of a run. New ones are asked and join; those that are offline host nobody.
 
+    A node is asked once for each time that it becomes active, and one that cannot be used again
+    and again, so that whoever puts it right needs to do no more.
+
     Parameters
     ----------
+    clients
+        How many the run has.
     accept
-        Given a node's answer; raises `ValueError` or `KeyError` where it cannot be used.
+        Given a node's numbers; raises `ValueError` where it cannot be used.
     joined
         Given each node that has joined.
     """
@@ -68,17 +98,22 @@ class Nodes:
         self,
         grid: Grid,
         config_json: str,
+        clients: int,
         accept: Callable[[Numbers], None],
         joined: Callable[[Host], None],
     ):
         self._grid = grid
         self._config_json = config_json
+        self._clients = range(clients)
         self._accept = accept
         self._joined = joined
+        self._admitted = Admitted.of_environment()
+        self._online: dict[int, NodeInfo] = {}
         self._hosts: dict[int, Host] = {}
-        self._asked: dict[str, int] = {}
-        self._online: set[int] = set()
+        self._queries: dict[str, Query] = {}
         self._refused: dict[int, Refused] = {}
+        self._again: dict[int, float] = {}
+        """Node -> when it may be asked again."""
 
     def meet(self) -> None:
         """Wait for the first nodes, and until all that are there have answered.
@@ -93,25 +128,35 @@ class Nodes:
             time.sleep(0.2)
         if not self._online:
             raise RuntimeError(f"no node joined within {JOIN_S:g} s; start SuperNodes first")
-        while self._asked and time.monotonic() < end:
+        while self._queries and time.monotonic() < end:
             time.sleep(POLL_S)
             self.refresh()
         if not self._hosts:
-            silent = [f"node {n}: no answer within {JOIN_S:g} s" for n in self._asked.values()]
+            silent = [
+                f"node {q.node}: no answer within {JOIN_S:g} s" for q in self._queries.values()
+            ]
             failures = [f"node {node}: {it.reason}" for node, it in self._refused.items()]
             raise RuntimeError("no node can run the ClientApp. " + "; ".join(failures + silent))
 
     def refresh(self) -> bool:
-        """See who is online, ask those who are new, take the answers that are in; any online?"""
-        self._online = set(self._grid.get_node_ids())
-        # one that was mended has been away, and is asked again
+        """See who is online, ask whom there is to ask, take the answers that are in; any online?"""
+        before, now = self._online, time.monotonic()
+        self._online = {info.node_id: info for info in self._grid.get_nodes()}
+        for node, info in self._online.items():
+            if node not in before or before[node].last_activated_at != info.last_activated_at:
+                self._again.pop(node, None)  # another process, perhaps with another node config
         self._refused = {n: it for n, it in self._refused.items() if n in self._online}
-        known = self._hosts.keys() | set(self._asked.values()) | self._refused.keys()
-        for node in sorted(self._online - known):
-            self._ask(node)
-        for message_id in list(self._asked):
-            for reply in pull(self._grid, message_id):
-                self._take(self._asked.pop(message_id), reply)
+        for node in sorted(self._online):
+            if not (self._is_here(node) or self._is_asked(node) or now < self._again.get(node, 0)):
+                self._ask(node)
+        for message_id, query in list(self._queries.items()):
+            for reply in pull(self._grid, message_id, MOST_ANSWER):
+                self._queries.pop(message_id, None)
+                self._again[query.node] = now + AGAIN_S
+                self._take(query, reply)
+            if message_id in self._queries and now > query.expires:
+                del self._queries[message_id]
+                self._refused[query.node] = Refused(f"no answer within {JOIN_S:g} s")
         return bool(self._online)
 
     def wait_for(self, clients: list[int], count: int, seconds: float) -> set[int]:
@@ -127,12 +172,11 @@ class Nodes:
 
     def host_of(self, client: int) -> Host | None:
         """The node that works for a client; None while it is not there."""
-        here = [self._hosts[node] for node in sorted(self._online & self._hosts.keys())]
-        own = [host for host in here if host.of and client % host.of == host.partition]
+        here = [self._hosts[node] for node in sorted(self._hosts) if self._is_here(node)]
+        own = [host for host in here if host.owns(client)]
         if own:
             return own[0]
-        partitioned = [h for h in self._hosts.values() if h.of]
-        if any(client % host.of == host.partition for host in partitioned):
+        if any(host.owns(client) for host in self._hosts.values()):
             return None  # its node is away; its data are there, not here
         free = [host for host in here if not host.of]
         return free[client % len(free)] if free else None
@@ -144,41 +188,95 @@ class Nodes:
                 if it.of and client % it.of == it.partition and not self.host_of(client):
                     yield client, node, it.reason
 
+    def refused(self) -> list[dict[str, str]]:
+        """Every node that is there and cannot be used, and why, for the record."""
+        return [{"node": str(node), "reason": it.reason} for node, it in self._refused.items()]
+
+    def has_restarted(self, host: Host) -> bool:
+        """Whether the process that was sent something is not the one that is there now.
+
+        Flower says so itself of a node that is away; of one that has come back it says nothing.
+        """
+        info = self._online.get(host.node)
+        return info is not None and info.last_activated_at != host.active
+
     def __len__(self) -> int:
-        return len(self._online & self._hosts.keys())
+        return sum(map(self._is_here, self._hosts))
+
+    def _is_here(self, node: int) -> bool:
+        """Whether a node is online and has answered since it came."""
+        info, host = self._online.get(node), self._hosts.get(node)
+        return info is not None and host is not None and host.active == info.last_activated_at
+
+    def _is_asked(self, node: int) -> bool:
+        """Whether the process that is there now has a query to answer."""
+        active = self._online[node].last_activated_at
+        return any(q.node == node and q.active == active for q in self._queries.values())
 
     def _ask(self, node: int) -> None:
         about = ConfigRecord({"round": 0, "client": 0, "config": self._config_json})
-        query = Message(
+        message = Message(
             RecordDict({"about": about}),
             dst_node_id=node,
             message_type=MessageType.QUERY,
             ttl=JOIN_S,
         )
-        self._asked |= dict.fromkeys((m for m in self._grid.push_messages([query]) if m), node)
+        query = Query(node, self._online[node].last_activated_at, time.monotonic() + JOIN_S)
+        self._queries = {m: q for m, q in self._queries.items() if q.node != node}
+        self._queries |= dict.fromkeys((m for m in self._grid.push_messages([message]) if m), query)
 
-    def _take(self, node: int, reply: Message | Exception) -> None:
-        if isinstance(reply, Message) and reply.has_error() and reply.error.code in UNANSWERED:
+    def _take(self, query: Query, reply: Message | Exception) -> None:
+        node = query.node
+        again = (*UNANSWERED, ErrorCode.CLIENT_APP_CRASHED)
+        if isinstance(reply, Message) and reply.has_error() and reply.error.code in again:
             log(WARNING, "node %d did not answer: %s", node, reason_of(reply.error))
-            return  # it is asked again when it is next seen
-        partition = of = 0
-        try:
-            numbers = _answer(reply)
-            partition, of = int(numbers["partition-id"]), int(numbers["num-partitions"])
-            _check_answer(reply)
-            self._accept(numbers)
-            host = Host(node, partition, of, numbers)
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            log(WARNING, "node %d cannot be used: %s", node, error)
-            self._refused[node] = Refused(str(error), partition, of)
             return
-        here = self._online & self._hosts.keys()
-        twins = [n for n in here if of and self._hosts[n].of == of]
-        if any(self._hosts[n].partition == partition for n in twins):
-            log(WARNING, "node %d says it is partition %d, as another node does", node, partition)
+        answer: Answer | None = None
+        try:
+            answer = read_answer(reply)
+            self._check(node, answer)
+        except ValueError as error:
+            reason = clean(error)
+            log(WARNING, "node %d cannot be used: %s", node, reason)
+            place = (answer.partition, answer.of) if answer else ()
+            self._refused[node] = Refused(reason, *place)
+            return
+        self._refused.pop(node, None)
+        host = Host(node, answer.partition, answer.of, answer.numbers, query.active)
+        # one that was away has come back as another node, as with a new key
+        self._hosts = {
+            n: it for n, it in self._hosts.items() if self._is_here(n) or not self._both(it, host)
+        }
         self._hosts[node] = host
-        log(INFO, "node %d joined", node)
+        log(INFO, "node %d joined%s", node, self._named(node))
         self._joined(host)
+
+    def _check(self, node: int, answer: Answer) -> None:
+        """Refuse a node that is not fit, is not who it says, or whose clients are another's."""
+        if self._admitted is not None and node in self._online:
+            self._admitted.check(self._online[node].public_key, answer.partition, answer.of)
+        for other, host in self._hosts.items():
+            if other == node or not self._is_here(other):
+                continue
+            mine = Host(node, answer.partition, answer.of, {}, "")
+            if shared := self._both(host, mine):
+                raise ValueError(
+                    f"it says that it hosts client {shared[0]} (partition-id={answer.partition} "
+                    f"num-partitions={answer.of} in its node config), whom node {other}"
+                    f"{self._named(other)} hosts: each node has a partition-id of its own"
+                )
+        if answer.refused is not None:
+            raise ValueError(answer.refused)
+        self._accept(answer.numbers)
+
+    def _both(self, one: Host, other: Host) -> list[int]:
+        """The clients that two nodes host, each by what it says."""
+        return [client for client in self._clients if one.owns(client) and other.owns(client)]
+
+    def _named(self, node: int) -> str:
+        """The name that the operator gave a node, for a log."""
+        info = self._online.get(node)
+        return f" ({clean(info.name, 100)})" if info is not None and info.name else ""
 
 
 class Patience:
@@ -193,14 +291,6 @@ class Patience:
         return min(max(POLL_S, POLL_SHARE * waited), POLL_MOST_S)
 
 
-def pull(grid: Grid, message_id: str) -> Iterator[Message | Exception]:
-    """The reply to a message if it is there; one that does not inflate comes as its exception."""
-    try:
-        yield from grid.pull_messages([message_id])
-    except (ValueError, TypeError, KeyError) as error:
-        yield error
-
-
 def most_out(grid: Grid) -> float:
     """How many messages of a round may be out at once: in a simulation two for each core of Ray's.
 
@@ -212,28 +302,3 @@ def most_out(grid: Grid) -> float:
     import ray
 
     return 2 * max(1.0, ray.cluster_resources().get("CPU", 1.0))
-
-
-def reason_of(error: Error) -> str:
-    reason = error.reason or "no reason given"  # of a traceback the end tells most
-    return f"{reason[-MOST_TEXT:]} (Flower error {error.code})"
-
-
-def _answer(reply: Message | Exception) -> dict[str, float]:
-    """The numbers of a node's answer to the opening query; raises where it is none."""
-    if isinstance(reply, Exception):
-        raise ValueError(f"its answer cannot be read: {reply!r}")
-    if reply.has_error():
-        raise ValueError(reason_of(reply.error))
-    numbers = reply.content["metrics"]
-    if not isinstance(numbers, MetricRecord):
-        raise TypeError("its answer has no metrics")
-    return {key: value for key, value in numbers.items() if not isinstance(value, list)}
-
-
-def _check_answer(reply: Message | Exception) -> None:
-    """Raise what a node says is wrong with itself, such as data that do not fit the run."""
-    assert isinstance(reply, Message)
-    about = reply.content.get("about")
-    if isinstance(about, ConfigRecord) and "refused" in about:
-        raise ValueError(str(about["refused"])[:MOST_TEXT])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from logging import INFO
+from logging import INFO, WARNING
 from typing import Any, NoReturn
 
 from flwr.common import log
 from flwr.serverapp import Grid
 
 from fed_diffusion.experiment import Experiment
+from server_app.answers import Numbers
 from server_app.exchange import Exchange
-from server_app.nodes import Host, Nodes, Numbers
+from server_app.nodes import Host, Nodes
+from server_app.replies import bound
 
 
 class FedDiffusion:
@@ -31,11 +33,12 @@ class FedDiffusion:
 
         Every node answers a query first, so that start-up eats no deadline.
         """
-        self.summary()
-        nodes = self._meet(grid)
-        log(INFO, "%d clients on %d nodes", self.config.clients, len(nodes))
-        self.experiment.coordinator.flights.forget()
-        return self.experiment.train(Exchange(self.experiment, grid, nodes), self._report)
+        with self.experiment.guarded():
+            self.summary()
+            nodes = self._meet(grid)
+            log(INFO, "%d clients on %d nodes", self.config.clients, len(nodes))
+            self.experiment.coordinator.flights.forget()
+            return self.experiment.train(Exchange(self.experiment, grid, nodes), self._report)
 
     def start(self, *arguments: object, **keywords: object) -> NoReturn:
         """Refuse what Flower's strategies are called with.
@@ -51,7 +54,9 @@ class FedDiffusion:
         )
 
     def _meet(self, grid: Grid) -> Nodes:
-        nodes = Nodes(grid, json.dumps(self.config.to_dict()), self._accept, self._joined)
+        bound(grid)
+        settings = json.dumps(self.config.to_dict())
+        nodes = Nodes(grid, settings, self.config.clients, self._accept, self._joined)
         nodes.meet()
         return nodes
 
@@ -70,17 +75,34 @@ class FedDiffusion:
                 "with pruning.budget a node's ratio is its clients', so its node config must say "
                 "which they are: partition-id=0 num-partitions=3"
             )
+        if "keep" not in numbers:
+            raise ValueError("its answer does not say its keep")
         self.experiment.coordinator.participation.check(numbers["keep"])
 
     def _joined(self, host: Host) -> None:
         """What a node says it can carry holds for every client that it hosts."""
         whose = "of its own" if host.numbers["own-data"] else "of a shared set"
         log(INFO, "node %d has %d images %s", host.node, host.numbers.get("images", 0), whose)
+        own = [client for client in range(self.config.clients) if host.owns(client)]
+        self._weigh(host, own)
         if self.config.pruning.budget == "level":
             return
-        clients = range(self.config.clients)
-        own = [client for client in clients if client % host.of == host.partition]
         self.experiment.announce(dict.fromkeys(own, host.numbers))
+
+    def _weigh(self, host: Host, clients: list[int]) -> None:
+        """With round.weighting examples no client counts more than its node says here, once."""
+        if self.config.round.weighting != "examples" or "images" not in host.numbers:
+            return
+        images = self.experiment.coordinator.participation.images
+        images |= dict.fromkeys(clients, int(host.numbers["images"]))
+        most, total = max(images.values()), sum(images.values())
+        if len(images) > 2 and 2 * most > total and host.numbers["own-data"]:
+            log(
+                WARNING,
+                "client %d says that it has %d of the %d images of all who have joined: with "
+                "round.weighting=examples it decides more than all others together",
+                *(max(images, key=lambda client: images[client]), most, total),
+            )
 
     def _report(self, line: dict[str, Any]) -> None:
         held_out = line["holdout_loss"]

@@ -47,7 +47,8 @@ class Deployment:
 
     def __enter__(self):
         self.superlink = self.spawn(
-            "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self.port)
+            "flower-superlink",
+            *("--host", "127.0.0.1", "--port", str(self.port), *self.superlink_options()),
         )
         for _ in range(300):
             with socket.socket() as probe:
@@ -83,12 +84,20 @@ class Deployment:
                 start_new_session=True,
             )
 
+    def superlink_options(self):
+        """How the SuperLink is protected: not at all."""
+        return ("--insecure",)
+
+    def node_options(self, number):
+        """How a node says who it is: not at all."""
+        return ("--insecure",)
+
     def start_node(self, partition, of, **config):
         """A SuperNode; config becomes its node config beside the partition's number."""
         pairs = {"partition-id": partition, "num-partitions": of} | config
         self.nodes[partition] = self.spawn(
             "flower-supernode",
-            "--insecure",
+            *self.node_options(partition),
             *("--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port())),
             *("--node-config", " ".join(f"{key}={value}" for key, value in pairs.items())),
             log=f"node-{partition}",

@@ -4,6 +4,7 @@ import itertools
 import time
 
 from flwr.app import Context, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -11,7 +12,10 @@ from client_app.app import app
 
 
 class LocalGrid(Grid):
-    """Nodes by id, each with its node config; a node is there while it is in `online`."""
+    """Nodes by id, each with its node config; a node is there while it is in `online`.
+
+    A node that was away when it was last looked for, or `restart`ed, is active anew.
+    """
 
     def __init__(self, node_configs):
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
@@ -20,11 +24,35 @@ class LocalGrid(Grid):
             for number, config in enumerate(node_configs)
         }
         self.online = set(self.nodes)
+        self.keys = {}
+        self._active = dict.fromkeys(self.nodes, 0)
+        self._seen = set(self.nodes)
         self._replies = {}
         self._ids = itertools.count()
 
     def get_node_ids(self):
         return sorted(self.online)
+
+    def get_nodes(self):
+        for node in self.online - self._seen:
+            self._active[node] += 1
+        self._seen = set(self.online)
+        return [
+            NodeInfo(
+                node_id=node,
+                last_activated_at=f"time {self._active[node]}",
+                public_key=self.keys.get(node, b""),
+            )
+            for node in self.get_node_ids()
+        ]
+
+    def restart(self, node, **config):
+        """The node's process ends, and another one with this in its node config is there at once.
+
+        What the one before was working on is lost.
+        """
+        self._active[node] += 1
+        self.nodes[node].node_config.update(config)
 
     def push_messages(self, messages):
         return [self._push(message) for message in messages]

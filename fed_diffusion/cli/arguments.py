@@ -6,8 +6,6 @@ import argparse
 import re
 from collections.abc import Sequence
 
-INTERRUPTED = 130
-"""The exit code of what a signal has ended."""
 _PAIR = re.compile(r"[A-Za-z_][\w.]*=")
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fed_diffusion.cli.output import say
+from fed_diffusion.cli.output import INTERRUPTED, say
 from fed_diffusion.config import ConfigError
 from fed_diffusion.engines.superlink import EngineError
+
+if TYPE_CHECKING:
+    from fed_diffusion.deploy.submit import Operator
 
 
 def add_deploy_commands(commands: Any) -> None:
@@ -41,13 +44,20 @@ def add_deploy_commands(commands: Any) -> None:
 
     run = parts.add_parser("run", help="submit a run and wait for its end; exit code 0: done")
     run.add_argument("operator", type=Path, metavar="OPERATOR", help="the operator's bundle")
-    run.add_argument("preset", help="a name in conf/ or the path of a YAML file")
+    run.add_argument("preset", nargs="?", help="a name in conf/ or the path of a YAML file")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    run.add_argument(
-        "--out", type=Path, required=True, help="the run directory, an absolute path on the server"
-    )
+    run.add_argument("--out", type=Path, help="the run directory, an absolute path on the server")
+    run.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in there")
     run.add_argument("--nodes", type=int, default=1, help="wait until so many are online")
     run.set_defaults(command=run_command)
+    for name, what, does in (
+        ("attach", attach_command, "show the log of a run that goes on, and wait for its end"),
+        ("stop", stop_command, "end a run"),
+    ):
+        known = parts.add_parser(name, help=does)
+        known.add_argument("operator", type=Path, metavar="OPERATOR", help="the operator's bundle")
+        known.add_argument("run", metavar="NUMBER", help="Flower's number of the run")
+        known.set_defaults(command=what)
 
     doctor = commands.add_parser("doctor", help="is this machine ready? 0: yes")
     doctor.add_argument("bundle", type=Path, nargs="?", help="its folder of deploy init")
@@ -88,15 +98,62 @@ def run_command(arguments: argparse.Namespace) -> int:
     from fed_diffusion.config import load_config, parse_pairs
     from fed_diffusion.deploy.submit import Operator, submit
 
-    if not arguments.out.is_absolute():
-        raise ConfigError(f"--out {arguments.out}: give an absolute path, on the server.")
-    config = load_config(arguments.preset, parse_pairs(arguments.set))
+    out, resumed = arguments.out, arguments.resume
+    if (out is None) == (resumed is None) or (resumed is None) != bool(arguments.preset):
+        raise ConfigError("give a preset and --out for a new run, or --resume RUN and neither.")
+    if resumed is not None and arguments.set:
+        raise ConfigError("--set does not go with --resume: a run keeps its settings.")
+    path = out or resumed
+    if not path.is_absolute():
+        option = "--out" if resumed is None else "--resume"
+        raise ConfigError(f"{option} {path}: give an absolute path, on the server.")
+    config = load_config(arguments.preset, parse_pairs(arguments.set)) if out else None
+    operator = Operator(arguments.operator)
     try:
-        submit(Operator(arguments.operator), config, arguments.out, arguments.nodes)
+        run = submit(operator, config, path, arguments.nodes)
     except EngineError as error:
         tell(str(error), "failed:")
         return 1
-    say(arguments.out)
+    tell(f"run {run} was accepted")
+    code = _attach(operator, run)
+    if code == 0:
+        say(path)
+    return code
+
+
+def attach_command(arguments: argparse.Namespace) -> int:
+    """Exit code 0: the run has finished."""
+    from fed_diffusion.deploy.submit import Operator
+
+    return _attach(Operator(arguments.operator), arguments.run)
+
+
+def stop_command(arguments: argparse.Namespace) -> int:
+    """Exit code 0: Flower ends the run."""
+    from fed_diffusion.common.terminal import tell
+    from fed_diffusion.deploy.submit import Operator, stop
+
+    try:
+        stop(Operator(arguments.operator), arguments.run)
+    except EngineError as error:
+        tell(str(error), "failed:")
+        return 1
+    tell(f"run {arguments.run} is stopped; deploy run --resume goes on with it")
+    return 0
+
+
+def _attach(operator: Operator, run: str) -> int:
+    from fed_diffusion.common.terminal import tell
+    from fed_diffusion.deploy.submit import attach, how_to_go_on
+
+    try:
+        attach(operator, run)
+    except EngineError as error:
+        tell(str(error), "failed:")
+        return 1
+    except KeyboardInterrupt:
+        tell(how_to_go_on(operator, run), "interrupted:")
+        return INTERRUPTED
     return 0
 
 

@@ -15,9 +15,9 @@ from fed_diffusion.cli import evaluation as cli_evaluation
 from fed_diffusion.cli import runs as cli_runs
 from fed_diffusion.cli import settings as cli_settings
 from fed_diffusion.cli import theory as cli_theory
-from fed_diffusion.cli.arguments import INTERRUPTED, add_dry_run, add_set, spread
+from fed_diffusion.cli.arguments import add_dry_run, add_set, spread
 from fed_diffusion.cli.deploy import add_deploy_commands
-from fed_diffusion.cli.output import OutputError, make_printable, say
+from fed_diffusion.cli.output import INTERRUPTED, OutputError, make_printable, say
 from fed_diffusion.cli.progress import Display
 from fed_diffusion.common.terminal import tell
 from fed_diffusion.config import ConfigError, parse_pairs

@@ -7,6 +7,8 @@ import io
 import os
 import sys
 
+INTERRUPTED = 130
+"""The exit code of a command that was interrupted."""
 _ERRORS = "fed-diffusion-readable"
 
 

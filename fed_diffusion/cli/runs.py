@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fed_diffusion.cli.arguments import INTERRUPTED, add_dry_run, add_set
-from fed_diffusion.cli.output import say
+from fed_diffusion.cli.arguments import add_dry_run, add_set
+from fed_diffusion.cli.output import INTERRUPTED, say
 from fed_diffusion.cli.progress import LOOK_S, Display, followed, look
 from fed_diffusion.common.terminal import tell
 from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs, refuse_overlaps

@@ -29,9 +29,10 @@ class RoundConfig(Section):
     more). The round closes when the wanted number of updates is in."""
     max_norm: float | None = Field(None, gt=0)
     """An update whose difference to theta_r has a larger Euclidean norm is refused."""
-    norm_factor: float | None = Field(None, ge=1)
-    """An update is refused if the norm of its difference is more than this many times the median
-    of recent ones."""
+    norm_factor: Annotated[float, Field(ge=1)] | Literal["auto"] | None = "auto"
+    """An update is refused if its difference is more than this many times the median of recent
+    ones, and in the first round more than this many times theta's own size. auto: 100, and under
+    privacy no limit; null: no limit."""
     ban_after: int = Field(3, ge=0)
     """After how many refused updates a client is left out for the rest of the run; 0: never."""
     aggregation: Annotated[str, part("mean", "trimmed_mean", "median")] = "mean"

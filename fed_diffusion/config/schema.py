@@ -154,6 +154,7 @@ class Config(Section):
     def _privacy_has_a_guarantee(self) -> Config:
         if self.privacy.clip is None:
             return self
+        factor = None if self.round.norm_factor == "auto" else self.round.norm_factor
         rounds, measured = self.round, self.theory.every or None
         wanted = {
             "wire.differences": (self.wire.differences, True, "differences are what clip bounds"),
@@ -169,11 +170,7 @@ class Config(Section):
                 "weights by examples depend on the clients' data",
             ),
             "round.over_select": (rounds.over_select, 0, "who answers first is not drawn"),
-            "round.norm_factor": (
-                rounds.norm_factor,
-                None,
-                "one update decides whether others count",
-            ),
+            "round.norm_factor": (factor, None, "one update decides whether others count"),
             "theory.every": (measured, None, "the measured gradients are not clipped"),
         }
         for key, (value, needed, why) in wanted.items():

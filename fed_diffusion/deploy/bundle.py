@@ -1,7 +1,8 @@
 """What an operator needs to run on several machines, written into one folder: `deploy init`.
 
 operator/    Flower's connection (config.toml), the public keys to admit, register.sh, flwr.sh
-server/      certificate, SuperLink, ServerApp's process, the proxy in front of them
+server/      certificate, SuperLink, ServerApp's process, the proxy in front of them, and which
+             client each node's key may be (nodes.json)
 node-1/ ...  one bundle per node: its own private key, and no other
 ca/          the authority's key; it stays here, and is needed to sign another certificate
 """
@@ -151,17 +152,17 @@ def _write_all(folder: Path, target: Path, wanted: Deployment) -> None:
         "compose.yaml": _compose("server"),
         ".env": f"PORT={wanted.port}\n".encode(),
     }
-    keys = {"server.key": server.key_pem, "superexec.secret": secrets.token_bytes(32)}
-    _bundle(folder / "server", files, keys)
-
     operator = common | {
         "config.toml": _connection(wanted, target / "operator" / "ca.crt").encode(),
         "flwr.sh": _template("flwr.sh").encode(),
         "register.sh": _template("register.sh").encode(),
     }
+    places: dict[str, dict[str, object]] = {}
     for index in range(wanted.nodes):
         private, public = make_node_key()
         operator[f"nodes/node-{index + 1}.pub"] = public
+        place: dict[str, object] = {"key": public.decode().strip(), "partition-id": index}
+        places[f"node-{index + 1}"] = place | {"num-partitions": wanted.nodes}
         node = common | _units("supernode")
         node |= {
             "common.sh": _template("common.sh").encode(),
@@ -172,6 +173,9 @@ def _write_all(folder: Path, target: Path, wanted: Deployment) -> None:
         }
         _bundle(folder / f"node-{index + 1}", node, {"node.key": private})
     _bundle(folder / "operator", operator, {})
+    files["nodes.json"] = (json.dumps(places, indent=2) + "\n").encode()
+    keys = {"server.key": server.key_pem, "superexec.secret": secrets.token_bytes(32)}
+    _bundle(folder / "server", files, keys)
     _write(folder / "COMMANDS.md", commands(target, wanted).encode(), 0o644)
 
 
@@ -236,7 +240,9 @@ def _nginx(wanted: Deployment, upstream: str, superlink: str) -> bytes:
     if wanted.operators:
         control = ["        location /v1/control/ {"]
         control += [f"            allow {network};" for network in wanted.operators]
-        control += ["            deny all;", "            proxy_pass $superlink;", "        }"]
+        control += ["            deny all;"]
+        control += ["            client_max_body_size 64m;  # an app is sent in one piece"]
+        control += ["            proxy_pass $superlink;", "        }"]
     listen = f"        listen [::]:{wanted.port} ssl;" if ":" in wanted.server[0] else ""
     more = {"CONTROL": "\n".join(control), "UPSTREAM": upstream, "LISTEN6": listen}
     return _fill("nginx.conf", wanted, SUPERLINK=superlink, **more)
@@ -293,12 +299,18 @@ scp -r {here}/server {server}:           # unless it is this machine
 APP is a checkout of fed-diffusion, or what `fed-diffusion deploy run` stages by itself:
 
 ```
-fed-diffusion deploy run {here}/operator digits --set clients={wanted.nodes} --out /var/tmp/digits-1
+fed-diffusion deploy run {here}/operator digits --nodes {wanted.nodes} \\
+    --set clients={wanted.nodes} --out /var/tmp/digits-1
 ```
+
+It says the run's number. Ctrl-C ends the command and not the run:
+`fed-diffusion deploy attach {here}/operator NUMBER` waits for it again, and
+`fed-diffusion deploy stop {here}/operator NUMBER` ends it.
 
 ## Each node
 
-Name its images in `data-dir` of node.toml, and start it:
+Name its images in `data-dir` of node.toml, and start it (several on one host: each with a port of
+its own, as in `PORT=9095 ./node-2/supernode.sh`):
 
 ```
 {nodes}

@@ -13,7 +13,7 @@ import stat
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fed_diffusion.common.hardware import usable_cores
+from fed_diffusion.common.text import clean
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.config.yaml import expanded
 from fed_diffusion.data import load_own
@@ -35,6 +36,8 @@ EXPIRES_SOON = datetime.timedelta(days=30)
 LEAST_MEMORY = 1 << 30
 """Below this not even the digits train: torch and Flower alone take about half of it."""
 LEAST_DISK = 2 << 30
+MOST_ANSWER = 1 << 22
+"""Bytes that are read of an answer."""
 AHEAD_S, BEHIND_S = 4.0, 300.0
 """How far this clock may be ahead of and behind the server's: Flower refuses signatures that are
 5 s in the future, or 305 s old."""
@@ -106,7 +109,8 @@ def examine(machine: Machine) -> Iterator[Finding]:
     if machine.key is not None:
         yield from _key(machine.key)
     if machine.server is not None:
-        yield from _server(machine.server, machine)
+        for finding in _server(machine.server, machine):
+            yield replace(finding, text=clean(finding.text))  # whoever answers there wrote some
     if machine.data is not None or machine.dataset is not None:
         yield from _data(machine)
 
@@ -299,7 +303,7 @@ def _ask(
 ) -> tuple[int, str | None, bytes]:
     connection.request(method, path, body=b"" if method == "POST" else None)
     answer = connection.getresponse()
-    return answer.status, answer.getheader("date"), answer.read()
+    return answer.status, answer.getheader("date"), answer.read(MOST_ANSWER)
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -328,16 +332,16 @@ def _data(machine: Machine) -> Iterator[Finding]:
 
 def _folder(folder: Path) -> Finding:
     """What a folder of images holds, whatever the run: each file is decoded in full."""
-    if not folder.is_dir():
-        return Finding(False, "data", f"{folder} is no folder")
     try:
+        if not folder.is_dir():
+            return Finding(False, "data", f"{folder} is no folder")
         files, skipped = list_folder(folder)
         left_out = f"; not read: {counted(skipped)}" if skipped else ""
         if not files:
             text = f"{folder} holds no image ({', '.join(EXTENSIONS)}){left_out}"
             return Finding(False, "data", text)
-    except ConfigError as error:
-        return Finding(False, "data", str(error))
+    except (ConfigError, OSError) as error:
+        return Finding(False, "data", clean(error))
     sizes: Counter[str] = Counter()
     for path in files:
         try:

@@ -1,4 +1,4 @@
-"""Submit a run to a SuperLink on another machine and wait for its end: `deploy run`.
+"""Submit a run to a SuperLink on another machine, wait for its end, end it: `deploy run`, ...
 
 `flwr run` stages whatever lies in the current folder, and its exit code says "submitted"; this one
 stages this package, and its exit code is the run's. Imports no flwr: it drives Flower's command.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fed_diffusion.common.text import clean
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.config.yaml import expanded
 from fed_diffusion.engines.flower import PRESET, short_temp_dir, stage_app, to_toml
@@ -33,6 +36,8 @@ JOIN_S = 300.0
 GONE_S = 600.0
 """How long a SuperLink may be away, as when it is restarted, before the run is given up."""
 ANSWER_S = 60.0
+UNKNOWN_RUN = re.compile(r"\brun\b.*\bnot found\b", re.IGNORECASE)
+"""What Flower says of a run that it does not know."""
 
 
 class Operator:
@@ -73,15 +78,21 @@ class Operator:
         except subprocess.TimeoutExpired as error:
             raise EngineError(f"no answer from the SuperLink within {ANSWER_S:g} s") from error
         except ValueError as error:
-            raise EngineError((done.stdout + done.stderr).strip()) from error
+            raise EngineError(clean(done.stdout + done.stderr)) from error
         if answer.get("success") is False:
-            raise EngineError(str(answer.get("error-message") or answer))
+            raise EngineError(clean(answer.get("error-message") or answer))
         return answer
 
     def follow(self, run_id: str) -> subprocess.Popen[bytes]:
-        """The run's log on this process's own output, until either ends."""
+        """A process that writes the run's log, until either ends."""
         command = [self._program, "log", run_id, CONNECTION, "--stream"]
-        return subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command,
+            env=self._environment | {"PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for this process
+        )
 
     def online(self) -> int:
         """How many nodes the SuperLink holds to be there."""
@@ -94,11 +105,13 @@ class Operator:
         return str(run["status"]), str(run.get("status-details") or "")
 
 
-def submit(operator: Operator, config: Config, run_dir: Path, nodes: int) -> None:
-    """Run an experiment on a deployment and return when it has finished.
+def submit(operator: Operator, config: Config | None, run_dir: Path, nodes: int) -> str:
+    """Submit an experiment to a deployment; returns Flower's number of the run.
 
     Parameters
     ----------
+    config
+        A new run; None: the one that is in `run_dir` goes on.
     run_dir
         Where the ServerApp writes, on the server.
     nodes
@@ -107,30 +120,94 @@ def submit(operator: Operator, config: Config, run_dir: Path, nodes: int) -> Non
     Raises
     ------
     EngineError
-        It failed, or was not accepted, or the SuperLink is gone for good.
-    KeyboardInterrupt
-        The run goes on; `flwr stop` ends it.
+        It was not accepted, or there are too few nodes.
     """
     _wait_for_nodes(operator, nodes)
     with short_temp_dir() as home:
         stage, settings = home / "app", home / "run.toml"
         stage.mkdir()
-        stage_app(stage, config)
-        settings.write_text(to_toml({"preset": PRESET, "run-dir": str(run_dir)}), "utf-8")
+        stage_app(stage, config or Config())
+        what = {"resume": str(run_dir)} if config is None else {"run-dir": str(run_dir)}
+        settings.write_text(to_toml({"preset": PRESET} | what), "utf-8")
         answer = operator.ask("run", str(stage), CONNECTION, "--run-config", str(settings))
-    run_id = str(answer["run-id"])
+    return str(answer["run-id"])
+
+
+def attach(operator: Operator, run_id: str) -> None:
+    """Show a run's log and return when the run has finished.
+
+    Raises
+    ------
+    EngineError
+        It failed, or the SuperLink is gone for good, or does not know the run.
+    KeyboardInterrupt
+        The run goes on; see `how_to_go_on`.
+    """
     with stop_signals_interrupt():
-        log = operator.follow(run_id)
+        log = Log(operator, run_id)
         try:
             status, details = _wait_for_end(operator, run_id, log)
             log.wait(ANSWER_S)  # the last lines are still on their way
-        except subprocess.TimeoutExpired:
-            pass
         finally:
-            log.kill()
-            log.wait()
+            log.end()
     if status != "finished:completed":
-        raise EngineError(f"run {run_id} is {status}: {details or 'see its log above'}")
+        said = clean(details) if details else "see its log above"
+        raise EngineError(f"run {run_id} is {status}: {said}")
+
+
+def stop(operator: Operator, run_id: str) -> None:
+    """End a run; it writes its last checkpoint first, where it has one to write."""
+    operator.ask("stop", run_id, CONNECTION)
+
+
+def how_to_go_on(operator: Operator, run_id: str) -> str:
+    """What to tell who has interrupted the command that waits for a run."""
+    where = shlex.join([str(operator.bundle), run_id])
+    return (
+        f"run {run_id} goes on. Show its log and wait for its end: fed-diffusion deploy attach "
+        f"{where}; end it: fed-diffusion deploy stop {where}"
+    )
+
+
+class Log:
+    """A run's log on this process's standard output, as far as Flower can be asked for it.
+
+    Flower sends the whole log again to who asks again, as after a restart of the SuperLink: what
+    was shown is not shown twice.
+    """
+
+    def __init__(self, operator: Operator, run_id: str):
+        self._operator, self._run_id = operator, run_id
+        self._shown = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self.follow()
+
+    def follow(self) -> None:
+        """Ask for the log, unless it is coming already."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._process = self._operator.follow(self._run_id)
+        self._reader = threading.Thread(target=self._show, args=(self._process,), daemon=True)
+        self._reader.start()
+
+    def _show(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for number, line in enumerate(process.stdout):
+            if number >= self._shown:
+                self._shown = number + 1
+                sys.stdout.write(line.decode(errors="replace"))
+                sys.stdout.flush()
+
+    def wait(self, seconds: float) -> None:
+        """Until the log ends, so long at most."""
+        self._reader.join(seconds)
+
+    def end(self) -> None:
+        """Show no more of it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join(ANSWER_S)
 
 
 def _wait_for_nodes(operator: Operator, wanted: int) -> None:
@@ -141,19 +218,24 @@ def _wait_for_nodes(operator: Operator, wanted: int) -> None:
         time.sleep(LOOK_S)
 
 
-def _wait_for_end(operator: Operator, run_id: str, log: subprocess.Popen[bytes]) -> tuple[str, str]:
+def _wait_for_end(operator: Operator, run_id: str, log: Log) -> tuple[str, str]:
     """The run's last status; a SuperLink that is away for a while is waited for."""
     heard = time.monotonic()
     while True:
-        with suppress(subprocess.TimeoutExpired):
-            log.wait(LOG_LOOK_S)
+        log.wait(LOG_LOOK_S)
         try:
             status, details = operator.status(run_id)
             heard = time.monotonic()
             if status.startswith("finished"):
                 return status, details
+            log.follow()
         except EngineError as error:
+            if UNKNOWN_RUN.search(str(error)):
+                raise EngineError(
+                    f"the SuperLink does not know run {run_id}: was it started without its "
+                    "database? What the run had written is in its directory, and deploy run "
+                    "--resume goes on with it"
+                ) from error
             if time.monotonic() - heard > GONE_S:
                 raise EngineError(f"the SuperLink is gone for {GONE_S:g} s: {error}") from error
-        if log.poll() is not None:
             time.sleep(LOOK_S)

@@ -80,7 +80,8 @@ def run_on_flower(
     KeyboardInterrupt
         SIGINT, SIGTERM or SIGHUP; as in every other case nothing is left running.
     """
-    from fed_diffusion.store.rundir import LOCK_TOKEN, RunDir  # torch takes seconds to import
+    from fed_diffusion.store.origin import resume_command  # torch takes seconds to import
+    from fed_diffusion.store.rundir import LOCK_TOKEN, RunDir
 
     if isinstance(run_dir, RunDir):
         run = run_dir
@@ -106,6 +107,12 @@ def run_on_flower(
                 ray_address=config.flower.ray_address,
                 environment={LOCK_TOKEN: run.token},
             )
+    except KeyboardInterrupt as error:
+        if not run.finished():
+            name = str(error) or "SIGINT"
+            how = resume_command(run.path, engine="flower")
+            run.write_status("stopped", f"interrupted: {name}. Go on with: {how}")
+        raise
     finally:
         run.unlock()
 

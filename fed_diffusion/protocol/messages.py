@@ -59,7 +59,8 @@ def measurements(numbers: Mapping[str, Any]) -> dict[str, Any]:
     if FIRST_LOSS in numbers:
         raise DivergedError(
             f"its training diverged: the loss was {first:.4g} in its first step and "
-            f"{measured['loss']:.4g} over all"
+            f"{measured['loss']:.4g} over all",
+            first,
         )
     if odd := {key: value for key, value in losses.items() if not value <= MEASURED_LIMIT}:
         raise DivergedError(f"its losses are not finite or out of range: {odd}")

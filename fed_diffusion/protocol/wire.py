@@ -23,13 +23,15 @@ from fed_diffusion.masks.families import derive, family_of
 from fed_diffusion.masks.mask import Mask, Masks, Scattered, mask_of
 from fed_diffusion.masks.recipe import Numbers, Recipe, RecipeError
 from fed_diffusion.masks.spaces import Layout
-from fed_diffusion.protocol.codecs import Cast, Packed, cast, unpack
+from fed_diffusion.protocol.codecs import DTYPES, Cast, Packed, cast, unpack
 from fed_diffusion.protocol.errors import UpdateError
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("the wire format is little-endian and this machine is not")
 
 MASK_PREFIX = "mask:"
+BESIDE = 1 << 20
+"""Bytes of an update that are not theta's values, at most."""
 VERSION = 2
 """Raised when a payload would be read otherwise, or when the same settings make another one: runs
 that were begun before would not end with the bits they would have ended with."""
@@ -170,6 +172,17 @@ def decode_update(
     """
     base = theta if config.wire.differences else None
     return _decode(arrays, theta, masks, config.wire.up, per_row(config), base)
+
+
+def largest_update(theta: Mapping[str, Tensor], kept: float, config: Config) -> int:
+    """The most bytes that an update can have whose mask keeps this part of all coordinates.
+
+    Beside the values there are int8's scales, what alignment adds, and what is not theta's:
+    numbers, and in diagnostic rounds a few gradients' projections.
+    """
+    values = math.ceil(kept * sum(value.numel() for value in theta.values()))
+    rows = sum(len(value) if value.dim() > 1 else 1 for value in theta.values())
+    return DTYPES[config.wire.up].itemsize * values + 4 * rows + 8 * len(theta) + BESIDE
 
 
 def _decode(

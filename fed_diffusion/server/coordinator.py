@@ -15,12 +15,12 @@ from torch import Tensor
 from fed_diffusion.build import channel_layout
 from fed_diffusion.config import Config
 from fed_diffusion.masks.recipe import RecipeError
-from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.errors import DivergedError, Fault, UpdateError
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.server.diagnostics import Diagnostics
 from fed_diffusion.server.divergence import check_divergence
-from fed_diffusion.server.norms import NormLimit
+from fed_diffusion.server.norms import NormLimit, norm_factor
 from fed_diffusion.server.open_round import Flights, OpenRound
 from fed_diffusion.server.participation import Participation
 from fed_diffusion.server.policies import RoundPolicy
@@ -65,7 +65,7 @@ class Coordinator:
         self.participation = Participation(config, self.layout)
         self.policy: RoundPolicy = policy_of(config)
         self.flights = Flights(self.policy.overlapping)
-        self.norms = NormLimit(config.round.max_norm, config.round.norm_factor)
+        self.norms = NormLimit(config.round.max_norm, norm_factor(config))
         self.diagnostics = Diagnostics(config)
         self.ledger = Ledger(config, self.parameters)
         parts = self.participation, self.policy, self.norms, self.diagnostics, self.ledger
@@ -165,21 +165,46 @@ class Coordinator:
             flight = self.flights.of(update)
             state.asked.add(update.client)
             stale = self.round + 1 - flight.round
-            self._rounds.take(state, flight, update, self.theta, stale)
+            self._rounds.take(state, flight, update, self.theta, stale, node)
         except (UpdateError, RecipeError) as error:
             refused = error if isinstance(error, UpdateError) else UpdateError(str(error))
             if refused.strike:
                 self.participation.strike(update.client)
             state.diverged += [update.client] if refused.diverged else []
-            self.reject(update.client, str(error), node)
+            first = refused.first if isinstance(refused, DivergedError) else None
+            state.spoiled += [update.client] if self.ledger.spoiled(first) else []
+            state.reject(update.client, str(error), node, 0, "node" if refused.strike else "server")
+            self.flights.land(update.client)
             return False
         self.flights.land(update.client)
         return True
 
-    def reject(self, client: int, reason: str, node: int | None = None, nbytes: int = 0) -> None:
-        """Note that a client's update does not count, and why; `nbytes` of it came."""
-        self._state().reject(client, reason, node, nbytes)
+    def reject(
+        self,
+        client: int,
+        reason: str,
+        node: int | None = None,
+        nbytes: int = 0,
+        fault: Fault = "server",
+    ) -> None:
+        """Note that a client's update does not count, why, and whose fault it is.
+
+        A node's fault counts against the client once the round is closed: it fails where others
+        do not. Where nobody's update counts, the fault may well be ours.
+
+        Parameters
+        ----------
+        nbytes
+            So many bytes of the update came.
+        """
+        state = self._state()
+        state.failed += [client] if fault == "node" and client in self.flights.out else []
+        state.reject(client, reason, node, nbytes, fault)
         self.flights.land(client)
+
+    def note_refused(self, nodes: list[dict[str, str]]) -> None:
+        """Note the nodes that are there and cannot be used, for the line of the round."""
+        self._state().refused = nodes
 
     def enough(self) -> bool:
         """Whether a round is open and has as many updates as it wants."""
@@ -222,6 +247,8 @@ class Coordinator:
         for name, average in self.ema.items():
             average.lerp_(self.theta[name], 1 - decay)
         self.round = round
+        for client in state.failed:
+            self.participation.strike(client)
         self.norms.learn(state.norms)
         banned, theory = self.participation.banned(), self.diagnostics.close()
         return self.ledger.close(state, round, clock=self.clock, banned=banned, theory=theory)

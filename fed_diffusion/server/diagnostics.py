@@ -24,6 +24,7 @@ from fed_diffusion.client.diagnostics import (
     MOST_MINIBATCHES,
 )
 from fed_diffusion.common.rng import Purpose, generator
+from fed_diffusion.common.text import clean
 from fed_diffusion.config import Config
 from fed_diffusion.data import image_shape
 from fed_diffusion.masks.recipe import Numbers
@@ -277,8 +278,7 @@ def _reason(packed: Packed) -> str:
             f"{FAILED} is {packed.dtype} of {len(packed.data)} bytes, not a text of at most "
             f"{MOST_LETTERS} letters"
         )
-    text = bytes(packed.data).decode("utf-8", errors="replace")
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    return clean(bytes(packed.data).decode("utf-8", errors="replace"))
 
 
 def _answer(packed: Packed, numbers: Mapping[str, Any], d: int) -> Answer:

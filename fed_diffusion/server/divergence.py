@@ -21,7 +21,18 @@ logger = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
-    """The training of most clients diverged; the message names the round and the step size."""
+    """The training of most clients diverged; the message names the round and the step size.
+
+    Attributes
+    ----------
+    spoiled
+        Whether most of them found theta worthless before they made a step: the round before has
+        made it so.
+    """
+
+    def __init__(self, what: str, spoiled: bool = False):
+        super().__init__(what)
+        self.spoiled = spoiled
 
 
 def warn_if_worse(now: Iterable[float], before: Iterable[float], round: int, eta: float) -> bool:
@@ -101,5 +112,6 @@ def check_divergence(eta: float, now: float, round: int, needed: int, state: Ope
     raise Diverged(
         f"round {round} diverged: of {asked} clients {diverged} did not end with finite, plausible "
         f"values (client {first['client']}: {first['reason']}). The step size is too large: "
-        f"local.eta = {eta:g}{in_round}. Try a tenth of it: --set local.eta={eta / 10:g}."
+        f"local.eta = {eta:g}{in_round}. Try a tenth of it: --set local.eta={eta / 10:g}.",
+        spoiled=2 * len(state.spoiled) > diverged,
     )

@@ -9,16 +9,29 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fed_diffusion.config import Config
 from fed_diffusion.masks.mask import Masks
 from fed_diffusion.protocol.codecs import difference
-from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.errors import DivergedError, UpdateError
 
+AUTO = 100.0
+"""round.norm_factor where it is auto: far beyond what clients of unequal data and steps differ by,
+and one update of it does not make theta useless."""
+LEAST = 1e-2
+"""Of theta's root mean square, while no update is known: networks may begin at zero."""
+HARMLESS = 1e-2
+"""What differs by less than this part of theta's root mean square is not refused for its size."""
 KEPT = 256
 """Updates whose size the relative limit compares with."""
 
 
 class NormLimit:
     """round.max_norm and round.norm_factor.
+
+    Parameters
+    ----------
+    most, factor
+        The two settings; None: no limit.
 
     Attributes
     ----------
@@ -39,7 +52,7 @@ class NormLimit:
 
         Raises
         ------
-        UpdateError
+        UpdateError, DivergedError
             Its norm is beyond `most`, or its root mean square (by which small and large networks
             compare) beyond `factor` times the median of recent ones; in the first round, where
             there are none, beyond `factor` times theta's own: no honest step is many times theta.
@@ -48,14 +61,17 @@ class NormLimit:
             return None
         square, count = difference(values, theta, masks)
         norm, rms = math.sqrt(square), math.sqrt(square / max(count, 1))
+        if not math.isfinite(norm):
+            return None  # refused for that, in other words
         if self._most is not None and not norm <= self._most:
             raise UpdateError(f"its difference has norm {norm:.4g}, above {self._most:g}")
         if self._factor is not None:
-            usual, of = _root_mean_square(theta), "theta's own"
+            own = _root_mean_square(theta)
+            usual, of = max(own, LEAST), "theta's own"
             if self.recent:
                 usual, of = statistics.median(self.recent), "the median of recent updates"
-            if not rms <= self._factor * usual:
-                raise UpdateError(
+            if not (rms <= self._factor * usual or rms <= HARMLESS * own):
+                raise DivergedError(
                     f"its difference is {rms:.4g} (root mean square), above {self._factor:g} "
                     f"times {of}"
                 )
@@ -64,6 +80,17 @@ class NormLimit:
     def learn(self, fresh: list[float]) -> None:
         """Note a closed round's updates, in an order that no arrival decides."""
         self.recent = (self.recent + sorted(fresh))[-KEPT:]
+
+
+def norm_factor(config: Config) -> float | None:
+    """round.norm_factor as a number.
+
+    Under privacy there is none: what others sent must not decide whether an update counts.
+    """
+    factor = config.round.norm_factor
+    if factor == "auto":
+        return AUTO if config.privacy.clip is None else None
+    return factor
 
 
 def _root_mean_square(theta: Mapping[str, Tensor]) -> float:

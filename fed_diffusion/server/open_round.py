@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from fed_diffusion.aggregation.named import Aggregator
+from fed_diffusion.common.text import clean
 from fed_diffusion.masks.recipe import Recipe
-from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.errors import Fault, UpdateError
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.server.mask_store import Bits, MaskStore
 from fed_diffusion.store.ledger import ClientRound
@@ -42,6 +43,8 @@ class Flight:
     kept: float
     w2: float
     bits: Bits | None
+    most: int = 0
+    """The most bytes that the answer to it can have."""
 
 
 @dataclass
@@ -60,8 +63,14 @@ class OpenRound:
         Clients that could not be reached when it began.
     asked
         Clients that were sent a task, or whose update has come.
+    refused
+        Nodes that were there and could not be used: `node` and `reason`.
+    failed
+        Clients whose node sent no update in answer to their task, by a fault of its own.
     diverged
         Clients whose update did not count because their training has diverged.
+    spoiled
+        Those among them who found theta worthless before their first step.
     norms
         Root-mean-square differences of the updates, where their size is limited.
     staleness
@@ -76,7 +85,10 @@ class OpenRound:
     asked: set[int] = field(default_factory=set)
     clients: list[ClientRound] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, str]] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
     diverged: list[int] = field(default_factory=list)
+    spoiled: list[int] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     staleness: int = 0
     bytes_up: int = 0
@@ -95,8 +107,15 @@ class OpenRound:
         self.asked.add(task.client)
         self.bytes_down += task.payload.nbytes
 
-    def count(self, flight: Flight, update: Update, measured: dict[str, Any], stale: int) -> None:
-        """Note an update that has been added to the mean."""
+    def count(
+        self,
+        flight: Flight,
+        update: Update,
+        measured: dict[str, Any],
+        stale: int,
+        node: int | None,
+    ) -> None:
+        """Note an update that has been added to the mean, and which node has sent it."""
         self.staleness = max(self.staleness, stale)
         self.clients.append(
             ClientRound(
@@ -111,14 +130,16 @@ class OpenRound:
                 bytes_up=update.payload.nbytes,
                 bytes_down=flight.nbytes,
                 precision=measured.get("precision", "unknown"),
+                node=None if node is None else str(node),
             )
         )
 
-    def reject(self, client: int, reason: str, node: int | None, nbytes: int) -> None:
+    def reject(self, client: int, reason: str, node: int | None, nbytes: int, fault: Fault) -> None:
         """Note that a client's update does not count, and why; `nbytes` of it came."""
         self.bytes_up += nbytes
         where = {} if node is None else {"node": str(node)}
-        self.rejected.append({"client": client, "reason": reason, **where})
+        entry = {"client": client, "reason": clean(reason), "fault": fault, **where}
+        self.rejected.append(entry)
 
 
 class Flights:

@@ -21,6 +21,8 @@ class Participation:
     ----------
     keeps
         Client -> keep ratio, as far as the configuration or the client's node has said it.
+    images
+        Client -> how many images its node said that it has, when it joined.
     strikes
         Client -> how many bad updates it has sent.
     """
@@ -29,6 +31,7 @@ class Participation:
         self._config = config
         self._layout = layout
         self.keeps = known_ratios(config)
+        self.images: dict[int, int] = {}
         self.strikes: dict[int, int] = {}
 
     def announce(self, client: int, keep: float) -> None:

@@ -78,9 +78,7 @@ class Synchronous:
 
     def quorum(self, eligible: int) -> int:
         """What round.quorum says, as a count or as a part of the target."""
-        quorum, target = self._settings.quorum, self.target(eligible)
-        wanted = quorum if isinstance(quorum, int) else math.ceil(quorum * target)
-        return min(wanted, target)
+        return quorum_of(self._settings.quorum, self.target(eligible))
 
     def ask(self, round: int, free: list[int], eligible: int) -> list[int]:
         """A draw without replacement."""
@@ -118,14 +116,19 @@ class Buffered:
     def __init__(self, config: Config):
         self._buffer = config.round.buffer
         self._damping = config.round.staleness
+        self._quorum = config.round.quorum
 
     def target(self, eligible: int) -> int:
         """The updates behind a move of theta: round.buffer, or one of every client."""
         return max(1, min(self._buffer or eligible, eligible))
 
     def quorum(self, eligible: int) -> int:
-        """A move of theta needs a full buffer."""
-        return self.target(eligible)
+        """What round.quorum says, where a buffer stays short: everybody has answered or failed.
+
+        A client that has failed is asked again when theta has moved. With a buffer of all clients
+        theta would otherwise wait for it, and it for theta.
+        """
+        return quorum_of(self._quorum, self.target(eligible))
 
     def ask(self, round: int, free: list[int], eligible: int) -> list[int]:
         """Whoever is free."""
@@ -134,6 +137,12 @@ class Buffered:
     def weight(self, staleness: int) -> float:
         """The factor 1 / (1 + s)^a."""
         return (1 + staleness) ** -self._damping
+
+
+def quorum_of(quorum: int | float, target: int) -> int:
+    """round.quorum as a number of updates: a count, or a part of the target."""
+    wanted = quorum if isinstance(quorum, int) else math.ceil(quorum * target)
+    return min(wanted, target)
 
 
 POLICIES: dict[str, Callable[[Config], RoundPolicy]] = {

@@ -14,9 +14,15 @@ from fed_diffusion.masks.mask import Masks, kept_fraction, kept_values, pruning_
 from fed_diffusion.masks.plan import plan_round
 from fed_diffusion.masks.recipe import Recipe, RecipeError
 from fed_diffusion.masks.spaces import Layout
-from fed_diffusion.protocol.errors import LimitError
+from fed_diffusion.protocol.errors import LimitError, UpdateError
 from fed_diffusion.protocol.messages import EXAMPLES_LIMIT, Task, Update, measurements
-from fed_diffusion.protocol.wire import Payload, cast_theta, decode_update, encode_task
+from fed_diffusion.protocol.wire import (
+    Payload,
+    cast_theta,
+    decode_update,
+    encode_task,
+    largest_update,
+)
 from fed_diffusion.server.diagnostics import Diagnostics
 from fed_diffusion.server.mask_store import MaskStore
 from fed_diffusion.server.norms import NormLimit
@@ -114,7 +120,8 @@ class Rounds:
                 payload = encode_task(casts, recipe, mask)
                 kept, w2 = kept_fraction(mask, theta), pruning_error(mask, theta)
                 bits = masks.pack(recipe, mask)
-            flight = Flight(round, recipe, payload.nbytes, kept, w2, bits)
+            most = largest_update(theta, kept, self._config)
+            flight = Flight(round, recipe, payload.nbytes, kept, w2, bits, most)
             yield Task(round, client, payload), flight
 
     def take(
@@ -124,6 +131,7 @@ class Rounds:
         update: Update,
         theta: Theta,
         staleness: int,
+        node: int | None = None,
     ) -> None:
         """Add an update; where it is bad, nothing of it has been added.
 
@@ -135,6 +143,8 @@ class Rounds:
             theta_r, which the round began with.
         staleness
             How often theta has changed since the task was sent.
+        node
+            Which node has sent it, where one has.
 
         Raises
         ------
@@ -152,11 +162,12 @@ class Rounds:
         arrays, answer = self._diagnostics.split(update)
         values = decode_update(arrays, theta, masks, self._config)
         rms = self._norms.check(values, theta, masks)
-        weight = weight_of(self._config, measured["examples"])
+        said = self._participation.images.get(update.client)
+        weight = weight_of(self._config, measured["examples"], said)
         factor = self._policy.weight(staleness)
         state.mean.add(damped(values, theta, masks, factor), masks, weight)
         self._diagnostics.add(update.client, answer)
-        state.count(flight, update, measured, staleness)
+        state.count(flight, update, measured, staleness, node)
         state.norms += [] if rms is None else [rms]
 
     def _private_mean(self, round: int, theta: Theta, masks: MaskStore) -> PrivateMean:
@@ -166,16 +177,27 @@ class Rounds:
         return PrivateMean(theta, everyone, self._config.round.fraction, self._config.privacy)
 
 
-def weight_of(config: Config, examples: int) -> int:
+def weight_of(config: Config, examples: int, said: int | None = None) -> int:
     """How often an update counts: once, or as often as its client has images.
+
+    Parameters
+    ----------
+    said
+        What its node said that it has, before it knew any round; None where nobody said it.
 
     Raises
     ------
+    UpdateError
+        It says more now.
     LimitError
         There is no room for so many images.
     """
     if config.round.weighting != "examples":
         return 1
+    if said is not None and examples > said:
+        raise UpdateError(
+            f"it says that it trained on {examples} images, and its node had {said} when it joined"
+        )
     if examples > EXAMPLES_LIMIT:
         raise LimitError(
             f"it trained on {examples} images, and round.weighting = examples has room for "

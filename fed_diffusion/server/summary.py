@@ -64,8 +64,13 @@ class Ledger:
         if self.losses and exploded(loss, lowest := min(self.losses)):
             raise DivergedError(
                 f"its training diverged: its loss is {loss:.4g}, and the lowest of a round was "
-                f"{lowest:.4g}"
+                f"{lowest:.4g}",
+                loss,
             )
+
+    def spoiled(self, first: float | None) -> bool:
+        """Whether a loss at theta_r, before any step, says that theta_r is worth nothing."""
+        return first is not None and bool(self.losses) and exploded(first, min(self.losses))
 
     def late(self) -> None:
         """Note a reply to a round that is closed."""
@@ -119,6 +124,7 @@ class Ledger:
             late=late,
             banned=banned,
             absent=state.absent,
+            refused=state.refused,
             outliers=outliers,
             coverage={str(count): coordinates for count, coordinates in trainers.items()},
             theory=theory,

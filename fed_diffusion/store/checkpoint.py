@@ -2,6 +2,7 @@
 
 checkpoint/            the newest: *.safetensors and state.json
 checkpoint-previous/   the one before it
+checkpoint-spoiled/    one that training could not go on from, if there was one
 
 A checkpoint is written beside the others, synced to disk, and takes its place by renaming. Its
 state holds the hash of every tensor file and of itself; one that is truncated or altered is
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from fed_diffusion.store.files import save_tensors, sync
 
-NEWEST, PREVIOUS = "checkpoint", "checkpoint-previous"
+NEWEST, PREVIOUS, SPOILED = "checkpoint", "checkpoint-previous", "checkpoint-spoiled"
 STATE = "state.json"
 VERSION = 1
 """Raised when a state means something else than before, or when a run goes on otherwise from it."""
@@ -83,6 +84,24 @@ def _swap(run: Path, fresh: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     for left in run.glob(".checkpoint-*"):  # of a process that was killed while it wrote one
         shutil.rmtree(left, ignore_errors=True)
+
+
+def set_back(run: Path) -> int:
+    """Put the newest checkpoint aside, and the one before it in its place, if there is one.
+
+    Returns
+    -------
+    int
+        The round of the newest checkpoint from now on.
+    """
+    newest, previous, spoiled = run / NEWEST, run / PREVIOUS, run / SPOILED
+    round = int(_read(previous if previous.exists() else newest).state["round"])
+    if previous.exists():
+        shutil.rmtree(spoiled, ignore_errors=True)
+        newest.rename(spoiled)  # cut off here, the one before is what is read
+        previous.rename(newest)
+        sync(run)
+    return round
 
 
 def _write(

@@ -25,6 +25,8 @@ class ClientRound:
     bytes_down: int
     precision: str = "unknown"
     """What its network computed in, as the worker reports it."""
+    node: str | None = None
+    """The Flower node that sent it; None in one process."""
 
 
 @dataclass
@@ -47,7 +49,8 @@ class RoundSummary:
     eta: float
     clients: list[ClientRound]
     rejected: list[dict[str, Any]]
-    """client, reason and, where known, the node, of every update that did not count."""
+    """client, reason, fault (`protocol.errors.Fault`) and, where known, the node, of every update
+    that did not count."""
     staleness: int = 0
     """Buffered: how often theta changed, at most, while a worker of this update trained."""
     clock: float | None = None
@@ -58,6 +61,8 @@ class RoundSummary:
     """Clients that are left out for having sent bad updates repeatedly."""
     absent: list[int] = field(default_factory=list)
     """Clients whose nodes were not there when the round began."""
+    refused: list[dict[str, str]] = field(default_factory=list)
+    """node and reason of every node that was there at the end of the round and cannot be used."""
     outliers: list[int] = field(default_factory=list)
     """Clients whose loss or held-out loss is left out of the round's (`divergence.usual_mean`)."""
     coverage: dict[str, int] = field(default_factory=dict)

@@ -8,7 +8,6 @@ measured with the settings and images of its training, too, or not at all.
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
@@ -205,7 +204,7 @@ def resume_command(path: Path, *options: str, engine: str = "local") -> str:
         local, flower, or deployment: a SuperLink that the run was submitted to.
     """
     if engine == "deployment":
-        return f"flwr run ... --run-config {shlex.quote(f'resume={json.dumps(str(path))}')}"
+        return shlex.join(["fed-diffusion", "deploy", "run", "OPERATOR", "--resume", str(path)])
     words = ["fed-diffusion", "resume", str(path), *options]
     return shlex.join([*words, "--engine", engine] if engine != "local" else words)
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fed_diffusion.config import Config
-from fed_diffusion.store.checkpoint import NEWEST
+from fed_diffusion.store.checkpoint import NEWEST, set_back
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.store.origin import Standing, note_where, origin_of, resume_command
 from fed_diffusion.store.rundir import RunDir
@@ -85,6 +85,16 @@ class Record:
         }
         self._run.save_checkpoint(tensors, state)
         self.saved = round
+
+    def set_back(self, round: int) -> None:
+        """Go back to the last checkpoint before a round whose theta is worth nothing.
+
+        Lines of later rounds are dropped when the run goes on.
+        """
+        if self.saved == round:
+            self._run.check_lock()
+            self.saved = set_back(self._run.path)
+        self._written = self.saved
 
     def seconds(self) -> dict[str, float]:
         """What the time was spent on, up to now."""

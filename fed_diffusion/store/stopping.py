@@ -61,6 +61,8 @@ def _told(run: RunDir, error: BaseException, how: str) -> tuple[BaseException, s
         stopped = RunStopped(f"{in_words(error, run.path)} {how}")
     elif isinstance(error, RuntimeError):  # as torch's, of a device
         stopped = RunStopped(f"{type(error).__name__}: {error} {how}")
+    elif isinstance(error, SystemExit):  # Flower's way of ending a process, whatever its code
+        return error, f"interrupted: the process was told to end (flwr stop, or a signal). {how}"
     else:
         if isinstance(error, Exception) and not isinstance(error, ConfigError):
             error.add_note(how)

@@ -50,7 +50,8 @@ def test_the_command_that_resumes_a_run_is_one_word_for_its_path(name, engine, t
 
 def test_a_run_on_a_deployment_is_resumed_where_it_was_submitted(tmp_path):
     words = shlex.split(resume_command(tmp_path / "my run", engine="deployment"))
-    assert words == ["flwr", "run", "...", "--run-config", f'resume="{tmp_path / "my run"}"']
+    path = str(tmp_path / "my run")
+    assert words == ["fed-diffusion", "deploy", "run", "OPERATOR", "--resume", path]
 
 
 SAYS = """

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from fed_diffusion.cli.main import main
 from fed_diffusion.config import ConfigError
 from fed_diffusion.deploy.bundle import Deployment, init
+from server_app.admitted import LIST, Admitted
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,20 @@ def test_node_configs_make_each_node_one_client(deployment):
         assert parse_config_args([str(path)]) == expected  # as the SuperNode reads it
 
 
+def test_the_server_knows_each_nodes_client_by_the_key_that_the_node_has(deployment, monkeypatch):
+    monkeypatch.setenv(LIST, str(deployment / "server/nodes.json"))
+    admitted = Admitted.of_environment()
+    for index in (0, 1, 2):
+        # as Flower stores it when it is registered
+        key = try_load_public_key(deployment / f"operator/nodes/node-{index + 1}.pub")
+        admitted.check(key, index, 3)
+        with pytest.raises(ValueError, match="whose key it has"):
+            admitted.check(key, 0, 1)
+    assert (
+        'FED_DIFFUSION_NODES="$here/nodes.json"' in (deployment / "server/superexec.sh").read_text()
+    )
+
+
 def control_rules(deployment):
     text = (deployment / "server/nginx.conf").read_text()
     return re.search(r"location /v1/control/ \{(.*?)\}", text, re.DOTALL)[1]
@@ -194,6 +209,7 @@ def test_the_control_interface_is_closed_but_to_the_operators(deployment, tmp_pa
         "allow 10.0.0.7;",
         "allow 10.9.0.0/16;",
         "deny all;",
+        "client_max_body_size 64m;  # an app is sent in one piece",
         "proxy_pass $superlink;",
     ]
     connection = tomllib.loads((opened / "operator/config.toml").read_text())

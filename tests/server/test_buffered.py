@@ -6,7 +6,7 @@ import torch
 from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import ConfigError
-from fed_diffusion.engines.local import run_in_process
+from fed_diffusion.engines.local import Exchange, run_in_process
 from fed_diffusion.experiment import Experiment
 from fed_diffusion.generate import RunDir
 from fed_diffusion.masks.mask import mask_of
@@ -207,3 +207,28 @@ def test_settings_that_do_not_go_together_are_refused(tiny, settings, message):
 
 def test_the_synchronous_policy_is_the_default(tiny, tmp_path):
     assert type(Experiment(tiny(), tmp_path / "run").coordinator.policy) is Synchronous
+
+
+def test_with_the_default_buffer_a_client_that_fails_costs_its_update_and_is_asked_again(
+    tiny, tmp_path, digits
+):
+    """The buffer is one update of every client: nobody else could fill the gap."""
+    config = tiny(**SMALL, round__mode="buffered", clients=3, rounds=3)
+    experiment = Experiment(config, tmp_path / "run", digits)
+    worker = Worker(config, digits)
+
+    def run(tasks):
+        for task in tasks:
+            fails = (task.round, task.client) == (2, 1)
+            yield task, OSError("no memory") if fails else worker.run(task)
+
+    experiment.train(Exchange(experiment, run))
+    counted = [[client.client for client in line.clients] for line in experiment.history]
+    assert counted == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    assert [entry["client"] for entry in experiment.history[1].rejected] == [1]
+
+
+@pytest.mark.parametrize(("quorum", "needed"), [(0.5, 2), (1.0, 3), (1, 1), (7, 3)])
+def test_a_short_buffer_needs_its_quorum(tiny, quorum, needed):
+    config = tiny(**SMALL, round__mode="buffered", clients=3, round__quorum=quorum)
+    assert Buffered(config).quorum(3) == needed

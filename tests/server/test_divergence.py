@@ -70,23 +70,36 @@ def test_a_step_size_that_is_too_large_is_named_with_one_to_try(tiny, tmp_path, 
 
 
 @pytest.mark.parametrize("more", [{}, BUFFERED])
-def test_a_later_divergence_names_the_last_good_checkpoint(tiny, tmp_path, more):
-    config = tiny(rounds=5, round__checkpoint_every=5, model__widths=[8], **more)
+@pytest.mark.parametrize(("every", "good"), [(1, 1), (5, 0)])
+def test_a_checkpoint_of_a_spoiled_theta_does_not_replace_the_last_good_one(
+    tiny, tmp_path, more, every, good
+):
+    """Clients find theta worthless before their first step: the round before has made it so."""
+    settings = {"round__checkpoint_every": every, "model__widths": [8]} | more
+    config = tiny(rounds=4, evaluation__every=0, **settings)
     experiment = Experiment(config, tmp_path / "run")
+    coordinator, honest = experiment.coordinator, experiment.coordinator.close_round
 
-    def blow_up(line):
-        if line["round"] == 2:
-            for value in experiment.coordinator.theta.values():
-                value *= 1e4
+    def spoil():
+        summary = honest()
+        for value in coordinator.theta.values() if summary.round == 2 else ():
+            value *= 1e4
+        return summary
 
+    coordinator.close_round = spoil
     with pytest.raises(RunStopped, match="round 3 diverged") as stopped:
-        run_in_process(experiment, processes=1, progress=blow_up)
+        run_in_process(experiment, processes=1)
     why = str(stopped.value)
-    assert "The last good checkpoint is of round 2" in why
-    assert str(tmp_path / "run" / "checkpoint") in why
+    assert "Or round 2 has spoiled theta" in why
     assert "local.eta=" in why
-    assert "fed-diffusion resume" not in why
-    assert experiment.run.load_checkpoint().state["round"] == 2
+    assert f"fed-diffusion resume {tmp_path / 'run'}" in why
+    kept = experiment.run.load_checkpoint()
+    assert kept.state["round"] == good
+    assert all(float(value.abs().max()) < 100 for value in kept.tensors["theta"].values())
+    run_in_process(Experiment.resume(tmp_path / "run"), processes=1)
+    assert experiment.run.finished()
+    lines = [json.loads(line) for line in experiment.run.metrics.open()]
+    assert [line["round"] for line in lines] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("holdout", [0.1, 0.0])

@@ -17,9 +17,11 @@ from fed_diffusion.config import ConfigError
 from fed_diffusion.engines.local import Exchange
 from fed_diffusion.experiment import Experiment, RunStopped
 from fed_diffusion.protocol.codecs import Packed
+from fed_diffusion.protocol.errors import DivergedError
 from fed_diffusion.protocol.messages import Update
 from fed_diffusion.protocol.wire import Payload
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
+from fed_diffusion.server.norms import AUTO, NormLimit
 from fed_diffusion.store.checkpoint import load_checkpoint
 
 FAULTS = (
@@ -217,6 +219,41 @@ def test_an_update_far_beyond_the_others_is_refused(tiny, digits):
     assert "20 times the median of recent updates" in refused["reason"]
 
 
+@pytest.mark.parametrize("round_of_the_lie", [1, 2])
+def test_by_default_one_finite_lie_does_not_move_theta(tiny, digits, round_of_the_lie):
+    """A value of 1.6e6 made theta 3.2e5, with five clients."""
+
+    def lie(round, client):
+        return "huge" if (round, client) == (round_of_the_lie, 3) else "fine"
+
+    coordinator, summaries = rounds(small(tiny), digits, lie, number=2)
+    honest, _ = rounds(small(tiny), digits, lambda r, c: "fine", number=2)
+    (refused,) = summaries[round_of_the_lie - 1].rejected
+    assert (refused["client"], refused["fault"]) == (3, "node")
+    assert "above 100 times" in refused["reason"]
+    for name, value in coordinator.theta.items():
+        assert float((value - honest.theta[name]).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("steps", [1, 30])
+@pytest.mark.parametrize("eta", [1e-4, 1e-2])
+def test_the_default_limit_never_refuses_an_honest_first_round(tiny, digits, steps, eta):
+    config = small(tiny, local__steps=steps, local__eta=eta, clients=2)
+    _, (summary,) = rounds(config, digits, lambda r, c: "fine", number=1)
+    assert summary.rejected == []
+
+
+def test_the_default_limit_lets_clients_begin_at_a_theta_of_zeros():
+    zero, one = {"w": torch.zeros(100)}, {"w": torch.full((100,), 0.5)}
+    limit = NormLimit(None, AUTO)
+    assert limit.check(one, zero, {}) == pytest.approx(0.5)
+    with pytest.raises(DivergedError, match="100 times theta's own"):
+        limit.check({"w": torch.full((100,), 1.5)}, zero, {})
+    limit.learn([1e-9])
+    small_step = {"w": torch.full((100,), 1.001)}
+    assert limit.check(small_step, {"w": torch.ones(100)}, {}) == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_a_norm_beyond_the_stated_one_is_refused(tiny, digits):
     config = small(tiny, round__max_norm=1e-9, round__quorum=1)
     with pytest.raises(BelowQuorum, match=r"its difference has norm .* above 1e-09"):
@@ -284,7 +321,8 @@ def test_clients_that_cannot_be_reached_are_not_asked_and_are_named(tiny, digits
 @pytest.mark.parametrize("aggregation", ["median", "trimmed_mean"])
 def test_robust_averages_withstand_a_liar_that_the_mean_does_not(tiny, digits, aggregation):
     def end(aggregation, fault):
-        config = small(tiny, round__aggregation=aggregation, round__trim=0.25, local__eta=1e-4)
+        limits = {"round__norm_factor": None, "local__eta": 1e-4}
+        config = small(tiny, round__aggregation=aggregation, round__trim=0.25, **limits)
         coordinator, _ = rounds(config, digits, lambda r, c: fault if c == 0 else "fine", 1)
         return torch.cat([value.flatten() for value in coordinator.theta.values()])
 
@@ -334,7 +372,7 @@ def test_more_examples_than_there_is_room_for_are_a_fault_of_nobody(tiny, digits
 
 def test_a_limit_of_the_servers_bans_nobody(tiny, digits):
     """Values that one client alone could send, beyond the share of one among five."""
-    config = small(tiny, round__ban_after=1)
+    config = small(tiny, round__ban_after=1, round__norm_factor=None)
     coordinator = Coordinator(config, parameters_of(build_network(config)))
     worker = Worker(config, digits)
     for task in coordinator.tasks(1):

@@ -1,0 +1,43 @@
+"""Texts that others wrote, made safe to show: the one function that every such text goes through.
+
+What a node, a server or another program says ends on terminals, in logs, in metrics.jsonl and on
+pages. There an escape sequence sets a terminal's title or hides lines, a line break forges a line
+of the log, a mark of direction turns words around, and five megabytes fill the record.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+MOST = 2000
+"""Characters that are left of a text."""
+_GAP = " ... "
+_SEQUENCES = re.compile(
+    r"""(?:\x1b\]|\x9d) [^\x07\x1b\x9c]* (?:\x07|\x1b\\|\x9c)?         # OSC: titles, links
+      | (?:\x1b[PX^_]|[\x90\x98\x9e\x9f]) [^\x1b\x9c]* (?:\x1b\\|\x9c)?  # DCS, SOS, PM, APC
+      | (?:\x1b\[|\x9b) [0-?]* [ -/]* [@-~]?                        # CSI: colours, the cursor
+      | \x1b [ -/]* [0-~]?                                          # other escapes""",
+    re.VERBOSE,
+)
+_BREAKS = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+\s*")
+_UNSHOWN = {"Cc", "Cf", "Cs", "Co", "Cn"}
+"""Unicode's categories of controls, marks of direction, halves of characters and unknown ones."""
+
+
+def clean(text: object, most: int = MOST) -> str:
+    """A text as one line of at most `most` characters that a terminal shows as they are.
+
+    Escape sequences are left out with all that belongs to them, line breaks become " | ", tabs
+    blanks, and what else cannot be shown question marks. Of a longer text the beginning and the
+    end are left, for of a traceback the end tells most. To clean a text twice changes nothing.
+    """
+    raw = str(text)
+    if len(raw) > 2 * most:  # no work is done on five megabytes
+        raw = raw[:most] + _GAP + raw[-most:]
+    raw = _BREAKS.sub(" | ", _SEQUENCES.sub("", raw).strip()).replace("\t", " ")
+    shown = "".join("?" if unicodedata.category(c) in _UNSHOWN else c for c in raw)
+    if len(shown) <= most:
+        return shown
+    head = (most - len(_GAP)) // 4
+    return shown[:head] + _GAP + shown[head + len(_GAP) - most :]

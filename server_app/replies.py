@@ -1,0 +1,172 @@
+"""Replies from the network: fetched within limits and read, and whose fault it is if they fail."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from flwr.app import Error, Message
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SUPERLINK_NODE_ID, ErrorCode
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, Metadata, ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
+from flwr.superlink.grid import HttpGrid
+from google.protobuf.message import DecodeError
+
+from fed_diffusion.common.text import clean
+from fed_diffusion.protocol.errors import Fault
+
+UNANSWERED = (
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+)
+"""Flower's errors for a message, a reply or a node that is not there."""
+UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    DecodeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    UnexpectedObjectContentError,
+    ValueError,
+)
+"""What Flower raises where a reply's bytes are no message."""
+FEW_OBJECTS = 16
+"""The objects of a reply beside its values: the message, its records, and room."""
+
+
+class TooLarge(Exception):
+    """A reply of more objects or bytes than it may have; so many bytes of it were fetched."""
+
+    def __init__(self, what: str, nbytes: int = 0):
+        super().__init__(what)
+        self.nbytes = nbytes
+
+
+class Bounded:
+    """Flower's client of the SuperLink, which fetches no more of a reply than it may have.
+
+    Flower announces the objects of a reply, and not their sizes: too many are refused before
+    one is fetched. Of the others each is fetched by itself, and none after the limit. What this
+    process holds is then the limit and the objects that are on their way, one or two, which the
+    proxy bounds.
+    """
+
+    def __init__(self, client: Any):
+        self._client = client
+        self._lock = threading.Lock()
+        self._most = 0
+        self._fetched = _Count()
+        self._replies: list[Metadata] = []
+
+    def allow(self, most: int) -> None:
+        """Allow so many bytes for the next reply."""
+        # a new count: an object of the last reply may still be on its way
+        self._most, self._fetched = most, _Count()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def PullMessages(self, request: Any) -> Any:
+        """Flower's, refusing a reply of too many objects."""
+        response = self._client.PullMessages(request)
+        self._replies = [message.metadata for message in response.messages_list]
+        allowed = FEW_OBJECTS + 2 * math.ceil(self._most / FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE)
+        for tree in response.message_object_trees:
+            if (count := _size(tree)) > allowed:
+                raise TooLarge(f"its reply has {count} objects, and at most {allowed} are due")
+        return response
+
+    def PullObject(self, request: Any) -> Any:
+        """Flower's, until the limit."""
+        most, fetched = self._most, self._fetched
+        _check(fetched, most)
+        response = self._client.PullObject(request)
+        with self._lock:
+            fetched.nbytes += len(response.object_content)
+        _check(fetched, most)
+        return response
+
+    def forget(self) -> None:
+        """Have the SuperLink drop the reply that was asked for last, which it keeps for us."""
+        for it in self._replies:
+            node = Node(node_id=SUPERLINK_NODE_ID)
+            self._client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(
+                    node=node, run_id=it.run_id, message_object_id=it.message_id
+                )
+            )
+
+
+@dataclass
+class _Count:
+    """The bytes of one reply that were fetched."""
+
+    nbytes: int = 0
+
+
+def _check(fetched: _Count, most: int) -> None:
+    if fetched.nbytes > most:
+        what = f"its reply has more than the {most} bytes that it may have"
+        raise TooLarge(what, fetched.nbytes)
+
+
+def _size(tree: ObjectTree) -> int:
+    """How many objects there are, whatever their depth."""
+    count, rest = 0, [tree]
+    while rest:
+        count += 1
+        rest += rest.pop().children
+    return count
+
+
+def bound(grid: Grid) -> None:
+    """From now on `pull` limits what is fetched; a grid in this process holds all there is."""
+    if isinstance(grid, HttpGrid) and not isinstance(grid._client, Bounded):
+        # Flower's grid has no limit of its own, and no other place for one
+        grid._client = Bounded(grid._runtime_client)  # type: ignore[assignment]
+
+
+def pull(grid: Grid, message_id: str, most: int) -> Iterator[Message | Exception]:
+    """The reply to a message if it is there; one that cannot be read comes as its exception.
+
+    Parameters
+    ----------
+    most
+        Bytes that the reply may have, where it is to be fetched.
+    """
+    client = getattr(grid, "_client", None)
+    if isinstance(client, Bounded):
+        client.allow(most)
+    try:
+        yield from grid.pull_messages([message_id])
+    except (*UNREADABLE, TooLarge) as error:
+        if isinstance(client, Bounded):
+            client.forget()
+        yield error
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.INTERNAL_SERVER_ERROR:
+            raise  # the run is over, or the SuperLink is away
+        yield error  # it cannot read this reply out, as where its database is locked
+
+
+def reason_of(error: Error) -> str:
+    """What Flower or a node says of an error."""
+    return clean(f"{error.reason or 'no reason given'} (Flower error {error.code})")
+
+
+def fault_of(error: Error) -> Fault:
+    """Whose fault an error is that came in the place of a reply.
+
+    A ClientApp that raises, dies or does not load is the node's; a message that is lost is the
+    network's, and a node that is gone with it.
+    """
+    return "network" if error.code in UNANSWERED else "node"
