@@ -143,11 +143,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _state_is_averaged(self) -> Config:
+        if self.local.state == "shared" and self.round.aggregation != "mean":
+            raise ValueError(
+                f"local.state: shared averages moments by equation (8), and a client that "
+                f"round.aggregation = {self.round.aggregation} would withstand could still send "
+                "wrong ones; set round.aggregation to mean or local.state to fresh"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _privacy_has_a_guarantee(self) -> Config:
         if self.privacy.clip is None:
             return self
         wanted = {
             "wire.differences": (self.wire.differences, True, "differences are what is clipped"),
+            "local.state": (self.local.state, "fresh", "moments would leave unclipped"),
             "round.mode": (self.round.mode, "synchronous", "weights of stale updates vary"),
             "round.aggregation": (self.round.aggregation, "mean", "its sensitivity is no clip"),
             "round.weighting": (self.round.weighting, "uniform", "weights tell of the data"),

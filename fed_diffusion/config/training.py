@@ -210,6 +210,10 @@ class LocalConfig(Section):
     ceil(images / batch). A step's loss is its batch's mean, the reported one is per image."""
     batch: int = Field(64, ge=1)
     optimizer: Literal["adam", "sgd"] = "adam"
+    state: Literal["fresh", "shared"] = "fresh"
+    """Of Adam, in each round: fresh begins with moments of zero, as the paper does. shared goes on
+    with the mean of the clients' moments, taken for each coordinate over those that trained it;
+    they travel beside the values."""
     eta: float = Field(1e-4, gt=0)
     """Step size on the simple loss."""
     warmup: int = Field(0, ge=0)
@@ -225,6 +229,15 @@ class LocalConfig(Section):
             raise ValueError(
                 "steps: give exactly one of local.steps and local.epochs "
                 f"(steps = {self.steps}, epochs = {self.epochs}); set the other to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sgd_has_no_state(self) -> LocalConfig:
+        if self.state == "shared" and self.optimizer == "sgd":
+            raise ValueError(
+                "state: shared goes with optimizer adam: sgd without momentum keeps no state that "
+                "could be shared; set local.state to fresh or local.optimizer to adam"
             )
         return self
 

@@ -25,6 +25,7 @@ from fed_diffusion.masks.recipe import Numbers, Recipe, RecipeError
 from fed_diffusion.masks.spaces import Layout
 from fed_diffusion.protocol.codecs import Cast, Packed, cast, unpack
 from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.moments import PREFIXES, Counts, is_shared, parameter_of
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("the wire format is little-endian and this machine is not")
@@ -79,10 +80,14 @@ def per_row(config: Config) -> bool:
     return pruning.kind == "full" or family_of(pruning, config.seed).shrinks
 
 
-def encode_task(casts: Mapping[str, Cast], recipe: Recipe, masks: Masks) -> Payload:
-    """What a client needs of theta_r: kept values, the recipe and, where needed, mask bits."""
+def encode_task(casts: Mapping[str, Cast | Counts], recipe: Recipe, masks: Masks) -> Payload:
+    """What a client needs of theta_r and of the optimiser's state, where that is shared.
+
+    Kept values, the recipe and, where needed, mask bits.
+    """
     arrays = {
-        name: part.take(mask_of(masks, name, part.codes)).pack() for name, part in casts.items()
+        name: part.take(mask_of(masks, parameter_of(name), part.codes)).pack()
+        for name, part in casts.items()
     }
     if recipe.needs_bits:
         arrays |= encode_bits(masks)
@@ -98,7 +103,8 @@ def decode_task(
     """
     recipe = Recipe.from_metrics(payload.numbers)
     bits = {k: v for k, v in payload.arrays.items() if k.startswith(MASK_PREFIX)}
-    values = {k: v for k, v in payload.arrays.items() if not k.startswith(MASK_PREFIX)}
+    odd = (MASK_PREFIX, *PREFIXES) if is_shared(config) else MASK_PREFIX
+    values = {k: v for k, v in payload.arrays.items() if not k.startswith(odd)}
     masks = _masks(recipe, bits, theta, layout, config)
     kept = _decode(values, theta, masks, config.wire.down, per_row(config))
     held = {name: mask.hold(kept[name]) for name, mask in masks.items()}
