@@ -64,7 +64,7 @@ class Exchange:
         self._config_json = json.dumps(experiment.config.to_dict())
         self._overlapping = experiment.coordinator.policy.overlapping
         self._simulated = isinstance(grid, InMemoryGrid)
-        self._index = longest_index(experiment.coordinator.theta)
+        self._index = longest_index([*experiment.coordinator.theta, *experiment.coordinator.moments])
         self._looked = time.monotonic()
         self._out: dict[str, Sent] = {}
         self._late: dict[str, Sent] = {}

@@ -79,13 +79,12 @@ class MaskedMean:
     def _mean(self, name: str) -> Tensor:
         old = self._theta[name]
         new = torch.empty_like(old).flatten()
-        sums, flat = self._sums[name].flatten(), old.flatten()
-        everywhere, more = self.coverage.weights(name)
+        flat = old.flatten()
+        everywhere, more = self._counts(name)
         counts = None if more is None else more.flatten()
         for start in range(0, flat.numel(), BLOCK):
             block = slice(start, start + BLOCK)
-            total = sums[block].to(torch.float64)
-            total *= 1 / (SCALE * self._room.scale)  # exact: a power of two
+            total = self._total(name, block)
             if counts is None:
                 new[block] = total.div_(everywhere) if everywhere else flat[block]
             else:
@@ -94,3 +93,13 @@ class MaskedMean:
                 if int(count.min()) == 0:
                     new[block] = torch.where(count > 0, new[block], flat[block])
         return new.view(old.shape)
+
+    def _counts(self, name: str) -> tuple[int, Tensor | None]:
+        """See `Coverage.weights`."""
+        return self.coverage.weights(name)
+
+    def _total(self, name: str, block: slice) -> Tensor:
+        """The weighted sums of a part of a flattened tensor, float64."""
+        total = self._sums[name].view(-1)[block].to(torch.float64)
+        total *= 1 / (SCALE * self._room.scale)  # exact: a power of two
+        return total

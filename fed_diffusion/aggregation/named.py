@@ -79,9 +79,13 @@ class AggregatorFactory(Protocol):
     ) -> Aggregator: ...
 
 
+def heaviest_of(settings: RoundConfig) -> int:
+    """The largest weight that an update can have."""
+    return EXAMPLES_LIMIT if settings.weighting == "examples" else 1
+
+
 def _mean(theta: Mapping[str, Tensor], workers: int, settings: RoundConfig) -> Aggregator:
-    heaviest = EXAMPLES_LIMIT if settings.weighting == "examples" else 1
-    return MaskedMean(theta, workers, heaviest)
+    return MaskedMean(theta, workers, heaviest_of(settings))
 
 
 def _trimmed_mean(theta: Mapping[str, Tensor], workers: int, settings: RoundConfig) -> Aggregator:

@@ -29,6 +29,7 @@ from fed_diffusion.masks.spaces import Layout
 from fed_diffusion.masks.subnetwork import resized
 from fed_diffusion.models.unet import UNet, reset
 from fed_diffusion.protocol.diagnostics import is_due
+from fed_diffusion.protocol.moments import is_shared
 from fed_diffusion.theory.curvature import gradient, images_within, saved_bytes
 
 STEPS = 3
@@ -36,6 +37,8 @@ STEPS = 3
 DIAGNOSTIC_BYTES = 24
 """Of a parameter where a curvature is measured: its value, the value as it arrived, the vector, its
 product, and of the part in hand the gradient and the product: six float32."""
+MOMENT_BYTES = 8
+"""Of a parameter where its moments come with the task: both, as they arrived."""
 
 
 def measure_budget(
@@ -99,6 +102,8 @@ def demand(config: Config, network: UNet, measures: bool = False) -> Demand:
     with FlopCounterMode(display=False) as flops, saved_bytes(own) as kept:
         network(images, u, labels).square().mean().backward()
     bytes_each, activations = BYTES_PER_PARAMETER, kept()
+    if is_shared(config):
+        bytes_each += MOMENT_BYTES
     if measures and any(is_due(config, round) for round in range(1, config.rounds + 1)):
         bytes_each = max(bytes_each, DIAGNOSTIC_BYTES)
         one = None if labels is None else labels[:1]

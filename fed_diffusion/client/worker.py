@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fed_diffusion.build import channel_layout, evaluator, parameters_of, skeleton, time_grid
 from fed_diffusion.client import diagnostics
 from fed_diffusion.client.budget import measure_budget
+from fed_diffusion.client.optimisers import Optimiser, SharedAdam, optimiser_of
 from fed_diffusion.common.compute import (
     compiled,
     device_of,
@@ -40,7 +41,7 @@ from fed_diffusion.models.unet import UNet
 from fed_diffusion.protocol.clipping import clipped
 from fed_diffusion.protocol.divergence import FIRST_LOSS, exploded
 from fed_diffusion.protocol.messages import PRECISION, PRECISIONS, Task, Update
-from fed_diffusion.protocol.schedules import eta_of
+from fed_diffusion.protocol.moments import decode_state, encode_moments
 from fed_diffusion.protocol.wire import Payload, decode_task, encode_update
 from fed_diffusion.theory.estimates import second_moment
 
@@ -52,7 +53,8 @@ class Worker:
     """Runs tasks for any client of a run; keeps the model and the data resident between them.
 
     A task that drops whole channels builds, trains and holds only the smaller network. Nothing of a
-    task's result depends on what ran before it: workers are stateless between rounds.
+    task's result depends on what ran before it: workers are stateless between rounds, and the state
+    of an optimiser that goes on (local.state) comes with the task.
 
     Parameters
     ----------
@@ -102,7 +104,9 @@ class Worker:
         if len(holdout):
             numbers["holdout_loss"] = self._holdout_loss(network, forward, holdout, task.client)
         batches = self._batches(task, train, self.steps(len(train)))
-        loss, first = self._train(network, forward, fast, task, batches, masks)
+        state = decode_state(task.payload.arrays, self._shapes, masks, config)
+        optimiser = optimiser_of(config, network, task.round, state)
+        loss, first = self._train(network, forward, fast, task, batches, masks, optimiser)
         numbers["loss"] = loss
         if exploded(loss, first):
             numbers[FIRST_LOSS] = first
@@ -114,6 +118,8 @@ class Worker:
         if config.privacy.clip is not None:
             end = clipped(end, start, config.privacy.clip)
         arrays = encode_update(end, start, masks, config, task.round, task.client) | sketches
+        if isinstance(optimiser, SharedAdam):
+            arrays |= encode_moments(optimiser.moments(), masks)
         return Update(task.round, task.client, Payload(arrays, numbers))
 
     def minibatches(
@@ -235,6 +241,7 @@ class Worker:
         task: Task,
         batches: list[np.ndarray],
         masks: Masks,
+        optimiser: Optimiser,
     ) -> tuple[float, float]:
         """S steps of (7) on the simple loss; the gradient is masked, so what is dropped stays 0.
 
@@ -251,7 +258,6 @@ class Worker:
             config.seed, Purpose.NOISE, task.round, task.client, device=self.device
         )
         changes = generator(config.seed, Purpose.AUGMENTATION, task.round, task.client)
-        optimizer = self._optimizer(network, task.round)
         adjust = _Adjustment(network, masks, config.local.prox)
         network.train()
         total, first = torch.zeros((), device=self.device), None
@@ -259,25 +265,18 @@ class Worker:
         indices = torch.from_numpy(np.concatenate(batches)).to(self.device)  # once, not per step
         for batch in indices.split([len(batch) for batch in batches]):
             images, labels = self._batch(batch, noise, changes)
-            optimizer.zero_grad(set_to_none=True)
+            optimiser.zero_grad(set_to_none=True)
             # a compiled network is compiled for one batch size
             forward = fast if len(batch) == config.local.batch else plain
             loss = self.loss(forward, images, noise, labels)
             loss.backward()
             adjust()
-            optimizer.step()
+            optimiser.step()
             share = len(batch) / config.local.batch  # 1 of a full batch, to the bit
             total += loss.detach() * share
             weight += share
             first = loss.detach() if first is None else first
         return float(total) / weight, math.nan if first is None else float(first)
-
-    def _optimizer(self, network: nn.Module, round: int) -> torch.optim.Optimizer:
-        eta = eta_of(self.config, round)
-        parameters = list(network.parameters())
-        if self.config.local.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=eta)
-        return torch.optim.Adam(parameters, lr=eta, fused=True)
 
     def _batches(self, task: Task, train: np.ndarray, steps: int) -> list[np.ndarray]:
         """Image indices of each step, from one random order of the client's images after another.

@@ -151,6 +151,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _state_is_averaged(self) -> Config:
+        if self.local.state == "shared" and self.round.aggregation != "mean":
+            raise ValueError(
+                f"local.state: shared averages moments by equation (8), and a client that "
+                f"round.aggregation = {self.round.aggregation} would withstand could still send "
+                "wrong ones; set round.aggregation to mean or local.state to fresh"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _privacy_has_a_guarantee(self) -> Config:
         if self.privacy.clip is None:
             return self
@@ -158,6 +168,7 @@ class Config(Section):
         rounds, measured = self.round, self.theory.every or None
         wanted = {
             "wire.differences": (self.wire.differences, True, "differences are what clip bounds"),
+            "local.state": (self.local.state, "fresh", "the clients' moments are not clipped"),
             "round.mode": (rounds.mode, "synchronous", "the weights of stale updates vary"),
             "round.aggregation": (
                 rounds.aggregation,

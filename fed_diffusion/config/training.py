@@ -301,7 +301,11 @@ class LocalConfig(Section):
     batch: int = Field(64, ge=1)
     """The number of images in a training step."""
     optimizer: Literal["adam", "sgd"] = "adam"
-    """The optimiser of the local steps. sgd is equation (7); adam starts anew in every round."""
+    """The optimiser of the local steps. sgd is equation (7)."""
+    state: Literal["fresh", "shared"] = "fresh"
+    """With which state Adam begins a round. fresh: with moments of zero, as the paper does; shared:
+    with the mean of the clients' moments, taken for each coordinate over those that trained it.
+    The moments then travel beside the values."""
     eta: float = Field(1e-4, gt=0)
     """The step size, on the simple loss (the mean squared error of the noise per dimension)."""
     warmup: int = Field(0, ge=0)
@@ -319,6 +323,15 @@ class LocalConfig(Section):
             raise ValueError(
                 "steps: give exactly one of local.steps and local.epochs "
                 f"(steps = {self.steps}, epochs = {self.epochs}); set the other to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sgd_has_no_state(self) -> LocalConfig:
+        if self.state == "shared" and self.optimizer == "sgd":
+            raise ValueError(
+                "state: shared goes with optimizer adam: sgd without momentum keeps no state that "
+                "could be shared; set local.state to fresh or local.optimizer to adam"
             )
         return self
 

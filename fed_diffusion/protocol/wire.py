@@ -25,6 +25,7 @@ from fed_diffusion.masks.recipe import Numbers, Recipe, RecipeError
 from fed_diffusion.masks.spaces import Layout
 from fed_diffusion.protocol.codecs import DTYPES, Cast, Packed, cast, unpack
 from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.moments import PREFIXES, Counts, is_shared, parameter_of
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("the wire format is little-endian and this machine is not")
@@ -81,10 +82,14 @@ def per_row(config: Config) -> bool:
     return pruning.kind == "full" or family_of(pruning, config.seed).shrinks
 
 
-def encode_task(casts: Mapping[str, Cast], recipe: Recipe, masks: Masks) -> Payload:
-    """What a client needs of theta_r: kept values, the recipe and, where needed, mask bits."""
+def encode_task(casts: Mapping[str, Cast | Counts], recipe: Recipe, masks: Masks) -> Payload:
+    """What a client needs of theta_r and of the optimiser's state, where that is shared.
+
+    Kept values, the recipe and, where needed, mask bits.
+    """
     arrays = {
-        name: part.take(mask_of(masks, name, part.codes)).pack() for name, part in casts.items()
+        name: part.take(mask_of(masks, parameter_of(name), part.codes)).pack()
+        for name, part in casts.items()
     }
     if recipe.needs_bits:
         arrays |= encode_bits(masks)
@@ -100,7 +105,8 @@ def decode_task(
     """
     recipe = Recipe.from_metrics(payload.numbers)
     bits = {k: v for k, v in payload.arrays.items() if k.startswith(MASK_PREFIX)}
-    values = {k: v for k, v in payload.arrays.items() if not k.startswith(MASK_PREFIX)}
+    odd = (MASK_PREFIX, *PREFIXES) if is_shared(config) else MASK_PREFIX
+    values = {k: v for k, v in payload.arrays.items() if not k.startswith(odd)}
     masks = _masks(recipe, bits, theta, layout, config)
     kept = _decode(values, theta, masks, config.wire.down, per_row(config))
     held = {name: mask.hold(kept[name]) for name, mask in masks.items()}
@@ -177,12 +183,14 @@ def decode_update(
 def largest_update(theta: Mapping[str, Tensor], kept: float, config: Config) -> int:
     """The most bytes that an update can have whose mask keeps this part of all coordinates.
 
-    Beside the values there are int8's scales, what alignment adds, and what is not theta's:
+    Beside the values there are the two moments of a shared state, int8's scales, what alignment adds, and what is not theta's:
     numbers, and in diagnostic rounds a few gradients' projections.
     """
     values = math.ceil(kept * sum(value.numel() for value in theta.values()))
     rows = sum(len(value) if value.dim() > 1 else 1 for value in theta.values())
-    return DTYPES[config.wire.up].itemsize * values + 4 * rows + 8 * len(theta) + BESIDE
+    moments = 2 * 4 if config.local.state == "shared" else 0
+    each = DTYPES[config.wire.up].itemsize + moments
+    return each * values + 4 * rows + 8 * len(theta) + BESIDE
 
 
 def _decode(

@@ -17,6 +17,7 @@ from fed_diffusion.config import Config
 from fed_diffusion.masks.recipe import RecipeError
 from fed_diffusion.protocol.errors import DivergedError, Fault, UpdateError
 from fed_diffusion.protocol.messages import Task, Update
+from fed_diffusion.protocol.moments import blank, grouped, parted, stored
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.server.diagnostics import Diagnostics
 from fed_diffusion.server.divergence import check_divergence
@@ -48,6 +49,8 @@ class Coordinator:
     ----------
     round
         How many rounds are done.
+    moments
+        The optimiser's state behind theta, where local.state is shared; see `protocol.moments`.
     clock
         Simulated seconds since the start; only the in-process engine moves it.
     open
@@ -58,6 +61,7 @@ class Coordinator:
         self.config = config
         self.theta = {n: v.detach().to("cpu").float().clone() for n, v in theta.items()}
         self.ema = {name: value.clone() for name, value in self.theta.items()}
+        self.moments = blank(self.theta, config)
         self.round = 0
         self.clock = 0.0
         self.parameters = sum(value.numel() for value in self.theta.values())
@@ -77,7 +81,8 @@ class Coordinator:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds, by file."""
         measured = self.diagnostics.tensors()
-        groups = {"theta": self.theta, "ema": self.ema} | self.flights.tensors()
+        groups = {"theta": self.theta, "ema": self.ema} | grouped(self.moments)
+        groups |= self.flights.tensors()
         return groups | ({"diagnostic": measured} if measured else {})
 
     def state(self) -> dict[str, Any]:
@@ -97,11 +102,13 @@ class Coordinator:
             Its tensors are not this model's.
         """
         self.theta, self.ema = (_as(self.theta, tensors[name]) for name in ("theta", "ema"))
+        if held := stored(tensors, self.moments):  # none where the setting has been changed
+            self.moments = _as(self.moments, held)
         self.round = int(state["round"])
         self.participation.restore(state["strikes"])
         self.norms.recent = [float(norm) for norm in state["norms"]]
         self.clock = float(state["clock"])
-        self.flights.restore(tensors, state, list(self.theta))
+        self.flights.restore(tensors, state, [*self.theta, *self.moments])
         self.diagnostics.restore(tensors.get("diagnostic", {}))
 
     # --- who takes part -------------------------------------------------------------------------
@@ -134,24 +141,25 @@ class Coordinator:
             self.open = None
         asked = self.participants(round, available)
         if self.open is None:
-            self.open = self._rounds.begin(round, self.theta, asked, available)
+            self.open = self._rounds.begin(round, self.theta, self.moments, asked, available)
             whole = [c for c, recipe in self.open.recipes.items() if recipe.whole()]
             self.diagnostics.open(round, self.theta, whole)
         state = self.open
         recipes = {client: state.recipes[client] for client in asked if client in state.recipes}
-        for task, flight in self._rounds.tasks(round, self.theta, recipes, state.masks):
+        theta, moments = self.theta, self.moments
+        for task, flight in self._rounds.tasks(round, theta, moments, recipes, state.masks):
             state.send(task)
-            self.flights.send(task.client, flight, self.theta)
+            self.flights.send(task.client, flight, theta | moments)
             yield task
 
     def again(self, client: int) -> Task:
         """A task that is out, made anew from the theta it began on."""
         versions, began = self.flights.versions, self.flights.out[client].round
         assert versions is not None
-        theta = versions[began]
+        theta, moments = parted(versions[began])
         recipe = self._rounds.recipes(began, self.participation.eligible(), theta)[client]
         masks, recipes = self._rounds.masks(theta), {client: recipe}
-        ((task, flight),) = self._rounds.tasks(began, theta, recipes, masks)
+        ((task, flight),) = self._rounds.tasks(began, theta, moments, recipes, masks)
         self.flights.out[client] = flight
         return task
 
@@ -165,7 +173,7 @@ class Coordinator:
             flight = self.flights.of(update)
             state.asked.add(update.client)
             stale = self.round + 1 - flight.round
-            self._rounds.take(state, flight, update, self.theta, stale, node)
+            self._rounds.take(state, flight, update, self.theta, self.moments, stale, node)
         except (UpdateError, RecipeError) as error:
             refused = error if isinstance(error, UpdateError) else UpdateError(str(error))
             if refused.strike:
@@ -242,7 +250,7 @@ class Coordinator:
             eta = self.config.local.eta
             check_divergence(eta, eta_of(self.config, round), round, needed, state)
             raise BelowQuorum(_too_few(state, round, needed))
-        self.theta = state.mean.result()
+        self.theta, self.moments = parted(state.mean.result())
         decay = min(self.config.ema.decay, (1 + round) / (10 + round))
         for name, average in self.ema.items():
             average.lerp_(self.theta[name], 1 - decay)

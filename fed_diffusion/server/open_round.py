@@ -35,6 +35,8 @@ class Flight:
         The part of all coordinates that its mask keeps, and w^2 of Assumption 4.2.
     bits
         What `MaskStore.pack` has kept of the mask.
+    steps
+        The steps behind the moments that it began with, where local.state is shared.
     """
 
     round: int
@@ -43,6 +45,7 @@ class Flight:
     kept: float
     w2: float
     bits: Bits | None
+    steps: Theta = field(default_factory=dict)
     most: int = 0
     """The most bytes that the answer to it can have."""
 
@@ -155,8 +158,9 @@ class Flights:
     sent_at
         Client -> when its task was sent, on the simulated clock; the in-process engine notes it.
     versions
-        Round -> the theta that tasks of it began on, while they are out, so that a resumed run can
-        send them again; None where tasks are not sent again.
+        Round -> the theta that tasks of it began on, with the optimiser's state where that is
+        shared, while they are out, so that a resumed run can send them again; None where tasks are
+        not sent again.
     """
 
     def __init__(self, overlapping: bool):

@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor
 
-from fed_diffusion.aggregation.named import Aggregator, aggregator_of
+from fed_diffusion.aggregation.named import Aggregator, aggregator_of, heaviest_of
 from fed_diffusion.aggregation.private import PrivateMean
+from fed_diffusion.aggregation.stateful import StatefulMean
 from fed_diffusion.config import Config
 from fed_diffusion.masks.families import family_of
 from fed_diffusion.masks.mask import Masks, kept_fraction, kept_values, pruning_error
@@ -16,6 +17,14 @@ from fed_diffusion.masks.recipe import Recipe, RecipeError
 from fed_diffusion.masks.spaces import Layout
 from fed_diffusion.protocol.errors import LimitError, UpdateError
 from fed_diffusion.protocol.messages import EXAMPLES_LIMIT, Task, Update, measurements
+from fed_diffusion.protocol.moments import (
+    MOST_STEPS,
+    STEPS,
+    cast_state,
+    decode_moments,
+    group,
+    spread,
+)
 from fed_diffusion.protocol.wire import (
     Payload,
     cast_theta,
@@ -63,12 +72,19 @@ class Rounds:
         self._ledger = ledger
 
     def begin(
-        self, round: int, theta: Theta, asked: list[int], available: Collection[int] | None
+        self,
+        round: int,
+        theta: Theta,
+        state: Theta,
+        asked: list[int],
+        available: Collection[int] | None,
     ) -> OpenRound:
         """A round at theta_r with nothing in it yet.
 
         Parameters
         ----------
+        state
+            The optimiser's, where local.state is shared; else empty.
         asked
             The clients that get a task at once.
         available
@@ -81,10 +97,8 @@ class Rounds:
         mean: Aggregator
         if self._config.privacy.clip is not None:
             mean, target = self._private_mean(round, theta, masks), len(asked)
-        elif overlapping:
-            mean = aggregator_of(theta, target, self._config.round)
         else:
-            mean = aggregator_of(theta, max(1, len(asked)), self._config.round)
+            mean = self._mean(theta, state, target if overlapping else max(1, len(asked)))
         recipes = self.recipes(round, eligible if overlapping else asked, theta)
         return OpenRound(mean, recipes, masks, target, participation.absent(available))
 
@@ -98,16 +112,22 @@ class Rounds:
         return MaskStore(theta, self._family, self._layout, self._policy.overlapping)
 
     def tasks(
-        self, round: int, theta: Theta, recipes: Mapping[int, Recipe], masks: MaskStore
+        self,
+        round: int,
+        theta: Theta,
+        state: Theta,
+        recipes: Mapping[int, Recipe],
+        masks: MaskStore,
     ) -> Iterator[tuple[Task, Flight]]:
         """Each client's task, made when it is asked for, and what is to be remembered of it.
 
         Parameters
         ----------
-        theta
-            theta_r; it is cast once for all of these clients.
+        theta, state
+            theta_r and the optimiser's state; they are cast once for all of these clients.
         """
-        casts = cast_theta(theta, self._config, round)
+        casts = cast_theta(theta, self._config, round) | cast_state(state)
+        steps = group(state, STEPS)
         full: Payload | None = None
         for client, recipe in recipes.items():
             kept, w2, bits = 1.0, 0.0, None
@@ -121,15 +141,16 @@ class Rounds:
                 kept, w2 = kept_fraction(mask, theta), pruning_error(mask, theta)
                 bits = masks.pack(recipe, mask)
             most = largest_update(theta, kept, self._config)
-            flight = Flight(round, recipe, payload.nbytes, kept, w2, bits, most)
+            flight = Flight(round, recipe, payload.nbytes, kept, w2, bits, steps, most)
             yield Task(round, client, payload), flight
 
     def take(
         self,
-        state: OpenRound,
+        open: OpenRound,
         flight: Flight,
         update: Update,
         theta: Theta,
+        state: Theta,
         staleness: int,
         node: int | None = None,
     ) -> None:
@@ -139,8 +160,8 @@ class Rounds:
         ----------
         flight
             The task that the update answers.
-        theta
-            theta_r, which the round began with.
+        theta, state
+            theta_r and the optimiser's state, which the round began with.
         staleness
             How often theta has changed since the task was sent.
         node
@@ -158,17 +179,38 @@ class Rounds:
             raise RecipeError(f"the recipe is not the one agreed on: {odd}")
         measured = measurements(numbers)
         self._ledger.check_loss(measured["loss"])
-        masks = state.masks.of(recipe, flight.bits)
+        masks = open.masks.of(recipe, flight.bits)
         arrays, answer = self._diagnostics.split(update)
+        sent = [n for n in arrays if n in state and not n.startswith(STEPS)]
+        moments = {name: arrays.pop(name) for name in sent}
         values = decode_update(arrays, theta, masks, self._config)
         rms = self._norms.check(values, theta, masks)
         said = self._participation.images.get(update.client)
         weight = weight_of(self._config, measured["examples"], said)
         factor = self._policy.weight(staleness)
-        state.mean.add(damped(values, theta, masks, factor), masks, weight)
+        if state:
+            values |= decode_moments(moments, theta, masks, self._config)
+            values |= self._steps(flight, masks, measured["examples"])
+        whole = {**theta, **state}
+        open.mean.add(damped(values, whole, spread(masks, whole), factor), masks, weight)
         self._diagnostics.add(update.client, answer)
-        state.count(flight, update, measured, staleness, node)
-        state.norms += [] if rms is None else [rms]
+        open.count(flight, update, measured, staleness, node)
+        open.norms += [] if rms is None else [rms]
+
+    def _mean(self, theta: Theta, state: Theta, workers: int) -> Aggregator:
+        """An empty average of theta, and of the optimiser's state where there is one."""
+        settings = self._config.round
+        if not state:
+            return aggregator_of(theta, workers, settings)
+        return StatefulMean(theta, state, workers, heaviest_of(settings))
+
+    def _steps(self, flight: Flight, masks: Masks, examples: int) -> dict[str, Tensor]:
+        """The steps behind a client's moments: those that it began with, and its own."""
+        taken = self._config.local.steps_of(examples)
+        began = kept_values(flight.steps, masks)
+        return {
+            STEPS + name: (steps + taken).clamp_(max=MOST_STEPS) for name, steps in began.items()
+        }
 
     def _private_mean(self, round: int, theta: Theta, masks: MaskStore) -> PrivateMean:
         """Its denominators count all clients of the run, be they away or banned."""

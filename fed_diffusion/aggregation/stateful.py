@@ -1,0 +1,105 @@
+"""Equation (8) for theta and, by the same rule, for the optimiser state behind it.
+
+Second moments are tiny: of gradients of 1e-6 they are 1e-12, the unit of the sums of `exact`. So
+values are summed in parts, each exactly: their 40 fractional bits, 46 further ones, and so on while
+anything is left. With uniform weights a mean over one worker alone is its value to the bit, and so
+one client with shared state is one run of Adam.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fed_diffusion.aggregation.coverage import Coverage
+from fed_diffusion.aggregation.exact import SCALE, ExactSums
+from fed_diffusion.aggregation.mean import MaskedMean
+from fed_diffusion.aggregation.update import Room, check_update
+from fed_diffusion.masks.mask import Mask, Masks
+from fed_diffusion.protocol.moments import MOST_STEPS, STEPS, parameter_of, spread
+
+REST = 2.0**46
+"""What 40 fractional bits leave of a value is at most 2^-41, times this at most 32: there is always
+room for it where there is room for the value."""
+STEP = 16 / MOST_STEPS
+"""Counts are summed in these units, so that there is room for them with any number of workers."""
+
+
+class StatefulMean(MaskedMean):
+    """The coordinate-wise mean (8) of theta and of the state, in O(D) memory.
+
+    Updates are mappings that hold both, as are the results; masks are theta's. An update is added
+    whole or not at all.
+
+    Parameters
+    ----------
+    theta, state
+        What coordinates that nobody trained keep.
+    workers, heaviest
+        See `MaskedMean`.
+    """
+
+    def __init__(
+        self,
+        theta: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+        workers: int = 1024,
+        heaviest: int = 1,
+    ):
+        super().__init__({**theta, **state}, workers, heaviest)
+        self._rest_room = Room(workers, heaviest)
+        self._rests: dict[str, list[ExactSums]] = {name: [] for name in self._theta}
+        self.coverage = Coverage(theta, workers)
+
+    def add(
+        self, values: Mapping[str, Tensor], masks: Masks | None = None, weight: float = 1.0
+    ) -> None:
+        """Add one worker's theta_{r,n,S} and its state under its masks; see `MaskedMean.add`."""
+        values = {name: value.detach().cpu() * _unit(name) for name, value in values.items()}
+        masks = masks or {}
+        whole = self._room.check(weight)
+        checked = check_update(self._theta, values, spread(masks, self._theta))
+        coarse = {name: _coarse(value) for name, value in values.items()}
+        self._sums.add(coarse, checked, whole)
+        for name, part in coarse.items():
+            self._add_rest(name, _rest(values[name], part), checked[name], whole)
+        self.coverage.add(masks, whole)
+
+    def _add_rest(self, name: str, rest: Tensor, mask: Mask, weight: int) -> None:
+        """Add what is left of a tensor, part by part; sums are made for parts that there are."""
+        parts = self._rests[name]
+        for level in itertools.count():
+            if not bool(rest.any()):
+                return
+            if level == len(parts):
+                parts.append(ExactSums({name: self._theta[name]}, self._rest_room))
+            coarse = _coarse(rest)
+            parts[level].add({name: coarse}, {name: mask}, weight)
+            rest = _rest(rest, coarse)
+
+    def _counts(self, name: str) -> tuple[int, Tensor | None]:
+        return self.coverage.weights(parameter_of(name))
+
+    def _total(self, name: str, block: slice) -> Tensor:
+        total, unit = super()._total(name, block), 1 / (SCALE * self._room.scale)
+        for sums in self._rests[name]:
+            unit /= REST
+            total += sums[name].view(-1)[block].to(torch.float64) * unit
+        return total * (1 / _unit(name))
+
+
+def _unit(name: str) -> float:
+    return STEP if name.startswith(STEPS) else 1.0
+
+
+def _coarse(value: Tensor) -> Tensor:
+    """Values rounded to 40 fractional bits, which float32 still holds."""
+    return ((value.double() * SCALE).round_() / SCALE).float()
+
+
+def _rest(value: Tensor, coarse: Tensor) -> Tensor:
+    """What rounding left, times 2^46: no bit of it is lost."""
+    return ((value.double() - coarse.double()) * REST).float()

@@ -1,0 +1,209 @@
+"""Adam's state between rounds (local.state: shared): its names, and what travels of it.
+
+The state of a run is a mapping like theta. Of every tensor of theta it holds the first moment, the
+second moment and the number of steps behind them, each shaped like the tensor: under masks
+coordinates differ in how often they were trained. The moments travel both ways. The counts travel
+towards the client alone, as the server knows how many steps a client takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fed_diffusion.config import Config
+from fed_diffusion.masks.mask import Mask, Masks, mask_of
+from fed_diffusion.protocol.codecs import Cast, Packed, cast, unpack
+from fed_diffusion.protocol.errors import UpdateError
+
+FIRST, SECOND, STEPS = "moment1:", "moment2:", "steps:"
+PREFIXES = (FIRST, SECOND, STEPS)
+MOST_STEPS = 2.0**24
+"""Above it float32 no longer counts by ones; both bias corrections are 1 long before."""
+TABLE = 256
+"""Different counts of one tensor up to which each coordinate's is sent as one byte."""
+
+
+def is_shared(config: Config) -> bool:
+    """Whether the optimiser's state outlives the round."""
+    return config.local.state == "shared"
+
+
+def blank(theta: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The state before the first round; nothing where every round begins with a fresh one."""
+    if not is_shared(config):
+        return {}
+    return {p + n: torch.zeros(v.shape) for p in PREFIXES for n, v in theta.items()}
+
+
+def parameter_of(name: str) -> str:
+    """The tensor of theta that a tensor of the state belongs to; of one of theta itself, that."""
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def spread(masks: Masks, names: Mapping[str, Tensor]) -> dict[str, Mask]:
+    """Masks of theta, and by the names of the state also as its masks."""
+    return {n: masks[parameter_of(n)] for n in names if parameter_of(n) in masks}
+
+
+def group(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """One kind of state, by theta's names."""
+    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+
+
+def parted(whole: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Theta, and the state, of a mapping that holds both."""
+    state = {n: v for n, v in whole.items() if n.startswith(PREFIXES)}
+    return {n: v for n, v in whole.items() if n not in state}, state
+
+
+def grouped(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The state as a checkpoint holds it: a file of each kind."""
+    return {p.removesuffix(":"): group(state, p) for p in PREFIXES} if state else {}
+
+
+def stored(
+    tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The inverse of `grouped`; nothing where the run has no state, or the checkpoint none."""
+    kinds = [p for p in PREFIXES if state and p.removesuffix(":") in tensors]
+    return {p + n: v for p in kinds for n, v in tensors[p.removesuffix(":")].items()}
+
+
+# --- towards the client -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Step counts as they travel: one for all that is kept, or a table and a byte for each.
+
+    Attributes
+    ----------
+    codes
+        The counts, float32.
+    """
+
+    codes: Tensor
+
+    def take(self, mask: Mask) -> Counts:
+        """Only what a mask keeps."""
+        return Counts(mask.take(self.codes))
+
+    def pack(self) -> Packed:
+        """The bytes that travel."""
+        values = self.codes.contiguous().numpy()
+        if not values.size or values.min() == values.max():
+            return Packed("float32", (), values.ravel()[:1].tobytes() or bytes(4))
+        table, places = np.unique(values, return_inverse=True)
+        if len(table) > TABLE:
+            return Packed("float32", values.shape, values.tobytes())
+        return Packed("counts", values.shape, table.tobytes() + places.astype(np.uint8).tobytes())
+
+
+def unpack_counts(name: str, packed: Packed, expected: tuple[int, ...]) -> Tensor:
+    """Step counts: of no dimension where one holds for all of the tensor.
+
+    Raises
+    ------
+    UpdateError
+        They are not of the form that `Counts` has.
+    """
+    size, length = math.prod(expected), len(packed.data)
+    if packed.shape == () and packed.dtype == "float32" and length == 4:
+        found = np.frombuffer(packed.data, np.float32).reshape(())
+    elif packed.shape == expected and packed.dtype == "float32" and length == 4 * size:
+        found = np.frombuffer(packed.data, np.float32).reshape(expected)
+    elif packed.shape == expected and packed.dtype == "counts" and (length - size) in _TABLES:
+        table = np.frombuffer(packed.data[: length - size], np.float32)
+        places = np.frombuffer(packed.data[length - size :], np.uint8)
+        if int(places.max()) >= len(table):
+            raise UpdateError(f"{name} has counts beyond its table")
+        found = table[places].reshape(expected)
+    else:
+        raise UpdateError(
+            f"{name} is sent as {packed.dtype} {packed.shape} of {length} bytes: not counts of "
+            f"{expected}"
+        )
+    if not (np.isfinite(found).all() and (found >= 0).all()):
+        raise UpdateError(f"{name} has counts that are negative or not finite")
+    return torch.from_numpy(found.copy())
+
+
+_TABLES = range(4, 4 * TABLE + 1, 4)
+
+
+def cast_state(state: Mapping[str, Tensor]) -> dict[str, Cast | Counts]:
+    """The state as it travels, once a round for all clients."""
+    return {
+        name: Counts(value) if name.startswith(STEPS) else cast(value, "fp32", False, None)
+        for name, value in state.items()
+    }
+
+
+def decode_state(
+    arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, config: Config
+) -> dict[str, Tensor]:
+    """The state that a client was sent, as it holds theta; counts may be of no dimension.
+
+    Raises
+    ------
+    UpdateError
+        Names, types, shapes or values that no server sends.
+    """
+    if not is_shared(config):
+        return {}
+    held = {
+        name: mask_of(masks, parameter_of(name), theta[parameter_of(name)]).hold(kept)
+        for name, kept in decode_moments(arrays, theta, masks, config).items()
+    }
+    for name, whole in theta.items():
+        mask, key = mask_of(masks, name, whole), STEPS + name
+        if key not in arrays:
+            raise UpdateError(f"{key} is missing")
+        counts = unpack_counts(key, arrays[key], mask.kept)
+        held[key] = mask.hold(counts) if counts.dim() else counts
+    return held
+
+
+# --- towards the server -------------------------------------------------------------------------
+
+
+def encode_moments(moments: Mapping[str, Tensor], masks: Masks) -> dict[str, Packed]:
+    """What training made of the kept moments."""
+    packed = {}
+    for name, value in moments.items():
+        held = value.detach().to("cpu", torch.float32)
+        kept = mask_of(masks, parameter_of(name), held).release(held)
+        packed[name] = cast(kept, "fp32", False, None).pack()
+    return packed
+
+
+def decode_moments(
+    arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, config: Config
+) -> dict[str, Tensor]:
+    """Both moments of every tensor: what its mask keeps.
+
+    Raises
+    ------
+    UpdateError
+        A name, type, shape or length that the recipe does not imply, or a second moment that is
+        negative or not a number.
+    """
+    found = {}
+    for prefix in (FIRST, SECOND) if is_shared(config) else ():
+        for name, whole in theta.items():
+            key = prefix + name
+            if key not in arrays:
+                raise UpdateError(f"{key} is missing, and local.state is shared")
+            values = unpack(key, arrays[key], "fp32", mask_of(masks, name, whole).kept, False)
+            if prefix == SECOND and not bool((values >= 0).all()):
+                raise UpdateError(f"{key} holds values that are negative or not finite")
+            found[key] = values
+    return found
