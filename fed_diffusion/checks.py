@@ -6,6 +6,7 @@ import torch
 
 from fed_diffusion.aggregation.named import check_aggregator
 from fed_diffusion.aggregation.private import spent
+from fed_diffusion.analysis.defence import warn_of_undefended
 from fed_diffusion.build import (
     channel_layout,
     check_structure,
@@ -50,6 +51,7 @@ def check(
     """
     check_training(config)
     check_evaluation(config)
+    warn_of_undefended(config, parameters_of(skeleton(config)), channel_layout(config))
     if dataset is None and needs_data:
         dataset = tell(load_dataset(config.data))
     if dataset is not None:

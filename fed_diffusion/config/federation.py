@@ -32,11 +32,13 @@ class RoundConfig(Section):
     ban_after: int = Field(3, ge=0)
     """Leave a client out after so many bad updates; 0: never."""
     aggregation: Annotated[str, part("mean", "trimmed_mean", "median")] = "mean"
-    """mean is equation (8). trimmed_mean and median withstand lying clients, and hold all updates
-    of a round in memory: 4 bytes for each parameter and client. your_module:Class: see
+    """mean is equation (8). trimmed_mean and median withstand lying clients wherever three or more
+    trained a coordinate (`undefended` in metrics.jsonl counts the others), and hold all updates of
+    a round in memory: 4 bytes for each parameter and client. your_module:Class: see
     `aggregation.named.Aggregator`."""
-    trim: float = Field(0.1, ge=0, lt=0.5)
-    """For trimmed_mean: the part of the values left out at either end of each coordinate."""
+    trim: float = Field(0.1, gt=0, lt=0.5)
+    """For trimmed_mean: the part of the values left out at either end of each coordinate; at least
+    one value from three on."""
     checkpoint_every: int = Field(1, ge=1)
     """Rounds between checkpoints."""
     mode: Annotated[str, part("synchronous", "buffered")] = "synchronous"

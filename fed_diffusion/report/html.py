@@ -179,8 +179,23 @@ def _gamma(record: Record) -> str:
     factor = [float(v) for e in record.rounds if (v := e.get("w2_n_over_gamma")) is not None]
     if factor:
         text += f" w² N / Γ, as it stands in the bound, was at most {number(max(factor))}."
+    text += _undefended(record)
     drawn = plot(curves.gamma_figure(record.rounds, record.fact("clients")), "Gamma per round")
     return section("Γ and coverage", f"<p>{text}</p>{drawn}")
+
+
+def _undefended(record: Record) -> str:
+    """For how many coordinates one liar decides, where liars are to be withstood."""
+    known = [entry["undefended"] for entry in record.rounds if entry.get("undefended") is not None]
+    if not known:
+        return ""
+    aggregation = mapping(record.settings.get("round")).get("aggregation", "the robust mean")
+    if not max(known):
+        return f" Whatever was trained had three trainers or more, as {aggregation} needs."
+    return (
+        f" In the worst round {number(max(known))} coordinates had one or two trainers: there "
+        f"{aggregation} can leave nobody out, and one lying client decides."
+    )
 
 
 def _bytes_section(record: Record) -> str:
