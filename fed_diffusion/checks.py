@@ -28,6 +28,7 @@ from fed_diffusion.generate import check_sampler, sampler_partition
 from fed_diffusion.masks.plan import check_own_family, check_pruning
 from fed_diffusion.protocol import wire
 from fed_diffusion.report.trackers import check_trackers
+from fed_diffusion.server.optimizers import check_optimizer
 from fed_diffusion.server.policy_of import policy_of
 from fed_diffusion.store import checkpoint
 from fed_diffusion.store.origin import (
@@ -76,6 +77,7 @@ def check_training(config: Config) -> None:
     check_structure(config)
     check_trackers(config)
     check_aggregator(config.round)
+    check_optimizer(config.server)
     policy_of(config)
     layout = channel_layout(config)
     check_pruning(config, layout)

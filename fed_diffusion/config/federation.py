@@ -81,6 +81,35 @@ class RoundConfig(Section):
     sums have room for values up to 64 at any such weight and number of clients."""
 
 
+class ServerConfig(Section):
+    """The step that the server makes of a round's average."""
+
+    optimizer: Annotated[str, part("none", "momentum", "adam", "yogi")] = "none"
+    """none: theta_{r+1} is the average of equation (8). momentum (FedAvgM), adam and yogi (FedOpt)
+    take the average's difference to theta_r as a gradient step; what nobody trained neither moves
+    nor decays. your_module:Class: see `server.optimizers.ServerOptimizer`."""
+    eta: float | None = Field(None, gt=0)
+    """The server's step size; default: 1 for momentum, 0.01 for adam and yogi."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Of the first moment."""
+    beta2: float = Field(0.99, ge=0, lt=1)
+    """Of the second moment of adam and yogi."""
+    tau: float = Field(1e-3, gt=0)
+    """For adam and yogi: added to the root of the second moment, which starts at tau^2."""
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> ServerConfig:
+        used = {"none": set(), "momentum": {"eta", "beta1"}}.get(self.optimizer)
+        for name, field in type(self).model_fields.items():
+            idle = used is not None and name not in used | {"optimizer"}
+            if idle and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"{name}: {getattr(self, name):g} changes nothing with server.optimizer "
+                    f"{self.optimizer}; set another optimizer, or leave {name} out"
+                )
+        return self
+
+
 class WireConfig(Section):
     """What travels, and as what."""
 

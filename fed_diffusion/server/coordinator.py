@@ -22,6 +22,7 @@ from fed_diffusion.server.diagnostics import Diagnostics
 from fed_diffusion.server.divergence import check_divergence
 from fed_diffusion.server.norms import NormLimit
 from fed_diffusion.server.open_round import Flights, OpenRound
+from fed_diffusion.server.optimizers import ServerStep
 from fed_diffusion.server.participation import Participation
 from fed_diffusion.server.policies import RoundPolicy
 from fed_diffusion.server.policy_of import checked, policy_of
@@ -65,6 +66,7 @@ class Coordinator:
         self.participation = Participation(config, self.layout)
         self.policy: RoundPolicy = policy_of(config)
         self.flights = Flights(self.policy.overlapping)
+        self.step = ServerStep(config.server, self.theta)
         self.norms = NormLimit(config.round.max_norm, config.round.norm_factor)
         self.diagnostics = Diagnostics(config)
         self.ledger = Ledger(config, self.parameters)
@@ -78,6 +80,7 @@ class Coordinator:
         """What a checkpoint holds, by file."""
         measured = self.diagnostics.tensors()
         groups = {"theta": self.theta, "ema": self.ema} | self.flights.tensors()
+        groups |= self.step.tensors()
         return groups | ({"diagnostic": measured} if measured else {})
 
     def state(self) -> dict[str, Any]:
@@ -97,6 +100,7 @@ class Coordinator:
             Its tensors are not this model's.
         """
         self.theta, self.ema = (_as(self.theta, tensors[name]) for name in ("theta", "ema"))
+        self.step.restore(tensors)
         self.round = int(state["round"])
         self.participation.restore(state["strikes"])
         self.norms.recent = [float(norm) for norm in state["norms"]]
@@ -196,7 +200,9 @@ class Coordinator:
     # --- the end of a round ---------------------------------------------------------------------
 
     def close_round(self) -> RoundSummary:
-        """Equation (8) and the moving average; the round counts as done even if some failed.
+        """Equation (8), the server's step and the moving average.
+
+        The round counts as done even if some failed.
 
         Raises
         ------
@@ -217,7 +223,7 @@ class Coordinator:
             eta = self.config.local.eta
             check_divergence(eta, eta_of(self.config, round), round, needed, state)
             raise BelowQuorum(_too_few(state, round, needed))
-        self.theta = state.mean.result()
+        self.theta = self.step.move(self.theta, state.mean)
         decay = min(self.config.ema.decay, (1 + round) / (10 + round))
         for name, average in self.ema.items():
             average.lerp_(self.theta[name], 1 - decay)
