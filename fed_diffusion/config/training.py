@@ -146,6 +146,9 @@ class PruningConfig(Section):
     """For channels: the first groups; a window that moves each round; drawn; the largest."""
     unit: Literal["weights", "channels"] = "weights"
     """For balanced: what is dropped."""
+    by: Literal["chance", "magnitude"] = "chance"
+    """For balanced weights: who drops which. chance: all weights alike, drawn; magnitude: the weak
+    workers take turns among the smallest."""
     budget: Literal["level", "node", "auto"] = "level"
     """Where keep ratios come from: level or keep above; each node's own config (keep=0.5); or what
     each worker measures of its memory and speed."""
@@ -176,6 +179,11 @@ class PruningConfig(Section):
             raise ValueError(f"options: only a kind of your own takes any, not {self.kind}")
         if self.unit != "weights" and self.kind != "balanced":
             raise ValueError(f"unit: {self.unit} needs kind balanced, not {self.kind}")
+        if self.by != "chance" and (self.kind, self.unit) != ("balanced", "weights"):
+            raise ValueError(
+                f"by: {self.by} needs kind balanced and unit weights, not kind {self.kind} and "
+                f"unit {self.unit}"
+            )
         return self
 
     @model_validator(mode="after")

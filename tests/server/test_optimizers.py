@@ -110,15 +110,17 @@ def test_momentum_without_memory_at_eta_1_is_equation_8_to_the_bit(seed):
 
 
 MODES = {
-    "adam": {"pruning__kind": "random", "pruning__level": "S"},
+    "adam": {},
     "yogi": {"round__mode": "buffered", "round__buffer": 2, "wire__differences": True},
 }
+TURNS = {"pruning__kind": "balanced", "pruning__by": "magnitude", "pruning__keep": [1, 0.5, 0.3]}
 
 
 @pytest.mark.parametrize("kind", MODES)
 def test_both_engines_end_with_the_same_bits(tiny, tmp_path, kind):
+    """Under masks that follow theta, whose bits are sent."""
     more = {"evaluation__every": 0, "local__steps": 1, "clients": 3}
-    config = tiny(server__optimizer=kind, **more, **MODES[kind])
+    config = tiny(server__optimizer=kind, **TURNS, **more, **MODES[kind])
     simulate(config, tmp_path / "here", processes=1)
     nodes = [{"partition-id": n, "num-partitions": 2, "warm-seconds": 0} for n in range(2)]
     FedDiffusion(Experiment(config, tmp_path / "there")).run(LocalGrid(nodes))
