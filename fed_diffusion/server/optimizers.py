@@ -16,10 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.aggregation.named import Aggregator
 from fed_diffusion.aggregation.private import PrivateMean
 from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.config.federation import ServerConfig
+from fed_diffusion.masks.mask import Scattered
 
 KEY = "server.optimizer"
 State = Mapping[str, Tensor]
@@ -278,9 +280,6 @@ class _Watched:
 
 def _try(settings: ServerConfig, first: ServerStep, theta: Theta) -> None:
     """A step of all coordinates, one of some, and one more, also by a copy that was resumed."""
-    from fed_diffusion.aggregation.mean import MaskedMean
-    from fed_diffusion.masks.mask import Scattered
-
     some = {"a": Scattered(torch.tensor([[True, False, False], [True, True, False]]))}
 
     def after(step: ServerStep, old: Theta, masks: Mapping[str, Scattered], by: float) -> Theta:

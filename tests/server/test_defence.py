@@ -6,11 +6,11 @@ import logging
 import pytest
 import torch
 
-from fed_diffusion.analysis.defence import undefended_share
 from fed_diffusion.build import channel_layout, parameters_of, skeleton
 from fed_diffusion.checks import check
 from fed_diffusion.engines.local import simulate
 from fed_diffusion.server.coordinator import Coordinator
+from fed_diffusion.server.defence import undefended_share
 
 TRIMMED = {"round__aggregation": "trimmed_mean"}
 

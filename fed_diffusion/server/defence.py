@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fed_diffusion.aggregation.coverage import Coverage
-from fed_diffusion.aggregation.named import ROBUST
 from fed_diffusion.aggregation.robust import FEWEST, undefended
 from fed_diffusion.common.rng import Purpose, torch_generator
 from fed_diffusion.config import Config
@@ -24,15 +23,15 @@ logger = logging.getLogger(__name__)
 def warn_of_undefended(
     config: Config, parameters: Mapping[str, Tensor], layout: Layout | None
 ) -> None:
-    """Say how much of the network one lying client decides on, where liars are to be withstood.
+    """Say how much of the network one lying client decides on, if any.
 
     Parameters
     ----------
+    config
+        Of a run whose round.aggregation is one of `ROBUST`.
     parameters
         The network's parameters by name; only their shapes count.
     """
-    if config.round.aggregation not in ROBUST:
-        return
     share, clients = undefended_share(config, parameters, layout)
     if share > 0:
         logger.warning(
