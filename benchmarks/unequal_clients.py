@@ -45,8 +45,11 @@ VARIANTS = {
     "channels, magnitude": masks("channels", choice="magnitude"),
     "balanced channels": masks("balanced", unit="channels"),
     "balanced weights": masks("balanced"),
+    "balanced by magnitude": masks("balanced", by="magnitude"),
+    "balanced by magnitude, global": masks("balanced", by="magnitude", per="global"),
     "random weights": masks("random"),
     "top-k weights": masks("topk"),
+    "top-k weights, global": masks("topk", per="global"),
     "exclusive": masks("random", baseline="exclusive"),
     "small": masks("random", baseline="small"),
     "F, int8 differences up": FULL | INT8_UP,
@@ -88,6 +91,7 @@ def row(variant: str, paths: list[Path]) -> dict:
         "training loss": statistics.mean(r["loss"] for r in results),
         "Gamma*": min(r["gamma_star"] for r in results),
         "w2": max(r["w2_max"] for r in results),
+        "w2 N / Gamma": max(line["w2_n_over_gamma"] or float("inf") for line in rounds),
         "kept": statistics.mean(c["keep"] for line in rounds for c in line["clients"]),
         "MB": statistics.mean((r["bytes_up"] + r["bytes_down"]) / 1e6 for r in results),
         "worker seconds": worker,
@@ -98,15 +102,16 @@ def table(rows: list[dict], seeds: int) -> str:
     base = {row["variant"]: row for row in rows}.get("F")
     lines = [
         "| variant | FID | range | FID / F | held-out loss | training loss | Gamma* | w² | "
-        "mean part kept | MB, both ways | worker seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "w² N / Gamma | mean part kept | MB, both ways | worker seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(rows, key=lambda r: r["FID"]):
         ratio = f"{r['FID'] / base['FID']:.2f}" if base else ""
         lines.append(
             f"| {r['variant']} | {r['FID']:.3f} | {r['range']} | {ratio} | "
             f"{r['held-out loss']:.4f} | {r['training loss']:.4f} | {r['Gamma*']} | "
-            f"{r['w2']:.0f} | {r['kept']:.3f} | {r['MB']:.0f} | {r['worker seconds']:.0f} |"
+            f"{r['w2']:.0f} | {r['w2 N / Gamma']:.0f} | {r['kept']:.3f} | {r['MB']:.0f} | "
+            f"{r['worker seconds']:.0f} |"
         )
     return "\n".join(lines) + f"\n\n{seeds} seeds.\n"
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fed_diffusion.masks.recipe import Recipe
     from fed_diffusion.models.own import NetworkFactory
     from fed_diffusion.report.trackers import Tracker
+    from fed_diffusion.server.optimizers import ServerOptimizer, ServerOptimizerFactory
     from fed_diffusion.server.policies import RoundPolicy
 
 _PLACES = {
@@ -52,6 +53,8 @@ _PLACES = {
     "RoundPolicy": "server.policies",
     "Sampler": "generate",
     "Scattered": "masks.mask",
+    "ServerOptimizer": "server.optimizers",
+    "ServerOptimizerFactory": "server.optimizers",
     "Solver": "diffusion.samplers",
     "Split": "data",
     "TimeGrid": "diffusion.partitions",
@@ -84,6 +87,8 @@ __all__ = [
     "RoundPolicy",
     "Sampler",
     "Scattered",
+    "ServerOptimizer",
+    "ServerOptimizerFactory",
     "Solver",
     "Split",
     "TimeGrid",

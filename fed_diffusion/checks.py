@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fed_diffusion.aggregation.named import check_aggregator
+from fed_diffusion.aggregation.named import ROBUST, check_aggregator
 from fed_diffusion.aggregation.private import spent
 from fed_diffusion.build import (
     channel_layout,
@@ -32,6 +32,8 @@ from fed_diffusion.generate import check_sampler, sampler_partition
 from fed_diffusion.masks.plan import check_own_family, check_pruning
 from fed_diffusion.protocol import wire
 from fed_diffusion.report.trackers import check_trackers
+from fed_diffusion.server.defence import warn_of_undefended
+from fed_diffusion.server.optimizers import check_optimizer
 from fed_diffusion.server.policy_of import policy_of
 from fed_diffusion.store import checkpoint
 from fed_diffusion.store.origin import (
@@ -55,6 +57,8 @@ def check(
     """
     check_training(config)
     check_evaluation(config)
+    if config.round.aggregation in ROBUST:
+        warn_of_undefended(config, parameters_of(skeleton(config)), channel_layout(config))
     if dataset is None and needs_data:
         dataset = tell(load_dataset(config.data))
     if dataset is not None:
@@ -80,6 +84,7 @@ def check_training(config: Config) -> None:
     augmentation(config.data, image_shape(config.data))
     check_trackers(config)
     check_aggregator(config.round)
+    check_optimizer(config.server)
     policy_of(config)
     layout = channel_layout(config)
     check_pruning(config, layout)

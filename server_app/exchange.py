@@ -64,7 +64,8 @@ class Exchange:
         self._config_json = json.dumps(experiment.config.to_dict())
         self._overlapping = experiment.coordinator.policy.overlapping
         self._simulated = isinstance(grid, InMemoryGrid)
-        self._index = longest_index([*experiment.coordinator.theta, *experiment.coordinator.moments])
+        coordinator = experiment.coordinator
+        self._index = longest_index([*coordinator.theta, *coordinator.moments])
         self._looked = time.monotonic()
         self._out: dict[str, Sent] = {}
         self._late: dict[str, Sent] = {}

@@ -178,7 +178,21 @@ def test_the_policy_asks_the_clients_in_turn(tmp_path):
     assert asked == [[0, 1], [2, 3], [0, 1]]
 
 
+def test_the_server_optimizer_moves_every_weight_by_the_same(tmp_path):
+    run = run_as_told("own_server_optimizer", tmp_path / "run")
+    assert run.config().server.optimizer == "examples.own_server_optimizer:Lion"
+    before, after = parameters_of(build_network(run.config())), run.load_theta(ema=False)
+    for name, value in before.items():
+        moved = (after[name].double() - value.double()).abs()
+        assert bool((((moved - 0.002).abs() < 1e-6) | (moved == 0)).all())
+    assert set(run.load_checkpoint().tensors["server"]) == {f"m.{name}" for name in before}
+    with pytest.raises(fd.ConfigError, match=r"every step has the size server\.eta"):
+        check_training(fd.load_config("digits", ALL | {"server.eta": None}))
+
+
 ALL = SMALL | {
+    "server.optimizer": "examples.own_server_optimizer:Lion",
+    "server.eta": 0.002,
     "pruning.kind": "examples.own_mask:Neighbours",
     "round.aggregation": "examples.own_aggregator:Cautious",
     "pruning.level": "S",

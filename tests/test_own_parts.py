@@ -12,6 +12,7 @@ from fed_diffusion.data.partition import splits
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.evaluation.judge import BUILT_IN
 from fed_diffusion.report.trackers import TRACKERS
+from fed_diffusion.server.optimizers import NONE, OPTIMIZERS
 from tests.tiny import TINY
 
 SOURCE = """
@@ -107,6 +108,30 @@ class Amplifies(Asks):
 class Overlaps(Amplifies):
     def weight(self, staleness): return 1.0
 
+class Still:
+    start = {"m": 0.0}
+    def __init__(self, settings): self.eta = settings.eta
+    def step(self, delta, state): return delta, {"m": state["m"]}
+class Single(Still):
+    def step(self, delta, state): return delta.float(), dict(state)
+class Explodes(Still):
+    def step(self, delta, state): return delta / 0, dict(state)
+class Forgets(Still):
+    def step(self, delta, state): return delta, {}
+class Writes(Still):
+    def step(self, delta, state): return delta, {"m": state["m"].add_(delta)}
+class Shrinks(Still):
+    def step(self, delta, state): return delta, {"m": state["m"].sum()}
+class Hides(Still):
+    steps = 0
+    def step(self, delta, state):
+        self.steps += 1
+        return delta / self.steps, dict(state)
+class Dotted(Still):
+    start = {"m.n": 0.0}
+class Fussy(Still):
+    def __init__(self, settings): raise ValueError("give server.eta")
+
 MODULE = 3
 """
 REFUSED = {
@@ -139,6 +164,24 @@ REFUSED = {
     "an aggregator that moves alone": ("round.aggregation", "Sum", "without any update"),
     "an aggregator that divides by 0": ("round.aggregation", "Exploding", "is not finite"),
     "an aggregator that is none": ("round.aggregation", "MODULE", "not callable"),
+    "a server step in single precision": (
+        "server.optimizer",
+        "Single",
+        r"its step is torch.float32",
+    ),
+    "a server step that explodes": ("server.optimizer", "Explodes", "its step is not finite"),
+    "a server step that forgets": ("server.optimizer", "Forgets", r"its state has the names \[\]"),
+    "a server step that writes": ("server.optimizer", "Writes", "it changes what it is given"),
+    "a server state of other shapes": (
+        "server.optimizer",
+        "Shrinks",
+        r"its m is torch.float64 \[\]",
+    ),
+    "a server step that hides state": ("server.optimizer", "Hides", "must be in `state` alone"),
+    "a server state with a dot": ("server.optimizer", "Dotted", "names as of variables"),
+    "a server step that refuses": ("server.optimizer", "Fussy", "ValueError: give server.eta"),
+    "a server step that is none": ("server.optimizer", "MODULE", "not callable"),
+    "a server step that is not there": ("server.optimizer", "Nobody", "no attribute 'Nobody'"),
     "a policy that waits for ever": ("round.mode", "Waits", r"target\(5\) is 10, not a whole"),
     "a policy that asks a stranger": ("round.mode", "Asks", r"asks clients \[5\], which are not"),
     "a policy that asks nobody": ("round.mode", "Sleeps", "names nobody"),
@@ -197,6 +240,7 @@ WORDS = {
     "evaluation.extractor": lambda: BUILT_IN,
     "trackers": lambda: TRACKERS,
     "round.aggregation": lambda: AGGREGATORS,
+    "server.optimizer": lambda: {NONE: None, **OPTIMIZERS},
 }
 
 
@@ -245,6 +289,7 @@ def test_a_name_of_ones_own_is_module_colon_attribute(name, so):
         {"data.name": "mine:load"},
         {"trackers": ["csv", "mine:Diary"]},
         {"round.aggregation": "mine:Mean"},
+        {"server.optimizer": "mine:Lion"},
     ],
 )
 def test_the_flower_engine_is_told_of_modules_whichever_setting_names_them(own):

@@ -14,6 +14,7 @@ from examples.own_judge import Spectrum
 from examples.own_network import Plain
 from examples.own_policy import Turns
 from examples.own_sampler import heun
+from examples.own_server_optimizer import Lion
 from examples.own_split import by_brightness
 from examples.own_tracker import Diary
 from fed_diffusion.diffusion.partitions import geometric
@@ -26,6 +27,7 @@ make_network: fd.NetworkFactory = Plain
 split: fd.Split = by_brightness
 make_judge: fd.JudgeFactory = Spectrum
 make_aggregator: fd.AggregatorFactory = Cautious
+make_optimizer: fd.ServerOptimizerFactory = Lion
 
 
 def policy(config: fd.Config) -> fd.RoundPolicy:

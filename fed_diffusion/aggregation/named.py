@@ -17,6 +17,8 @@ from fed_diffusion.masks.mask import Masks, Scattered
 from fed_diffusion.protocol.messages import EXAMPLES_LIMIT
 
 KEY = "round.aggregation"
+ROBUST = ("trimmed_mean", "median")
+"""Those that withstand lying clients wherever three workers or more trained."""
 
 
 class Aggregator(Protocol):

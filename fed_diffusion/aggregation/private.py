@@ -70,6 +70,11 @@ class PrivateMean:
         does not grow with their number.
     rate
         q, the probability with which each of them takes part.
+
+    Attributes
+    ----------
+    everyone
+        W of every coordinate, by name.
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class PrivateMean:
         for masks in everyone:
             denominators.add(masks)
         clients = max(1, denominators.updates)
-        self._everyone = denominators.counts()
+        self.everyone = denominators.counts()
         self._room = Room(clients)
         self._sums = ExactSums(self._theta, self._room)
         self.coverage = Coverage(self._theta, clients)
@@ -117,7 +122,7 @@ class PrivateMean:
 
     def _moved(self, name: str) -> Tensor:
         new = self._theta[name].flatten().clone()
-        sums, kept = self._sums[name].flatten(), self._everyone[name].flatten()
+        sums, kept = self._sums[name].flatten(), self.everyone[name].flatten()
         for start in range(0, new.numel(), BLOCK):
             part = slice(start, start + BLOCK)
             total = sums[part].clone()

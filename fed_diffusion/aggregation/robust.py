@@ -17,6 +17,8 @@ from fed_diffusion.aggregation.update import Room, check_update, kept_part
 from fed_diffusion.masks.mask import Mask, Masks
 from fed_diffusion.protocol.errors import UpdateError
 
+FEWEST = 3
+"""Of fewer values none can be left out at both ends: a mean of one or two follows each of them."""
 ROWS = 1 << 16
 """Coordinates sorted at once."""
 
@@ -24,15 +26,17 @@ ROWS = 1 << 16
 class RobustMean:
     """The trimmed mean of each coordinate over the workers that trained it.
 
-    Of n values the floor(trim n) smallest and as many of the largest are left out, at most so many
-    that one or two remain: trim = 1/2 is the median. Weights do not apply.
+    Of n values the floor(trim n) smallest and as many of the largest are left out: at least one
+    from three values on, and at most so many that one or two remain. trim = 1/2 is the median.
+    Where one or two workers trained a coordinate nothing can be left out: see `undefended`. Weights
+    do not apply.
 
     Parameters
     ----------
     theta
         The current parameters; coordinates that nobody trained keep them.
     trim
-        Part of the values left out at either end, from 0 to 1/2.
+        Part of the values left out at either end, above 0 and up to 1/2.
     workers
         The most updates that will be added. As in `MaskedMean` an update's values have their share
         of the range, so that the same updates are refused.
@@ -87,9 +91,21 @@ class RobustMean:
         """One coordinate per row; what was not trained is infinite, and sorts to the end."""
         ordered = values.sort(1).values
         count = torch.isfinite(ordered).sum(1)
-        cut = torch.minimum((self._trim * count).floor().long(), (count - 1).clamp(min=0) // 2)
+        cut = (self._trim * count).floor().long().clamp(min=1)
+        cut = torch.minimum(cut, (count - 1).clamp(min=0) // 2)
         place = torch.arange(values.shape[1])[None, :]
         inside = (place >= cut[:, None]) & (place < (count - cut)[:, None])
         total = ordered.masked_fill(~inside, 0).sum(1)
         mean = total / inside.sum(1).clamp(min=1)
         return torch.where(count > 0, mean, old.double()).float()
+
+
+def undefended(trainers: Mapping[int, int]) -> int:
+    """How many coordinates one liar decides on: those that one or two workers trained.
+
+    Parameters
+    ----------
+    trainers
+        |N_r^i| -> how many coordinates have so many trainers; see `Coverage.trainers`.
+    """
+    return sum(coordinates for count, coordinates in trainers.items() if 0 < count < FEWEST)

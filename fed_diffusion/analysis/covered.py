@@ -59,6 +59,11 @@ def assumptions(
             f"round.aggregation = {rounds.aggregation}",
         ),
         yes_or_no(
+            "no server optimiser",
+            config.server.optimizer == "none",
+            f"server.optimizer = {config.server.optimizer}",
+        ),
+        yes_or_no(
             "equal weights", rounds.weighting == "uniform", f"round.weighting = {rounds.weighting}"
         ),
         yes_or_no(

@@ -54,6 +54,7 @@ def results_of(
         "dsm_objective": last.dsm_objective,
         "gamma_star": min(s.gamma for s in history),
         "w2_max": max(s.w2_max for s in history),
+        "undefended": max((n for s in history if (n := s.undefended) is not None), default=None),
         "bytes_up": sum(s.bytes_up for s in history),
         "bytes_down": sum(s.bytes_down for s in history),
         "seconds": {what: round(spent_on, 3) for what, spent_on in seconds.items()},

@@ -37,11 +37,12 @@ class RoundConfig(Section):
     """After how many refused updates a client is left out for the rest of the run; 0: never."""
     aggregation: Annotated[str, part("mean", "trimmed_mean", "median")] = "mean"
     """How updates are averaged. mean is equation (8). trimmed_mean and median withstand lying
-    clients, and hold all updates of a round in memory: 4 bytes for each parameter and client.
-    your_module:Class is one of yours, see `aggregation.named.Aggregator`."""
-    trim: float = Field(0.1, ge=0, lt=0.5)
+    clients wherever three or more trained a coordinate (`undefended` in metrics.jsonl counts the
+    other coordinates), and hold all updates of a round in memory: 4 bytes for each parameter and
+    client. your_module:Class is one of yours, see `aggregation.named.Aggregator`."""
+    trim: float = Field(0.1, gt=0, lt=0.5)
     """For trimmed_mean: the part of the values that is left out at either end, coordinate by
-    coordinate."""
+    coordinate; from three values on it is at least one."""
     checkpoint_every: int = Field(1, ge=1)
     """The number of rounds from one checkpoint to the next."""
     mode: Annotated[str, part("synchronous", "buffered")] = "synchronous"
@@ -86,6 +87,36 @@ class RoundConfig(Section):
     """The weight of an update. uniform: every update counts alike, as in equation (8); examples: a
     client counts by its number of training images, at most 2^24. The exact sums have room for
     values up to 64 at any such weight and number of clients."""
+
+
+class ServerConfig(Section):
+    """The step that the server makes of a round's average."""
+
+    optimizer: Annotated[str, part("none", "momentum", "adam", "yogi")] = "none"
+    """The server's optimiser. none: theta_{r+1} is the average of equation (8); momentum (FedAvgM),
+    adam and yogi (FedOpt) take the average's difference to theta_r as a gradient step. What nobody
+    trained neither moves nor decays. your_module:Class is one of yours, see
+    `server.optimizers.ServerOptimizer`."""
+    eta: float | None = Field(None, gt=0)
+    """The server's step size. By default it is 1 for momentum, and 0.01 for adam and yogi."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """The decay of the first moment, from one round to the next."""
+    beta2: float = Field(0.99, ge=0, lt=1)
+    """For adam and yogi: the decay of the second moment."""
+    tau: float = Field(1e-3, gt=0)
+    """For adam and yogi: what is added to the root of the second moment, which starts at tau^2."""
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> ServerConfig:
+        used = {"none": set(), "momentum": {"eta", "beta1"}}.get(self.optimizer)
+        for name, field in type(self).model_fields.items():
+            idle = used is not None and name not in used | {"optimizer"}
+            if idle and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"{name}: {getattr(self, name):g} changes nothing with server.optimizer "
+                    f"{self.optimizer}; set another optimizer, or leave {name} out"
+                )
+        return self
 
 
 class WireConfig(Section):

@@ -17,6 +17,7 @@ from fed_diffusion.config.federation import (
     FlowerConfig,
     PrivacyConfig,
     RoundConfig,
+    ServerConfig,
     TheoryConfig,
     WireConfig,
     WorkerConfig,
@@ -61,6 +62,7 @@ __all__ = [
     "PruningConfig",
     "RoundConfig",
     "Section",
+    "ServerConfig",
     "TheoryConfig",
     "WireConfig",
     "WorkerConfig",
@@ -92,6 +94,7 @@ class Config(Section):
     local: LocalConfig = LocalConfig(steps=20)
     ema: EmaConfig = EmaConfig()
     round: RoundConfig = RoundConfig()
+    server: ServerConfig = ServerConfig()
     wire: WireConfig = WireConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     theory: TheoryConfig = TheoryConfig()

@@ -233,6 +233,9 @@ class PruningConfig(Section):
     moves each round; random: groups that are drawn; magnitude: those with the largest weights."""
     unit: Literal["weights", "channels"] = "weights"
     """For balanced: whether single weights or whole channels are dropped."""
+    by: Literal["chance", "magnitude"] = "chance"
+    """For balanced weights: who drops which. chance: all weights alike, drawn; magnitude: the weak
+    workers take turns among the smallest."""
     budget: Literal["level", "node", "auto"] = "level"
     """Where keep ratios come from. level: from `level` or `keep`; node: from each node's own config
     (keep=0.5); auto: each worker measures its memory and speed, and takes one of `ladder`."""
@@ -264,6 +267,11 @@ class PruningConfig(Section):
             raise ValueError(f"options: only a kind of your own takes any, not {self.kind}")
         if self.unit != "weights" and self.kind != "balanced":
             raise ValueError(f"unit: {self.unit} needs kind balanced, not {self.kind}")
+        if self.by != "chance" and (self.kind, self.unit) != ("balanced", "weights"):
+            raise ValueError(
+                f"by: {self.by} needs kind balanced and unit weights, not kind {self.kind} and "
+                f"unit {self.unit}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -183,8 +183,8 @@ def decode_update(
 def largest_update(theta: Mapping[str, Tensor], kept: float, config: Config) -> int:
     """The most bytes that an update can have whose mask keeps this part of all coordinates.
 
-    Beside the values there are the two moments of a shared state, int8's scales, what alignment adds, and what is not theta's:
-    numbers, and in diagnostic rounds a few gradients' projections.
+    Beside the values there are the two moments of a shared state, int8's scales, what alignment
+    adds, and what is not theta's: numbers, and in diagnostic rounds a few gradients' projections.
     """
     values = math.ceil(kept * sum(value.numel() for value in theta.values()))
     rows = sum(len(value) if value.dim() > 1 else 1 for value in theta.values())

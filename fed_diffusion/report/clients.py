@@ -52,6 +52,7 @@ def clients_section(record: Record) -> str:
         body = f"<p>{_explained(record, same)}</p>{body}"
     body += part("Labels", _labels(record, held))
     body += part("Budgets", _budgets(record)) + part("Rejected updates", _rejected(record))
+    body += part("Lying clients", _undefended(record))
     return section("Clients", body + part("Data", _data(record)))
 
 
@@ -189,6 +190,20 @@ def _budgets(record: Record) -> str:
     head = ("client", "keep", "limited by", "peak, MB", "allowed, MB", "local steps", "allowed")
     text = "<p>What each client's machine can carry; peaks and times are predictions.</p>"
     return text + table(head, rows) + more(len(record.budgets))
+
+
+def _undefended(record: Record) -> str:
+    """For how many coordinates one liar decides, where liars are to be withstood."""
+    known = [entry["undefended"] for entry in record.rounds if entry.get("undefended") is not None]
+    if not known:
+        return ""
+    aggregation = plain(mapping(record.settings.get("round")).get("aggregation"))
+    if not max(known):
+        return f"<p>Whatever was trained had three trainers or more, as {aggregation} needs.</p>"
+    return (
+        f"<p>In the worst round {number(max(known))} coordinates had one or two trainers: there "
+        f"{aggregation} can leave nobody out, and one lying client decides.</p>"
+    )
 
 
 def _rejected(record: Record) -> str:

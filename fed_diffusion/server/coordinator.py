@@ -23,6 +23,7 @@ from fed_diffusion.server.diagnostics import Diagnostics
 from fed_diffusion.server.divergence import check_divergence
 from fed_diffusion.server.norms import NormLimit, norm_factor
 from fed_diffusion.server.open_round import Flights, OpenRound
+from fed_diffusion.server.optimizers import ServerStep
 from fed_diffusion.server.participation import Participation
 from fed_diffusion.server.policies import RoundPolicy
 from fed_diffusion.server.policy_of import checked, policy_of
@@ -69,6 +70,7 @@ class Coordinator:
         self.participation = Participation(config, self.layout)
         self.policy: RoundPolicy = policy_of(config)
         self.flights = Flights(self.policy.overlapping)
+        self.step = ServerStep(config.server, self.theta)
         self.norms = NormLimit(config.round.max_norm, norm_factor(config))
         self.diagnostics = Diagnostics(config)
         self.ledger = Ledger(config, self.parameters)
@@ -82,7 +84,7 @@ class Coordinator:
         """What a checkpoint holds, by file."""
         measured = self.diagnostics.tensors()
         groups = {"theta": self.theta, "ema": self.ema} | grouped(self.moments)
-        groups |= self.flights.tensors()
+        groups |= self.flights.tensors() | self.step.tensors()
         return groups | ({"diagnostic": measured} if measured else {})
 
     def state(self) -> dict[str, Any]:
@@ -104,6 +106,7 @@ class Coordinator:
         self.theta, self.ema = (_as(self.theta, tensors[name]) for name in ("theta", "ema"))
         if held := stored(tensors, self.moments):  # none where the setting has been changed
             self.moments = _as(self.moments, held)
+        self.step.restore(tensors)
         self.round = int(state["round"])
         self.participation.restore(state["strikes"])
         self.norms.recent = [float(norm) for norm in state["norms"]]
@@ -229,7 +232,9 @@ class Coordinator:
     # --- the end of a round ---------------------------------------------------------------------
 
     def close_round(self) -> RoundSummary:
-        """Equation (8) and the moving average; the round counts as done even if some failed.
+        """Equation (8), the server's step and the moving average.
+
+        The round counts as done even if some failed.
 
         Raises
         ------
@@ -250,7 +255,8 @@ class Coordinator:
             eta = self.config.local.eta
             check_divergence(eta, eta_of(self.config, round), round, needed, state)
             raise BelowQuorum(_too_few(state, round, needed))
-        self.theta, self.moments = parted(state.mean.result())
+        average, self.moments = parted(state.mean.result())
+        self.theta = self.step.move(self.theta, average, state.mean)
         decay = min(self.config.ema.decay, (1 + round) / (10 + round))
         for name, average in self.ema.items():
             average.lerp_(self.theta[name], 1 - decay)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from fed_diffusion.aggregation.named import ROBUST
+from fed_diffusion.aggregation.robust import undefended
 from fed_diffusion.build import time_grid
 from fed_diffusion.config import Config
 from fed_diffusion.data import image_shape
@@ -127,8 +129,12 @@ class Ledger:
             refused=state.refused,
             outliers=outliers,
             coverage={str(count): coordinates for count, coordinates in trainers.items()},
+            undefended=self._undefended(trainers),
             theory=theory,
         )
+
+    def _undefended(self, trainers: dict[int, int]) -> int | None:
+        return undefended(trainers) if self._config.round.aggregation in ROBUST else None
 
     def _note(self, loss: float | None, heldout: float | None, round: int) -> float:
         """The loss that stands for the round; warn once where it is far above earlier ones.

@@ -67,6 +67,9 @@ class RoundSummary:
     """Clients whose loss or held-out loss is left out of the round's (`divergence.usual_mean`)."""
     coverage: dict[str, int] = field(default_factory=dict)
     """|N_r^i| -> how many coordinates have so many trainers."""
+    undefended: int | None = None
+    """Coordinates with one or two trainers, where one liar decides although round.aggregation
+    withstands liars elsewhere; None where it does not."""
     theory: dict[str, Any] | None = None
     """What a diagnostic round measured, on the scale of the simple loss (`diagnostics.close`)."""
     seconds: float = 0.0

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fed_diffusion.aggregation.robust import RobustMean
+from fed_diffusion.aggregation.robust import RobustMean, undefended
 from fed_diffusion.masks.mask import Block, Scattered
 from fed_diffusion.protocol.errors import UpdateError
 from fed_diffusion.server.coordinator import Coordinator
@@ -27,13 +27,14 @@ def fold(updates, trim, theta):
     return mean.result()["w"]
 
 
-@given(updates=rows, trim=st.sampled_from((0.0, 0.1, 0.25, 0.4)))
+@given(updates=rows, trim=st.sampled_from((0.01, 0.1, 0.25, 0.4)))
 def test_it_is_the_trimmed_mean_over_those_who_trained(updates, trim):
     theta = torch.tensor([7.0, 8.0, 9.0, 10.0])
     got = fold(updates, trim, theta)
     for i in range(4):
         here = sorted(row[i][0] for row in updates if row[i][1])
-        cut = min(math.floor(trim * len(here)), max(len(here) - 1, 0) // 2)
+        cut = max(math.floor(trim * len(here)), 1) if len(here) >= 3 else 0
+        cut = min(cut, max(len(here) - 1, 0) // 2)
         left = here[cut : len(here) - cut]
         expected = sum(left) / len(left) if left else float(theta[i])
         assert float(got[i]) == pytest.approx(expected, rel=1e-6, abs=1e-6)
@@ -51,6 +52,30 @@ def test_half_of_the_values_trimmed_is_the_median(updates):
 def test_the_order_of_arrival_changes_no_bit(updates, data):
     order = data.draw(st.permutations(updates))
     assert torch.equal(fold(updates, 0.2, torch.zeros(4)), fold(order, 0.2, torch.zeros(4)))
+
+
+@given(
+    honest=st.lists(values, min_size=2, max_size=12),
+    lie=st.sampled_from((-8e3, 8e3)),
+    trim=st.sampled_from((0.1, 0.5)),
+)
+def test_from_three_trainers_on_one_liar_moves_nothing_beyond_the_honest_values(honest, lie, trim):
+    mean = RobustMean({"w": torch.zeros(1)}, trim)
+    for value in [*honest, lie]:
+        mean.add({"w": torch.tensor([value])})
+    assert min(honest) <= float(mean.result()["w"]) <= max(honest)
+
+
+@pytest.mark.parametrize("trim", [0.1, 0.5])
+def test_one_of_two_trainers_decides_and_such_coordinates_are_counted(trim):
+    mean = RobustMean({"w": torch.zeros(4)}, trim)
+    for kept in ([1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]):
+        mask = Scattered(torch.tensor(kept) > 0)
+        mean.add({"w": torch.full((4,), 8e3)}, {"w": mask})
+    mean.add({"w": torch.zeros(4)}, {"w": Scattered(torch.tensor([1, 1, 1, 0]) > 0)})
+    assert undefended(mean.coverage.trainers()) == 1
+    assert float(mean.result()["w"][2]) == 4e3
+    assert undefended({0: 7, 1: 5, 2: 3, 3: 100, 9: 1000}) == 8
 
 
 def test_blocks_count_as_the_masks_they_are():

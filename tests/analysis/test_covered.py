@@ -45,6 +45,7 @@ BROKEN = {
         "the mean of equation (8)",
         "trimmed_mean",
     ),
+    "server momentum": ({"server__optimizer": "momentum"}, "no server optimiser", "momentum"),
     "weights": ({"round__weighting": "examples"}, "equal weights", "examples"),
     "warm-up": ({"local__warmup": 2}, "one eta", "local.warmup = 2"),
     "a schedule": ({"local__schedule": "cosine"}, "one eta", "cosine"),

@@ -270,10 +270,11 @@ def test_a_coordinate_that_nobody_trained_is_said_to_be_outside_the_theorem(tmp_
 
 
 def test_a_thousand_clients_do_not_make_a_thousand_rows(tmp_path: Path) -> None:
+    one = page_of(write_run(tmp_path, [a_round(1, clients=[client(0)])])).tags.count("tr")
     clients = [client(number) for number in range(1000)]
     page = page_of(write_run(tmp_path, [a_round(1, clients=clients)]))
     assert "and 800 more in metrics.jsonl" in page.text
-    assert page.tags.count("tr") < 300
+    assert page.tags.count("tr") <= one + 200
 
 
 def test_long_timelines_keep_their_first_and_last_grid() -> None:

@@ -10,6 +10,7 @@ from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.config.training import PruningConfig
 from fed_diffusion.masks.families.channels import BalancedChannels, ChosenChannels
 from fed_diffusion.masks.families.contract import Family, FamilyFactory
+from fed_diffusion.masks.families.turns import BalancedByMagnitude
 from fed_diffusion.masks.families.weights import BalancedWeights, Random, TopK
 from fed_diffusion.masks.mask import Masks
 from fed_diffusion.masks.recipe import Recipe, RecipeError
@@ -38,7 +39,9 @@ class Full(Family):
 
 
 def _balanced(pruning: PruningConfig, seed: int) -> Family:
-    family = BalancedChannels if pruning.unit == "channels" else BalancedWeights
+    if pruning.unit == "channels":
+        return BalancedChannels(pruning, seed)
+    family = BalancedByMagnitude if pruning.by == "magnitude" else BalancedWeights
     return family(pruning, seed)
 
 

@@ -66,7 +66,7 @@ class TopK(Family):
     def check_bits(self, recipe: Recipe, masks: Masks, theta: Theta) -> None:
         """They mask the tensors in scope, and keep as many weights as the ratio says."""
         scope, per = recipe.read(scope=SCOPES, per=PER)
-        sizes = _sizes(masks, theta, scope)
+        sizes = sizes_of(masks, theta, scope)
         kept = {name: mask.count() for name, mask in masks.items()}
         if per == "global":
             sizes = {"all tensors": sum(sizes.values())}
@@ -109,7 +109,7 @@ class BalancedWeights(Family):
 
     def check_bits(self, recipe: Recipe, masks: Masks, theta: Theta) -> None:
         """They mask the tensors in scope."""
-        _sizes(masks, theta, self._read(recipe)[0])
+        sizes_of(masks, theta, self._read(recipe)[0])
 
     @staticmethod
     def _read(recipe: Recipe) -> tuple[str, str, int, int]:
@@ -138,7 +138,7 @@ def _masks(bools: Theta) -> Masks:
     return {name: Scattered(kept) for name, kept in bools.items()}
 
 
-def _sizes(masks: Masks, theta: Theta, scope: str) -> dict[str, int]:
+def sizes_of(masks: Masks, theta: Theta, scope: str) -> dict[str, int]:
     """How many values the tensors in scope have; refuses masks of any others."""
     sizes = {name: value.numel() for name, value in in_scope(theta, scope).items()}
     if masks.keys() != sizes.keys():
