@@ -255,8 +255,8 @@ class Coordinator:
             eta = self.config.local.eta
             check_divergence(eta, eta_of(self.config, round), round, needed, state)
             raise BelowQuorum(_too_few(state, round, needed))
-        average, self.moments = parted(state.mean.result())
-        self.theta = self.step.move(self.theta, average, state.mean)
+        mean, moments = parted(state.mean.result())
+        self.theta, self.moments = self.step.move(self.theta, mean, state.mean), moments
         decay = min(self.config.ema.decay, (1 + round) / (10 + round))
         for name, average in self.ema.items():
             average.lerp_(self.theta[name], 1 - decay)
