@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     SKETCH = 14
     DIAGNOSTIC = 15
     PROBE = 16
+    ROUNDING_STATE = 17
+    ROUNDING_STATE_DOWN = 18
 
 
 def philox(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Philox:

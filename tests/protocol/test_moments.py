@@ -1,11 +1,13 @@
 """The state of Adam on the wire."""
 
+import numpy as np
 import pytest
 import torch
 
 from fed_diffusion.masks.mask import Scattered, Whole
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.moment_codecs import Moment, bounded, unpack_moment
 from fed_diffusion.protocol.moments import Counts, unpack_counts
 
 
@@ -49,3 +51,85 @@ def test_of_step_counts_only_those_that_the_mask_keeps_are_sent():
 def test_counts_that_no_server_sends_are_refused(packed):
     with pytest.raises(UpdateError, match="steps:w"):
         unpack_counts("steps:w", packed, (2,))
+
+
+def moments(count, seed=0):
+    """A first and a second moment as Adam would have them, of very unequal magnitudes."""
+    draw = torch.Generator().manual_seed(seed)
+    scale = 10 ** torch.empty(-(-count // 100)).uniform_(-9, -2, generator=draw)
+    scale = scale.repeat_interleave(100)[:count]
+    first = torch.randn(count, generator=draw) * scale
+    return first, torch.rand(count, generator=draw) * scale.square()
+
+
+def there_and_back(values, form, second, wide, stream=None):
+    packed = Moment(values, form, second, wide).pack(stream or np.random.Philox(1))
+    found = unpack_moment("moment:w", packed, form, second, wide, tuple(values.shape))
+    return found, len(packed.data)
+
+
+@pytest.mark.parametrize("count", [0, 1, 31, 64, 65, 3000])
+@pytest.mark.parametrize("second", [False, True])
+def test_moments_in_fp32_arrive_as_they_were(count, second):
+    values = moments(count)[int(second)]
+    found, size = there_and_back(values, "fp32", second, True)
+    assert torch.equal(found, values)
+    assert size == 4 * count
+
+
+@pytest.mark.parametrize(("form", "bits", "levels"), [("int8", 8, 127), ("int4", 4, 7)])
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 3000])
+def test_a_first_moment_in_few_bits_is_rounded_to_a_neighbour_and_right_on_average(
+    count, form, bits, levels
+):
+    values = moments(count)[0]
+    stream = np.random.Philox(2)
+    found = torch.stack([there_and_back(values, form, False, True, stream)[0] for _ in range(400)])
+    size = there_and_back(values, form, False, True)[1]
+    assert size == 2 * -(-count // 64) + -(-count * bits // 8)
+    for start in range(0, count, 64):
+        part = slice(start, start + 64)
+        step = float(values[part].abs().max()) / levels * 1.01  # scales are rounded up to bf16
+        assert float((found[:, part] - values[part]).abs().max()) <= step
+        mean = found[:, part].double().mean(0)
+        assert float((mean - values[part]).abs().max()) <= 5 * step / 2 / 400**0.5
+
+
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 3000])
+def test_a_second_moment_in_few_bits_is_the_mean_of_its_block_and_of_biases_its_own(count):
+    values = moments(count)[1]
+    found, size = there_and_back(values, "int4", True, True)
+    assert size == 2 * -(-count // 32)
+    for start in range(0, count, 32):
+        part = slice(start, start + 32)
+        expected = values[part].double().mean()
+        torch.testing.assert_close(
+            found[part].double(), expected.expand(found[part].shape), rtol=2**-8, atol=0
+        )
+    single, size = there_and_back(values, "int4", True, False)
+    assert size == 2 * count
+    torch.testing.assert_close(single, values, rtol=2**-8, atol=0)
+
+
+def test_rounding_leaves_no_first_moment_over_a_second_of_nothing():
+    first, second = torch.tensor([1.0, -1.0, 1e-9, 3.0]), torch.tensor([0.0, 1e-4, 1.0, 1.0])
+    found = bounded(first, second)
+    torch.testing.assert_close(found, torch.tensor([0.0, -0.073, 1e-9, 3.0]))
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_moments_that_are_not_of_the_agreed_form_are_refused(form):
+    values = torch.linspace(0.1, 1, 40)
+    first = Moment(values, form, False, True).pack(np.random.Philox(1))
+    second = Moment(values, form, True, True).pack(np.random.Philox(1))
+    minus, infinite = (np.float32([x]).tobytes()[2:] for x in (-1, np.inf))
+    for packed, is_second, reason in (
+        (Packed(first.dtype, (40,), first.data[:-1]), False, "bytes"),
+        (Packed("float32", (40,), values.numpy().tobytes()), False, "sent as float32"),
+        (Packed(first.dtype, (40,), minus + first.data[2:]), False, "scales that are negative"),
+        (Packed(second.dtype, (40,), infinite + second.data[2:]), True, "not finite"),
+        (Packed(second.dtype, (40,), minus + second.data[2:]), True, "values that are negative"),
+        (Packed(second.dtype, (8, 5), second.data), True, "not bfloat16"),
+    ):
+        with pytest.raises(UpdateError, match=reason):
+            unpack_moment("moment:w", packed, form, is_second, True, (40,))

@@ -31,7 +31,7 @@ SMALL = {
     "rounds": 3,
     "evaluation__every": 0,
     "evaluation__grid": 1,
-    "evaluation__steps": 2,
+    "evaluation__steps": 7,
 }
 KEEP = {"pruning__keep": [0.75, 0.5, 1, 1]}
 GAPS = {"pruning__keep": 0.5}
@@ -226,12 +226,12 @@ def test_moments_are_checked_on_arrival_and_a_bad_update_adds_nothing(tiny, digi
     arrays = first.payload.arrays
     bad = {
         "negative": (v, with_first(arrays[v], -1e-12)),
-        "negative or not finite": (v, with_first(arrays[v], float("nan"))),
-        "not finite": (m, with_first(arrays[m], float("inf"))),
+        "values that are not finite": (v, with_first(arrays[v], float("nan"))),
+        "holds values that are not finite": (m, with_first(arrays[m], float("inf"))),
         "beyond": (m, with_first(arrays[m], 1e30)),
         "missing": (v, None),
-        "shape": (v, Packed("float32", (1,), bytes(4))),
-        "sent as": (m, Packed("bfloat16", arrays[m].shape, arrays[m].data)),
+        "not float32": (v, Packed("float32", (1,), bytes(4))),
+        "sent as bfloat16": (m, Packed("bfloat16", arrays[m].shape, arrays[m].data)),
         "names differ": (STEPS + m.removeprefix(FIRST), arrays[m]),
     }
     sent = coordinator.flights.out[first.client]
