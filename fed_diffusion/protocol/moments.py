@@ -71,12 +71,9 @@ def grouped(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return {p.removesuffix(":"): group(state, p) for p in PREFIXES} if state else {}
 
 
-def stored(
-    tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The inverse of `grouped`; nothing where the run has no state, or the checkpoint none."""
-    kinds = [p for p in PREFIXES if state and p.removesuffix(":") in tensors]
-    return {p + n: v for p in kinds for n, v in tensors[p.removesuffix(":")].items()}
+def ungrouped(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The inverse of `grouped`, of all that a checkpoint holds."""
+    return {p + n: v for p in PREFIXES for n, v in files.get(p.removesuffix(":"), {}).items()}
 
 
 # --- towards the client -------------------------------------------------------------------------

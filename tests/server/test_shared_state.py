@@ -44,6 +44,7 @@ KINDS = {
     "channels with gaps": GAPS | {"pruning__kind": "channels", "pruning__choice": "rolling"},
 }
 INT8 = {"wire__down": "int8", "wire__up": "int8", "wire__differences": True}
+INT4 = {"wire__state": "int4"}
 BUFFERED = {"wire__differences": True, "round__mode": "buffered", "round__buffer": 2}
 BUFFERED |= {"round__pace": [1, 1, 2.5, 4], "rounds": 5}
 
@@ -120,8 +121,8 @@ def end_of(config, path):
 
 @pytest.mark.parametrize(
     ("kind", "wire"),
-    [("F", {}), ("T", INT8), ("R with gaps", {}), ("channels rolling", INT8)],
-    ids=["F", "T int8", "R with gaps", "channels rolling int8"],
+    [("F", {}), ("T", INT8), ("R with gaps", INT4), ("channels rolling", INT8 | INT4)],
+    ids=["F", "T int8", "R with gaps int4", "channels rolling int8 int4"],
 )
 def test_flower_and_a_run_in_process_end_with_the_same_state(tiny, tmp_path, kind, wire):
     config = tiny(**SMALL, **KINDS[kind], **wire, flower__supernodes=2)
@@ -134,8 +135,8 @@ def test_flower_and_a_run_in_process_end_with_the_same_state(tiny, tmp_path, kin
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [("R with gaps", BUFFERED), ("channels rolling", {})],
-    ids=["R with gaps buffered", "channels rolling"],
+    [("R with gaps", BUFFERED | INT4), ("channels rolling", {})],
+    ids=["R with gaps buffered int4", "channels rolling"],
 )
 def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_was_left_alone(
     tiny, tmp_path, kind, mode
@@ -155,7 +156,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_was_left_alone(
 
 @pytest.mark.parametrize("kind", ["F", "R with gaps", "channels rolling"])
 def test_the_order_of_arrival_does_not_matter(tiny, digits, kind):
-    config = tiny(**SMALL | KINDS[kind] | INT8 | {"rounds": 2})
+    config = tiny(**SMALL | KINDS[kind] | INT8 | INT4 | {"rounds": 2})
     ends = []
     for seed in range(2):
         coordinator, worker = start(config, digits)
@@ -262,10 +263,26 @@ def test_a_client_that_sends_moments_where_none_are_shared_is_refused(tiny, digi
     ("settings", "reason"),
     [
         ({"local__optimizer": "sgd"}, "keeps no state"),
+        ({"local__state": "fresh", "wire__state": "int4"}, "needs local.state shared"),
         ({"privacy__clip": 1.0, "wire__differences": True}, "moments would leave unclipped"),
         ({"round__aggregation": "median"}, "round.aggregation to mean"),
     ],
 )
 def test_a_shared_state_is_refused_where_it_cannot_be_had(tiny, settings, reason):
     with pytest.raises(ConfigError, match=reason):
-        tiny(local__state="shared", **settings)
+        tiny(**{"local__state": "shared"} | settings)
+
+
+def test_moments_in_four_bits_cost_less_than_a_quarter_of_what_travels_anyway(tiny, digits):
+    sizes = {}
+    for state, form in (("fresh", "fp32"), ("shared", "fp32"), ("shared", "int4")):
+        wide = {"model__widths": [32], "model__group": 8, "clients": 1, "wire__state": form}
+        coordinator, worker = start(tiny(**SMALL | wide | {"local__state": state}), digits)
+        (task,) = coordinator.tasks(1)
+        assert coordinator.receive(worker.run(task))
+        coordinator.close_round()
+        (task,) = coordinator.tasks(2)
+        sizes[state, form] = task.payload.nbytes + worker.run(task).payload.nbytes
+    fresh = sizes["fresh", "fp32"]
+    assert 2.99 * fresh < sizes["shared", "fp32"] < 3.01 * fresh
+    assert sizes["shared", "int4"] < 1.25 * fresh
