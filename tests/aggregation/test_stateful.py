@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fed_diffusion.aggregation.stateful import StatefulMean
@@ -40,6 +40,7 @@ def test_the_mean_of_one_update_is_that_update_to_the_bit(values):
         assert torch.equal(result[name], value), name
 
 
+@settings(max_examples=30)
 @given(st.lists(st.lists(FLOATS, min_size=12, max_size=12), min_size=2, max_size=4))
 def test_the_order_of_arrival_does_not_matter_and_the_mean_is_that_of_float64(found):
     updates = [update_of(values) for values in found]
