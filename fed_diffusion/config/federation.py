@@ -87,9 +87,10 @@ class WireConfig(Section):
     up: Dtype = "fp32"
     differences: bool = False
     """Send back what training changed, in place of the values: small numbers, cheap to round."""
-    state: Literal["fp32", "int8", "int4"] = "fp32"
-    """Of Adam's moments, both ways, where local.state is shared. int8, int4: the first moment in so
-    many bits, the second as one bf16 for each 32 values of a weight."""
+    state: Literal["fp32", "int4"] = "fp32"
+    """Of Adam's moments, both ways, where local.state is shared. int4: the first moment in four
+    bits a value, rounded at random without bias, the second as one bf16 for each 8 values of a
+    weight."""
     scale: Literal["channel", "tensor"] = "channel"
     """For int8: one scale per output channel (for scattered masks per tensor), or per tensor."""
 

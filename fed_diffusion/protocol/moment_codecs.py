@@ -1,11 +1,11 @@
-"""Moments as bytes: in fp32, or in few bits (wire.state).
+"""Moments as bytes: in fp32, or in four bits a value and less (wire.state).
 
-Few bits are taken where they do least harm. The first moment is noise for the most part, as it is
-that of minibatches, and rounding at random adds a little: int8 or int4, with a scale for each GROUP
-of kept values in their order. The second moment is only a step size, and neighbours have much the
-same one: its mean over each BLOCK of kept values, in bf16. Biases and norms, which are few, keep
-one for each value. Values are grouped after the mask has been applied, so that groups are full
-under any mask.
+Bits are saved where that does least harm. The first moment is noise for the most part, as it is
+that of minibatches, and rounding at random adds little to it: it takes four bits, with a scale for
+each GROUP of kept values in their order (eight bits trained no better). The second moment is only a
+step size, and neighbours have much the same one: its mean over each BLOCK of kept values, in bf16.
+Biases and norms, which are few, keep one for each value. Values are grouped after the mask has been
+applied, so that groups are full under any mask.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from fed_diffusion.masks.mask import Mask
 from fed_diffusion.protocol.codecs import Packed, from_bytes, round_at_random
 from fed_diffusion.protocol.errors import DivergedError, UpdateError
 
-LEVELS = {"int8": 127, "int4": 7}
+LEVELS = 7
+"""Of four bits, on either side of 0."""
 GROUP = 64
 """Values that share a scale of the first moment: 2 bytes for each group."""
-BLOCK = 32
+BLOCK = 8
 """Values that share a second moment: 2 bytes for each block."""
 BOUND = 7.3
 """|m| <= 7.27 sqrt(v) for any gradients, by Cauchy and Schwarz with Adam's betas; rounding must not
@@ -40,7 +41,7 @@ class Moment:
     codes
         The values, float32.
     form
-        fp32 | int8 | int4.
+        fp32 | int4.
     second
         Whether it is the second moment.
     wide
@@ -62,7 +63,7 @@ class Moment:
         if self.form == "fp32":
             return Packed("float32", shape, values.numpy().tobytes())
         if not self.second:
-            return Packed(self.form, shape, _first_bytes(values, self.form, stream))
+            return Packed(self.form, shape, _first_bytes(values, stream))
         held = _block_means(values) if self.wide else values
         return Packed("bfloat16", shape, _bf16_bytes(held.to(torch.bfloat16)))
 
@@ -79,16 +80,7 @@ def unpack_moment(
         negative or, as `DivergedError`, not finite.
     """
     count = math.prod(expected)
-    blocks = -(-count // BLOCK) if wide else count
-    groups = -(-count // GROUP)
-    codes = count if form == "int8" else (count + 1) // 2
-    dtype, length = (
-        ("float32", 4 * count)
-        if form == "fp32"
-        else ("bfloat16", 2 * blocks)
-        if second
-        else (form, 2 * groups + codes)
-    )
+    dtype, length = _layout(count, form, second, wide)
     if (packed.dtype, packed.shape, len(packed.data)) != (dtype, expected, length):
         raise UpdateError(
             f"{name} is sent as {packed.dtype} {packed.shape} of {len(packed.data)} bytes, "
@@ -96,19 +88,30 @@ def unpack_moment(
         )
     if form == "fp32":
         values = from_bytes(packed.data, torch.float32)
-    elif second:
-        values = from_bytes(packed.data, torch.bfloat16).to(torch.float32)
-        values = values.repeat_interleave(BLOCK)[:count] if wide else values
+    elif not second:
+        values = _first_of(name, packed.data, count)
     else:
-        scales = from_bytes(packed.data[: 2 * groups], torch.bfloat16).to(torch.float32)
-        _check_positive(f"{name} has scales", scales)
-        values = (
-            _codes_of(packed.data[2 * groups :], form, count)
-            * scales.repeat_interleave(GROUP)[:count]
-        )
+        held = from_bytes(packed.data, torch.bfloat16).to(torch.float32)
+        values = held.repeat_interleave(BLOCK)[:count] if wide else held
     if second:
         _check_positive(f"{name} holds values", values)
     return values.view(expected)
+
+
+def _layout(count: int, form: str, second: bool, wide: bool) -> tuple[str, int]:
+    """The type and the number of bytes in which so many values travel."""
+    if form == "fp32":
+        return "float32", 4 * count
+    if second:
+        return "bfloat16", 2 * (-(-count // BLOCK) if wide else count)
+    return form, 2 * -(-count // GROUP) + (count + 1) // 2
+
+
+def _first_of(name: str, data: bytes | memoryview, count: int) -> Tensor:
+    cut = 2 * -(-count // GROUP)
+    scales = from_bytes(data[:cut], torch.bfloat16).to(torch.float32)
+    _check_positive(f"{name} has scales", scales)
+    return _codes_of(data[cut:], count) * scales.repeat_interleave(GROUP)[:count]
 
 
 def bounded(first: Tensor, second: Tensor) -> Tensor:
@@ -124,26 +127,22 @@ def _check_positive(what: str, values: Tensor) -> None:
         raise UpdateError(f"{what} that are negative")
 
 
-def _first_bytes(values: Tensor, form: str, stream: np.random.Philox) -> bytes:
-    levels, count = LEVELS[form], len(values)
-    rows = torch.nn.functional.pad(values, (0, -count % GROUP)).view(-1, GROUP)
-    scales = _up_to_bf16(torch.linalg.vector_norm(rows, math.inf, dim=1) / levels)
+def _first_bytes(values: Tensor, stream: np.random.Philox) -> bytes:
+    rows = torch.nn.functional.pad(values, (0, -len(values) % GROUP)).view(-1, GROUP)
+    scales = _up_to_bf16(torch.linalg.vector_norm(rows, math.inf, dim=1) / LEVELS)
     scaled = rows / torch.where(scales > 0, scales, 1)[:, None]
     codes = torch.empty(rows.numel(), dtype=torch.int8)
-    round_at_random(scaled.view(-1), codes, stream, levels)
-    return _bf16_bytes(scales.to(torch.bfloat16)) + _code_bytes(codes[:count], form)
+    round_at_random(scaled.view(-1), codes, stream, LEVELS)
+    return _bf16_bytes(scales.to(torch.bfloat16)) + _code_bytes(codes[: len(values)])
 
 
-def _code_bytes(codes: Tensor, form: str) -> bytes:
-    if form == "int8":
-        return codes.numpy().tobytes()
+def _code_bytes(codes: Tensor) -> bytes:
+    """Two codes to a byte."""
     halves = torch.nn.functional.pad(codes, (0, len(codes) % 2)).numpy().view(np.uint8) & 15
     return bytes(halves[0::2] | halves[1::2] << 4)
 
 
-def _codes_of(data: bytes | memoryview, form: str, count: int) -> Tensor:
-    if form == "int8":
-        return from_bytes(data, torch.int8)
+def _codes_of(data: bytes | memoryview, count: int) -> Tensor:
     pairs = np.frombuffer(data, np.uint8)
     halves = np.stack([pairs & 15, pairs >> 4], axis=1).ravel()[:count].astype(np.int8)
     return torch.from_numpy(np.where(halves > 7, halves - 16, halves))

@@ -77,31 +77,32 @@ def test_moments_in_fp32_arrive_as_they_were(count, second):
     assert size == 4 * count
 
 
-@pytest.mark.parametrize(("form", "bits", "levels"), [("int8", 8, 127), ("int4", 4, 7)])
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 3000])
 def test_a_first_moment_in_few_bits_is_rounded_to_a_neighbour_and_right_on_average(
-    count, form, bits, levels
+    count,
 ):
     values = moments(count)[0]
     stream = np.random.Philox(2)
-    found = torch.stack([there_and_back(values, form, False, True, stream)[0] for _ in range(400)])
-    size = there_and_back(values, form, False, True)[1]
-    assert size == 2 * -(-count // 64) + -(-count * bits // 8)
+    found = torch.stack(
+        [there_and_back(values, "int4", False, True, stream)[0] for _ in range(400)]
+    )
+    size = there_and_back(values, "int4", False, True)[1]
+    assert size == 2 * -(-count // 64) + -(-count // 2)
     for start in range(0, count, 64):
         part = slice(start, start + 64)
-        step = float(values[part].abs().max()) / levels * 1.01  # scales are rounded up to bf16
+        step = float(values[part].abs().max()) / 7 * 1.01  # scales are rounded up to bf16
         assert float((found[:, part] - values[part]).abs().max()) <= step
         mean = found[:, part].double().mean(0)
         assert float((mean - values[part]).abs().max()) <= 5 * step / 2 / 400**0.5
 
 
-@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 3000])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 3000])
 def test_a_second_moment_in_few_bits_is_the_mean_of_its_block_and_of_biases_its_own(count):
     values = moments(count)[1]
     found, size = there_and_back(values, "int4", True, True)
-    assert size == 2 * -(-count // 32)
-    for start in range(0, count, 32):
-        part = slice(start, start + 32)
+    assert size == 2 * -(-count // 8)
+    for start in range(0, count, 8):
+        part = slice(start, start + 8)
         expected = values[part].double().mean()
         torch.testing.assert_close(
             found[part].double(), expected.expand(found[part].shape), rtol=2**-8, atol=0
@@ -117,8 +118,8 @@ def test_rounding_leaves_no_first_moment_over_a_second_of_nothing():
     torch.testing.assert_close(found, torch.tensor([0.0, -0.073, 1e-9, 3.0]))
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_moments_that_are_not_of_the_agreed_form_are_refused(form):
+def test_moments_that_are_not_of_the_agreed_form_are_refused():
+    form = "int4"
     values = torch.linspace(0.1, 1, 40)
     first = Moment(values, form, False, True).pack(np.random.Philox(1))
     second = Moment(values, form, True, True).pack(np.random.Philox(1))
