@@ -51,8 +51,9 @@ def quality_section(record: Record) -> str:
         part(f"By {plain(name)}", _figures(mapping(other)) + _stated(mapping(other), JUDGE))
         for name, other in mapping(quality.get("others")).items()
     )
+    later = part("Later evaluations", _later(record))
     if quality.get("why"):
-        return section("Quality", _figures(quality) + others)
+        return section("Quality", _figures(quality) + others + later)
     text = (
         "FID and KID are distances from the real images: lower is better, and the floor is what "
         "real images have against real ones. Precision is the part of the generated images that "
@@ -65,7 +66,7 @@ def quality_section(record: Record) -> str:
     intervals = mapping(quality.get("intervals"))
     how = folded("How the intervals were made", f"<p>{plain(intervals.get('how'))}</p>")
     how = how if intervals.get("how") else ""
-    return section("Quality", f"{_figures(quality)}<p>{text}</p>{measured}{others}{how}")
+    return section("Quality", f"{_figures(quality)}<p>{text}</p>{measured}{others}{how}{later}")
 
 
 def _figures(found: Mapping[str, Any]) -> str:
@@ -81,6 +82,23 @@ def _figures(found: Mapping[str, Any]) -> str:
         if found.get(key) is not None
     ]
     return table(("figure", "value", "95 % interval"), rows, text=(1,)) + note
+
+
+def _later(record: Record) -> str:
+    """Evaluations that `fed-diffusion evaluate` made after the run's own, one row for each judge."""
+    rows = []
+    for entry in record.evaluations:
+        if entry.get("number") == record.results.get("evaluation"):
+            continue
+        quality = mapping(entry.get("quality"))
+        for found in (quality, *map(mapping, mapping(quality.get("others")).values())):
+            figures = [pair(found.get(key), " ± ") for key in ("fid", "fid_floor")]
+            stated = [number(quality.get(key)) for key in ("reference", "samples")]
+            rows.append(
+                (plain(entry.get("date")), plain(found.get("extractor")), *stated, *figures)
+            )
+    head = ("date", "extractor", "reference", "generated images", "FID", "FID floor")
+    return table(head, rows[:MOST_ROWS], text=(1, 2)) + more(len(rows))
 
 
 def _stated(found: Mapping[str, Any], labels: Mapping[str, str], *more: tuple[str, str]) -> str:

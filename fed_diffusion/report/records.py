@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from fed_diffusion.config import ConfigError, build_config
 from fed_diffusion.config.schema import as_numbers
 from fed_diffusion.config.yaml import read_yaml
+from fed_diffusion.store.evaluations import EVALUATIONS, read_evaluations
 from fed_diffusion.store.files import read_object
 from fed_diffusion.store.ledger import ClientRound, RoundSummary
 
@@ -43,6 +44,8 @@ class Record:
         data.json, or what results.json says of the data; empty where the server has none.
     images_hash
         The hash of the images that it trains on, where it is known.
+    evaluations
+        evaluations.jsonl: the run's own evaluation and later ones.
     status
         status.json: how the run ended; empty while it goes on, and after a kill.
     damaged
@@ -60,6 +63,7 @@ class Record:
     real: Path | None = None
     data: dict[str, Any] = field(default_factory=dict)
     images_hash: str | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
     status: dict[str, Any] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
 
@@ -107,9 +111,18 @@ def read_record(run_dir: Path) -> Record:
         real=real if real.is_file() else None,
         data=data if isinstance(data, dict) else {},
         images_hash=images_hash if isinstance(images_hash, str) else None,
+        evaluations=_read_evaluations(run_dir / EVALUATIONS, damaged),
         status=_read_mapping(run_dir / "status.json", damaged),
         damaged=damaged,
     )
+
+
+def _read_evaluations(path: Path, damaged: list[str]) -> list[dict[str, Any]]:
+    try:
+        return read_evaluations(path)
+    except (ConfigError, OSError, RecursionError):
+        damaged.append(path.name)
+        return []
 
 
 def _read_rounds(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -56,7 +56,8 @@ def test_every_setting_is_listed_with_its_default_and_what_it_may_be():
     assert found["wire.up"].values == "fp32 | bf16 | fp16 | int8"
     assert found["trackers"].values == "list of: csv | tensorboard | mlflow | module:attribute"
     assert found["data.dir"].values == "text or null"
-    assert found["local.warmup"].meaning == "Rounds over which eta rises linearly from nearly 0."
+    warmup = "The number of rounds over which eta rises linearly from nearly 0 to its value."
+    assert found["local.warmup"].meaning == warmup
 
 
 def test_settings_are_searched_by_name_and_meaning(capsys):
