@@ -85,7 +85,7 @@ def _figures(found: Mapping[str, Any]) -> str:
 
 
 def _later(record: Record) -> str:
-    """Evaluations that `fed-diffusion evaluate` made after the run's own, one row for each judge."""
+    """Evaluations that came after the run's own, one row for each judge."""
     rows = []
     for entry in record.evaluations:
         if entry.get("number") == record.results.get("evaluation"):
