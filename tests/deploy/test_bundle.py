@@ -144,10 +144,10 @@ def test_a_strict_tls_client_accepts_the_server_and_refuses_another_ca(deploymen
 
 def test_nothing_is_ever_overwritten(deployment, tmp_path):
     before = {path: path.read_bytes() for path in files(deployment)}
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         init(deployment, Deployment(("10.0.0.1",)))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         init(tmp_path / "empty", Deployment(("10.0.0.1",)))
     assert {path: path.read_bytes() for path in files(deployment)} == before
 
