@@ -1,4 +1,4 @@
-"""How good the generated images are, what the model may give away, and what is promised of it."""
+"""How good the generated images are, what the model may give away, and what is promised."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STATED = JUDGE | {
 
 
 def quality_section(record: Record) -> str:
-    """The figures that the run itself ended with, and what they depend on."""
+    """Return the figures that the run itself ended with, and what they depend on."""
     quality = mapping(record.results.get("quality"))
     if not quality:
         said = "No quality figures." if record.results else "Quality is measured at the end."
@@ -69,7 +69,7 @@ def quality_section(record: Record) -> str:
 
 
 def _figures(found: Mapping[str, Any]) -> str:
-    """The table of one judge's figures with their intervals, or why there is none."""
+    """Return the table of one judge's figures with their intervals, or why there is none."""
     because = found.get("extractor_because")
     note = f"<p>Why this extractor: {plain(because)}.</p>" if because else ""
     if why := found.get("why"):
@@ -89,7 +89,7 @@ def _stated(found: Mapping[str, Any], labels: Mapping[str, str], *more: tuple[st
 
 
 def privacy_section(record: Record) -> str:
-    """What leaves a client, what is promised, and whether images are copied."""
+    """Return what leaves a client, what is promised, and whether images are copied."""
     parts = (
         part("What leaves a client", _leaves(record)),
         part("What is promised", _promised(record)),
@@ -128,7 +128,7 @@ def _promised(record: Record) -> str:
 
 
 def _in_words(found: Mapping[str, Any]) -> str:
-    """The guarantee for a reader who does not know what epsilon is."""
+    """Return the guarantee for a reader who does not know what epsilon is."""
     epsilon, delta = found.get("epsilon"), found.get("delta")
     if not is_number(epsilon):
         return "The noise is too small for any guarantee: ε is not finite."
@@ -162,7 +162,7 @@ def _guarantee(found: Mapping[str, Any]) -> str:
 
 
 def _copies(record: Record) -> str:
-    """Whether generated images are nearer to training images than held-out ones, and to whose."""
+    """Return whether generated images are nearer to training images than held-out ones are."""
     quality = mapping(record.results.get("quality"))
     found = mapping(quality.get("memorisation"))
     why = found.get("why") or (None if found else quality.get("why"))
