@@ -31,9 +31,6 @@ def spread(argv: Sequence[str]) -> list[str]:
 
     A word after a pair that is not a pair itself, such as the name of a preset, stays where it is;
     argparse's own `nargs` would take that word as a setting.
-
-    A word behind a pair that is no pair itself, as the name of a preset, is left where it is:
-    argparse's own nargs would take it.
     """
     words: list[str] = []
     more = False  # whether a pair may follow here

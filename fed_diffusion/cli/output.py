@@ -17,9 +17,6 @@ def make_printable() -> None:
 
     The bytes of a file name that is not text come out as they are; a character that the encoding
     does not have comes out as a Python escape.
-
-    The bytes of a file name that is no text come out as they are; a character that the encoding
-    does not have comes out as a Python escape.
     """
     codecs.register_error(_ERRORS, _readable)
     if isinstance(sys.stdout, io.TextIOWrapper):

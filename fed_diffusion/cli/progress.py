@@ -28,8 +28,6 @@ class Display:
 
     Calls of the object tell it which rounds are done, and `live` tells it what goes on inside a
     round.
-
-    It is told of rounds that are done by calls, and of what goes on inside one by `live`.
     """
 
     def __init__(self, config: Config):
