@@ -260,5 +260,5 @@ def test_a_run_is_submitted_from_an_operators_bundle_only(deployment, tmp_path, 
     assert main(["deploy", "run", str(tmp_path), "digits", "--out", "/runs/a"]) == 2
     assert main(["deploy", "run", str(deployment / "operator"), "digits", "--out", "a"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "no operator's bundle" in said
+    assert "not an operator's bundle" in said
     assert "give an absolute path, on the server" in said
