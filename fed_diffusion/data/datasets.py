@@ -236,8 +236,8 @@ def _load_own(
     if found != shape:
         raise ConfigError(
             f"{key} returns images of [C, H, W] = {list(found)}, but data.channels = {shape[0]} "
-            f"and data.size = {shape[1]}. Change one to match the other, or have the run change the "
-            f"size: {HOW}."
+            f"and data.size = {shape[1]}. Change one to match the other, or have the run change "
+            f"the size: {HOW}."
         )
     if classes is not None and len(dataset):
         if dataset.labels is None:
