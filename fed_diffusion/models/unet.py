@@ -38,7 +38,7 @@ def reset(network: UNet) -> UNet:
 
 
 class ResBlock(nn.Module):
-    """norm-SiLU-conv, plus the time embedding, norm-SiLU-dropout-conv, plus a shortcut."""
+    """A block: norm-SiLU-conv, plus the time embedding, norm-SiLU-dropout-conv, plus a shortcut."""
 
     def __init__(
         self, inputs: int, outputs: int, time: int, group: int, dropout: float, shortcut: bool
@@ -61,7 +61,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels, in heads of a fixed size, added to its input."""
+    """Self-attention over pixels, in heads of a fixed size, is added to its input."""
 
     def __init__(self, channels: int, heads: int, head: int, group: int):
         super().__init__()
@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, at the chosen resolutions, attention."""
+    """A stage is a residual block and, at the chosen resolutions, attention."""
 
     def __init__(self, block: ResBlock, attention: Attention | None):
         super().__init__()
@@ -178,7 +178,7 @@ class UNet(nn.Module):
         _start_at_zero(self.leave)
 
     def forward(self, x: Tensor, u: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The noise estimate eps_theta(x, u).
+        """Return the noise estimate eps_theta(x, u).
 
         Parameters
         ----------
@@ -197,7 +197,9 @@ class UNet(nn.Module):
         return out
 
     def _embed(self, u: Tensor, labels: Tensor | None) -> Tensor:
-        """Sines and cosines of the log noise-to-signal ratio, then a two-layer network."""
+        """Return the embedding of the log noise-to-signal ratio: sines and cosines, then two
+        layers.
+        """
         half = self.frequencies // 2
         log_ratio = 0.5 * torch.log(torch.expm1(2 * u))  # log(sigma / alpha)
         scale = torch.exp(

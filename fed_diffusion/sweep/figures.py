@@ -40,7 +40,7 @@ def save_loss_figure(done: Done, path: Path) -> Path:
 
 
 def family(method: str) -> str | None:
-    """The letter of a method's masks; None for one that belongs beside every family."""
+    """Return the letter of a method's masks; None for a method that belongs beside every family."""
     letter, dash, _ = method.partition("-FedDM")
     return letter if dash else None
 
