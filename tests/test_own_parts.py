@@ -178,7 +178,7 @@ REFUSED = {
         r"its m is torch.float64 \[\]",
     ),
     "a server step that hides state": ("server.optimizer", "Hides", "must be in `state` alone"),
-    "a server state with a dot": ("server.optimizer", "Dotted", "names as of variables"),
+    "a server state with a dot": ("server.optimizer", "Dotted", "must map names of variables"),
     "a server step that refuses": ("server.optimizer", "Fussy", "ValueError: give server.eta"),
     "a server step that is none": ("server.optimizer", "MODULE", "not callable"),
     "a server step that is not there": ("server.optimizer", "Nobody", "no attribute 'Nobody'"),

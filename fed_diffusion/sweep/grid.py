@@ -118,7 +118,7 @@ def load_sweep(file: str) -> Sweep:
         if key in sweep.set:
             raise ConfigError(
                 f"sweep {path}: set.{key} = {as_numbers(sweep.set[key])!r} is not allowed; "
-                f"the grid's own {key}s say it."
+                f"the sweep's list of {key}s says it."
             )
     refuse_overlaps(sweep.set, f"sweep {path}: set")
     return sweep
