@@ -23,5 +23,5 @@ def train(message: Message, context: Context) -> Message:
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    """Load and check everything; say which partition this node is and what it can carry."""
+    """Load and check everything; answer which partition this node is and what it can carry."""
     return Message(answer("hello", message.content, context), reply_to=message)

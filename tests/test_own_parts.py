@@ -137,7 +137,7 @@ MODULE = 3
 REFUSED = {
     "a sampler of other shapes": ("evaluation.sampler", "shrunk", r"gives torch.float32 \[2, 1, 7"),
     "a sampler that explodes": ("evaluation.sampler", "exploding", "not finite"),
-    "a sampler that writes": ("evaluation.sampler", "careless", "changes the start"),
+    "a sampler that writes": ("evaluation.sampler", "careless", "changes y, the start"),
     "a sampler without options": ("evaluation.sampler", "forgetful", "unexpected keyword"),
     "a sampler that is no function": ("evaluation.sampler", "MODULE", "not callable"),
     "times too few": ("diffusion.partition", "short", r"float64 \[21\]"),
