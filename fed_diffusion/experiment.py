@@ -58,7 +58,7 @@ class Experiment:
     Parameters
     ----------
     path
-        The run directory; None: a new one under runs/.
+        The run directory; None stands for a new one under runs/.
     dataset, needs_data
         See `check`.
     run
@@ -114,7 +114,7 @@ class Experiment:
         Raises
         ------
         ConfigError
-            No run is there, or it is finished, or another process is at it, or it is no longer
+            There is no run, or it is finished, or another process works on it, or it is no longer
             what it was: its settings, images, checkpoint or record have changed.
         """
         run = RunDir.open(path)
@@ -166,8 +166,9 @@ class Experiment:
         Parameters
         ----------
         exchange
-            Called with a round's number: sends `tasks(round)`, gives every reply to `receive` or
-            `reject`, and returns when all are in, when there are `enough`, or at the deadline.
+            A function that is called with a round's number. It sends `tasks(round)`, gives every
+            reply to `receive` or `reject`, and returns when all replies are in, when there are
+            `enough`, or at the deadline.
         progress
             A function that is called with each round's line of metrics.
 

@@ -191,13 +191,13 @@ class Sampler:
         num
             How many images.
         seed
-            Default: the run's seed. The same seed gives the same images.
+            The seed of the noise; by default the run's. The same seed gives the same images.
         steps
             Steps of the partition; default: evaluation.steps, then diffusion.K.
         labels
             int64 [num], for a conditional network; default: every class in turn.
         sampler, guidance
-            Default: evaluation.sampler, evaluation.guidance.
+            The sampler and its guidance; by default evaluation.sampler and evaluation.guidance.
         partition
             As diffusion.partition, which is the default.
         progress

@@ -159,12 +159,12 @@ def pull(grid: Grid, message_id: str, most: int) -> Iterator[Message | Exception
 
 
 def reason_of(error: Error) -> str:
-    """What Flower or a node says of an error."""
+    """Return what Flower or a node says of an error."""
     return clean(f"{error.reason or 'no reason given'} (Flower error {error.code})")
 
 
 def fault_of(error: Error) -> Fault:
-    """Whose fault an error is that came in the place of a reply.
+    """Return whose fault an error is that came in place of a reply.
 
     A ClientApp that raises, dies or does not load is the node's; a message that is lost is the
     network's, and a node that is gone with it.

@@ -56,15 +56,15 @@ class MaskedMean:
             Float tensors by theta's names, on any device: what the masks keep of each. Under a mask
             of single weights they may be shaped like theta; what it drops is not read.
         masks
-            By name; a tensor that is not named is kept whole.
+            The masks by tensor name; a tensor that is not named is kept whole.
         weight
             A positive whole number (equation (8) has 1).
 
         Raises
         ------
         UpdateError
-            Wrong names, shapes or dtype, values that are not finite, or times their weight beyond
-            the update's share of the sums' range: nothing of the update has been added then.
+            The names, the shapes or the dtype are wrong, or a value is not finite, or a value times
+            the weight is beyond the update's share of the sums' range. Nothing has been added then.
         """
         values = {name: value.detach().cpu() for name, value in values.items()}
         masks = masks or {}

@@ -45,7 +45,7 @@ class Aggregator(Protocol):
             (`Mask.kept`). They have been checked for names and shapes. In buffered rounds, and with
             wire.differences, they are values too: theta_r plus the difference.
         masks
-            By name; of a tensor that is not named everything is kept (`mask_of`).
+            The masks by tensor name; a tensor that is not named is kept whole (`mask_of`).
         weight
             A whole number: 1, or the worker's images with round.weighting = examples.
 

@@ -189,7 +189,7 @@ def spent(config: Config, opened: int, finished: int = 0) -> dict[str, Any] | No
     opened
         How many rounds were sent to clients; a round that was sent twice counts twice.
     finished
-        Those of them that the model went through.
+        How many of those rounds changed the model.
     """
     privacy = config.privacy
     if privacy.clip is None:

@@ -26,17 +26,17 @@ ROWS = 1 << 16
 class RobustMean:
     """The trimmed mean of each coordinate over the workers that trained it.
 
-    Of n values the floor(trim n) smallest and as many of the largest are left out: at least one
-    from three values on, and at most so many that one or two remain. trim = 1/2 is the median.
-    Where one or two workers trained a coordinate nothing can be left out: see `undefended`. Weights
-    do not apply.
+    Of n values the floor(trim n) smallest and as many of the largest are left out. From three
+    values on that is at least one at either end, and at most so many that one or two remain; trim =
+    1/2 is the median. Where one or two workers trained a coordinate, nothing can be left out: see
+    `undefended`. Weights do not apply.
 
     Parameters
     ----------
     theta
         The current parameters; coordinates that nobody trained keep them.
     trim
-        Part of the values left out at either end, above 0 and up to 1/2.
+        The part of the values that is left out at either end, above 0 and up to 1/2.
     workers
         The most updates that will be added. As in `MaskedMean` an update's values have their share
         of the range, so that the same updates are refused.

@@ -51,9 +51,9 @@ class SharedAdam:
     Parameters
     ----------
     parameters
-        By name.
+        The parameters by name.
     state
-        As `decode_state` gives it.
+        The state as `decode_state` returns it.
     """
 
     def __init__(

@@ -209,7 +209,7 @@ class Config(Section):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts and lists, as YAML and JSON take them."""
+        """Return plain dicts and lists, as YAML and JSON take them."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:

@@ -55,7 +55,7 @@ def augmentation(config: DataConfig, shape: tuple[int, int, int] | None = None) 
     Raises
     ------
     ConfigError
-        There is no such transform, it does not take these options, or what comes out of it is no
+        There is no such transform, it does not take these options, or its result is not an
         image of the same shape.
     """
     if not config.augment:

@@ -144,7 +144,7 @@ def load_dataset(
     Raises
     ------
     ConfigError
-        Names the key, what was found, what is expected and how to fix it.
+        The message names the key, what was found, what is expected and how to fix it.
     """
     shape, classes = image_shape(config), class_count(config)
     found = resolve("data.name", config.name, LOADERS)

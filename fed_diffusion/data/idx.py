@@ -60,7 +60,7 @@ def read_pair(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
         raise Damaged(f"{images} holds {list(pixels.shape)}, not images [n, 28, 28]")
     if numbers.shape != (len(pixels),):
         raise Damaged(
-            f"{labels} holds {list(numbers.shape)}, and not one label for each of the "
+            f"{labels} holds {list(numbers.shape)}, not one label for each of the "
             f"{len(pixels)} images of {images.name}"
         )
     if numbers.max() > 9:

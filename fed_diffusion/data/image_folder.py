@@ -110,7 +110,7 @@ def read_folder(config: DataConfig, shape: tuple[int, int, int], own: bool = Fal
     Raises
     ------
     ConfigError
-        Names data.dir, the files, what they are, what is expected and how to fix it.
+        The message names data.dir, the files, what they are, what is expected and how to fix it.
     """
     root = _root(config)
     tree = _listed(root, config.partition == "folders")
@@ -135,12 +135,12 @@ def read_folder(config: DataConfig, shape: tuple[int, int, int], own: bool = Fal
 
 
 def list_folder(root: Path) -> tuple[list[Path], Counter[str]]:
-    """The image files of a folder or of its class folders, and a count of its other files by kind.
+    """Return the image files of a folder or its class folders, and a count of other files by kind.
 
     Raises
     ------
     ConfigError
-        The folder cannot be listed, or its layout is none that is read.
+        The folder cannot be listed, or its layout is not one that is read.
     """
     tree = _listed(root, by_client=False)
     return [file.path for file in tree.files], tree.skipped

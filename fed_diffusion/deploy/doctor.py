@@ -292,7 +292,7 @@ def _answers(connection: http.client.HTTPSConnection, machine: Machine) -> Itera
     status, _, _ = _ask(connection, "POST", "/v1/control/list-nodes")
     closed = status == 403
     if machine.is_node and not closed:
-        text = "is open to this node, and with it to whoever can reach the port: use proxy.sh"
+        text = "is open to this node, and with it to anyone who can reach the port: use proxy.sh"
         yield Finding(False, "control", text)
     else:
         text = "closed to this machine" if closed else "open to this machine, as to an operator"

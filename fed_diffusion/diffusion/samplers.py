@@ -48,7 +48,7 @@ class Solver(Protocol):
         End with the Tweedie mean (Y + sigma_delta^2 s(Y, delta)) / e^{-delta}: K + 1 evaluations.
         The theory covers the output without it.
     callback
-        Called as callback(k, Y) after every step.
+        A function that is called as callback(k, Y) after every step.
 
     Returns
     -------

@@ -62,11 +62,11 @@ def run_on_flower(
         Where the ServerApp writes: a path, made if it is not there, or a directory that is locked
         already.
     resume
-        Go on with the run that is there.
+        Whether to go on with the run that is there.
     accept_changes
         See `fed_diffusion.store.origin.standing`.
     progress
-        Called with each round's line of metrics.jsonl as it appears.
+        A function that is called with each round's line of metrics.jsonl as it appears.
 
     Returns
     -------

@@ -91,9 +91,9 @@ class Forecast:
     seconds
         Part of the run -> seconds on this machine.
     bytes_down, bytes_up
-        Of one round, all clients together.
+        The bytes of one round, of all clients together.
     processes
-        Clients at once.
+        The number of clients at once.
     keeps
         Keep ratio -> how many clients of a round have it.
     step

@@ -1,7 +1,7 @@
 """The processes of a run of Flower's: how they are found and ended, wherever they have re-parented.
 
 All of them inherit one environment variable with a value of the run's own, and stand in its private
-directory. Run as a script, this file is the watch: it waits until whoever started it is gone, and
+directory. Run as a script, this file is the watch: it waits until the process that started it is gone, and
 then ends the run.
 """
 

@@ -37,7 +37,7 @@ class EngineError(RuntimeError):
 
 
 class SuperLink:
-    """A SuperLink in simulation mode on a port of its own, with one run.
+    """A SuperLink in simulation mode on a separate port, with one run.
 
     Use it as a context: leaving it ends the SuperLink, its superexec, the simulation with the
     ServerApp, and Ray with all its workers.

@@ -61,12 +61,12 @@ class Eyes(Protocol):
     Attributes
     ----------
     shown
-        Its name in the results.
+        The extractor's name in the results.
     sha256
         The hash of its weights.
     kept
-        Whether what it sees of a reference set is kept on disk: not where making it takes longer
-        than looking, and not of a judge of the user's own, whose code may change under its name.
+        Whether the features of a reference set are kept on disk. They are not if it takes longer to
+        make the extractor than to compute them, nor for a user's judge, whose code may change.
     """
 
     shown: str
@@ -90,13 +90,13 @@ class Extractor:
     Attributes
     ----------
     kind
-        Its name with torch-fidelity, a key of `LAYERS`, or `JUDGE`, or `OWN`.
+        The extractor's name with torch-fidelity, a key of `LAYERS`, or `JUDGE`, or `OWN`.
     identity
-        What its weights come from.
+        Where the weights come from.
     shown
-        Its name in the results.
+        The extractor's name in the results.
     make
-        Makes it on a device; `Unavailable` where that cannot be done.
+        A function that makes the extractor on a device; it raises `Unavailable` if it cannot.
     """
 
     kind: str

@@ -115,7 +115,7 @@ def _without_zeros(logits: Tensor) -> Tensor:
 
 
 def fid_interval(fid: float, generated: Tensor, real: Tensor, seed: int) -> _Interval:
-    """fid -+ t SE of a jackknife over the generated images; None of fewer than six.
+    """Return fid -+ t SE of a jackknife over the generated images; None below six images.
 
     Leaving out a tenth shifts all values by much the same bias, which their differences do not
     see; FIDs of the groups themselves would be biased several times as much as the figure they are
@@ -140,7 +140,7 @@ def fid_interval(fid: float, generated: Tensor, real: Tensor, seed: int) -> _Int
 def kid_interval(
     kid: float, by_subset: float, generated: Tensor, real: Tensor, seed: int
 ) -> _Interval:
-    """kid -+ t SE of a jackknife over both sets; None where one has fewer than six images.
+    """Return kid -+ t SE of a jackknife over both sets; None where one has fewer than six images.
 
     A mean over random subsets has the same expectation, given the images, as the unbiased estimate
     from all pairs of them, and `by_subset` is its standard error around that.
@@ -176,7 +176,7 @@ def _mmd2_without(groups: list[Tensor], between: Tensor, others: int) -> Tensor:
 
 
 def recall_interval(recall: float, generated: Tensor, real: Tensor, seed: int) -> _Interval:
-    """recall -+ t SE of a jackknife over the generated images, or Wilson's where that is wider.
+    """Return recall -+ t SE of a jackknife over the generated images, or Wilson's if that is wider.
 
     Wilson's interval alone takes each real image for a trial, but one generated image recalls
     several of them, and which ones depends on the others. The jackknife alone has no width where no
@@ -192,7 +192,7 @@ def recall_interval(recall: float, generated: Tensor, real: Tensor, seed: int) -
 
 
 def score_interval(score: float, spread: float, splits: int) -> _Interval:
-    """Student's interval of the mean over disjoint splits; None of fewer than three."""
+    """Return Student's interval of the mean over disjoint splits; None for fewer than three."""
     if splits < FEWEST_GROUPS:
         return None
     # torch-fidelity's spread divides by the number of splits

@@ -42,8 +42,8 @@ def evaluate(
     dataset
         The run's own data, where the server has it.
     grid
-        Called with the first evaluation.grid images as soon as they are there, before the others
-        are drawn. Without it, none are drawn but for the figures.
+        A function that is called with the first evaluation.grid images as soon as they are drawn,
+        before the others are. Without this function, images are drawn only for the figures.
     told
         A function that is told how far the work is.
     """

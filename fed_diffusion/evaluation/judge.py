@@ -104,7 +104,7 @@ def _looked(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
         good = isinstance(layer, Tensor) and layer.is_floating_point() and layer.ndim == 2
         if not good or len(layer) != len(images):
             got = f"{layer.dtype} {list(layer.shape)}" if isinstance(layer, Tensor) else type(layer)
-            raise TypeError(f"its {what} of {len(images)} images are {got}, and not [n, d] floats")
+            raise TypeError(f"its {what} of {len(images)} images are {got}, not [n, d] floats")
     features, logits = (layer.detach().float().cpu() for layer in given)
     return features, logits
 

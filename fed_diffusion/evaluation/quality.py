@@ -76,8 +76,8 @@ def evaluate(
     config
         Which extractors, and the files of their weights.
     seed
-        Of the classifier, of the floor's splits and of the intervals' groups: figures compare at
-        the same seed.
+        The seed of the classifier, of the floor's splits and of the intervals' groups. Figures
+        compare only at the same seed.
     nfe
         Network evaluations per image, for the record.
     device
@@ -95,7 +95,7 @@ def evaluate(
         intervals (95 %, and how), memorisation (see there), samples, reference, split, extractor,
         extractor_sha256, extractor_because (why it was taken in Inception's place), nfe, seed, why.
         Where there can be no figures they are None and `why` is the reason; else `why` is None.
-        All that is of the first extractor; `others` has `JUDGED` of each further one, by its name.
+        All these are of the first extractor; `others` has `JUDGED` of each further one, by its name.
 
     Raises
     ------

@@ -115,7 +115,7 @@ def choose(
     Raises
     ------
     BudgetError
-        Nothing fits; the message has the figures.
+        No ratio fits; the message has the figures.
     """
     seconds_cap = TRAINING_SHARE * deadline_s
     a, b = _line([(demands[keep].work, probe.seconds) for keep, probe in probes.items()])

@@ -37,11 +37,11 @@ class Layout:
     Attributes
     ----------
     spaces
-        By name, in the order of the forward pass.
+        The spaces by name, in the order of the forward pass.
     shapes
-        Of every parameter.
+        The shape of every parameter.
     axes
-        For every parameter and dimension the spaces it concatenates; () for one that stays whole.
+        For every parameter and dimension, the spaces that it concatenates; () if it stays whole.
     """
 
     spaces: dict[str, Space]

@@ -47,7 +47,7 @@ def scatter(
     Parameters
     ----------
     values
-        By parameter name, shaped as in the small network.
+        The values by parameter name, shaped as in the small network.
     whole
         Tensors shaped as in `network`, which what was dropped is taken from.
     """

@@ -18,7 +18,7 @@ class NetworkFactory(Protocol):
     model
         The section `model` of the configuration.
     channels, size
-        Of the images: 1 or 3, and the side in pixels.
+        The channels of the images, 1 or 3, and their side in pixels.
     classes
         How many labels to condition on; None for a network without labels. With
         model.label_dropout the label `classes` means "no label".
@@ -26,8 +26,8 @@ class NetworkFactory(Protocol):
     Returns
     -------
     nn.Module
-        Called as network(x, u, labels): x_u float32 [n, C, H, W], times to data u float64 [n],
-        labels int64 [n] or None. It returns an estimate of the noise eps, shaped like x. Start
+        The network is called as network(x, u, labels): x_u float32 [n, C, H, W], times to data u
+        float64 [n], labels int64 [n] or None. It returns an estimate of the noise eps, shaped like x. Start
         values are drawn from torch's global generator, which is seeded by the run. Every parameter
         is trained and travels; buffers do not travel, so what must be the same on all machines is
         a parameter.

@@ -24,7 +24,7 @@ def _start_at_zero(layer: nn.Module) -> None:
 
 
 def reset(network: UNet) -> UNet:
-    """Draw all parameters anew, as a fresh network has them."""
+    """Draw all parameters again, as in a new network."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Embedding)):
             module.reset_parameters()
@@ -105,7 +105,7 @@ class UNet(nn.Module):
     Parameters
     ----------
     channels, size
-        Of the images; size must halve len(widths) - 1 times.
+        The channels and the side of the images; the side must halve len(widths) - 1 times.
     widths
         Channels per level, each a multiple of `group`.
     blocks

@@ -43,7 +43,7 @@ class Cast:
     Attributes
     ----------
     codes
-        Of the type's torch dtype.
+        The values in the type's torch dtype.
     scales
         For int8: float32, one per row (`codes[i] * scales[i]` are the values) or a single one.
     """

@@ -64,7 +64,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
     Raises
     ------
     ConfigError
-        Fewer than two different runs are given, or one of them is no run directory.
+        Fewer than two different runs are given, or one of them is not a run directory.
     """
     if len({path.resolve() for path in paths}) < 2 or len({*map(Path.resolve, paths)}) < len(paths):
         raise ConfigError("compare needs at least two run directories, each of them once.")

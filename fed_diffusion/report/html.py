@@ -1,9 +1,9 @@
 """One self-contained page about a run: no scripts, no fonts, nothing fetched from anywhere.
 
-Its order is that in which a person looks: the images, how good they are, how training went, who
-took part, what is promised and given away, what it cost; the theory comes last. Whatever comes from
-the run directory is text to be escaped, client names and reasons first of all: a client chooses
-them.
+The page has the order in which a person looks at a run: the images, how good they are, how training
+went, who took part, what is promised and given away, and what the run cost; the theory comes last.
+All text from the run directory is escaped, above all client names and reasons, since a client
+chooses them.
 """
 
 from __future__ import annotations

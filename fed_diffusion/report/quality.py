@@ -104,7 +104,7 @@ def _leaves(record: Record) -> str:
     text = (
         f"A client sends no image to the server. It sends {what}, and a few numbers about that: "
         "its losses, how many images it trained on, and how long it took. The server sees what "
-        "each client sends, and whoever sees that can learn something about the images behind it."
+        "each client sends, and anyone who sees that can learn something about the images behind it."
     )
     if record.data:
         text += (

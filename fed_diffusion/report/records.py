@@ -159,7 +159,7 @@ def _checked(entry: Any) -> dict[str, Any]:
     _check_kinds(entry, _ROUND_KINDS)
     for client in entry.get("clients") or []:
         if not isinstance(client, dict):
-            raise ValueError("a client is no mapping")
+            raise ValueError("a client is not a mapping")
         _check_kinds(client, _DRAWN_KINDS)
     for trainers, coordinates in (entry.get("coverage") or {}).items():
         if not trainers.isdecimal() or type(coordinates) is not int:

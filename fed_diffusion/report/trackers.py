@@ -24,7 +24,7 @@ KEY = "trackers"
 BATCH, MOST = 50, 500
 """The settings that MLflow takes at once, and the characters of one.
 
-Its limits are 100 and 500 or more.
+MLflow's limits are 100 and at least 500.
 """
 Line = Mapping[str, Any]
 """A line of metrics.jsonl, as `RoundSummary.to_dict()` makes it."""

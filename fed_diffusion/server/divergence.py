@@ -43,7 +43,7 @@ def warn_if_worse(now: Iterable[float], before: Iterable[float], round: int, eta
     now
         The round's loss, and held-out loss of the theta that it began with, if any.
     before
-        Those of earlier rounds.
+        The losses and held-out losses of earlier rounds.
     """
     figures = list(now)
     highest, lowest = max(figures), min([*figures, *before])

@@ -59,7 +59,7 @@ class NormLimit:
         Raises
         ------
         UpdateError, DivergedError
-            Its norm is beyond `most`, or its root mean square (by which small and large networks
+            The difference's norm is beyond `most`, or its root mean square (by which small and large networks
             compare) beyond `factor` times the median of recent ones; in the first round, where
             there are none, beyond `factor` times theta's own: no honest step is many times theta.
         """

@@ -63,17 +63,17 @@ class OpenRound:
     target
         Updates that are enough to close the round.
     absent
-        Clients that could not be reached when it began.
+        Clients that could not be reached when the round began.
     asked
         Clients that were sent a task, or whose update has come.
     refused
         Nodes that were there and could not be used: `node` and `reason`.
     failed
-        Clients whose node sent no update in answer to their task, by a fault of its own.
+        Clients whose node sent no update in answer to their task, by the node's fault.
     diverged
         Clients whose update did not count because their training has diverged.
     spoiled
-        Those among them who found theta worthless before their first step.
+        Those diverged clients that found theta worthless before their first step.
     norms
         Root-mean-square differences of the updates, where their size is limited.
     staleness

@@ -242,7 +242,7 @@ def _checked_start(optimizer: ServerOptimizer) -> dict[str, float]:
 def _check_tensor(what: str, value: Tensor, like: Tensor) -> None:
     got = value.dtype, tuple(value.shape)
     if got != (like.dtype, tuple(like.shape)):
-        raise ValueError(f"its {what} is {got[0]} {list(got[1])}, and not float64 {[*like.shape]}")
+        raise ValueError(f"its {what} is {got[0]} {list(got[1])}, not float64 {[*like.shape]}")
     if not bool(value.float().isfinite().all()):
         raise ValueError(f"its {what} is not finite (a smaller server.eta helps where it grows)")
 

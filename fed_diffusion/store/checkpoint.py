@@ -131,7 +131,7 @@ def load_checkpoint(run: Path) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        There is none; the message says what is wrong with each.
+        No checkpoint is whole; the message says what is wrong with each.
     """
     for _ in range(TRIES):
         before, problems = _standing(run), []

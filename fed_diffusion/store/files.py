@@ -103,7 +103,7 @@ def save_tensors(
     Raises
     ------
     OSError
-        The file cannot be written; safetensors itself raises an exception of its own kind.
+        The file cannot be written; safetensors itself raises another kind of exception.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

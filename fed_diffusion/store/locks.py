@@ -1,10 +1,11 @@
 """Locks that processes on several machines share through a common folder.
 
-A lock is a file NAME.<n>.lock, and whoever made the one with the highest number holds it. It is
-made with O_EXCL, which network file systems keep atomic; flock and fcntl locks vanish with their
-process but are, on many of those, seen by one machine only. What a file cannot do, vanish with its
-process, is made up for: a lock whose process is gone, or on another machine has not touched its
-file for `STALE_S`, is taken over by making the next number, so of several that try one succeeds.
+A lock is a file NAME.<n>.lock; the process that made the file with the highest number holds the
+lock. The file is made with O_EXCL, which network file systems keep atomic. flock and fcntl locks
+would vanish with their process, but on many network file systems only one machine sees them. A file
+does not vanish with its process. So if the process of a lock is gone or, on another machine, has
+not touched its file for `STALE_S`, another process takes the lock over by making the file of the
+next number; of several that try, one succeeds.
 
 A process may hand its lock to one that it starts: the second one joins by the lock's token, and the
 lock is left over only when both are gone.

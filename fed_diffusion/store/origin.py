@@ -60,7 +60,7 @@ def origin_of(
     data
         The hash of the images, where this process has them.
     versions
-        Of the formats and of the arithmetic behind what is stored.
+        The versions of the formats and of the arithmetic behind what is stored.
     """
     known = run.identity()
     return {

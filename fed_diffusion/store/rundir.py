@@ -92,8 +92,8 @@ class RunDir:
         Parameters
         ----------
         path
-            None: a new one, ROOT/<preset>-<time>, with a number behind it where others begin in
-            the same second.
+            The directory. None stands for a new one, ROOT/<preset>-<time>, with a number behind it
+            if other runs begin in the same second.
         data
             The hash of the images that the run is to train on, where they are known.
 

@@ -94,7 +94,7 @@ def load_sweep(file: str) -> Sweep:
     Raises
     ------
     ConfigError
-        Names the file, the key, the value and what is allowed.
+        The message names the file, the key, the value and what is allowed.
     """
     is_path = file.endswith((".yaml", ".yml"))
     path = Path(file) if is_path else conf_dir() / "sweeps" / f"{file}.yaml"

@@ -222,7 +222,7 @@ def protocol(runs: Sequence[Run], done: Sequence[tuple[Run, Record]]) -> list[st
 
 PAPER = (
     "The paper does not say how many samples, which split and which weights are behind its Table "
-    "2: its columns show the order of the methods, they are no yardstick for the size of a FID."
+    "2: its columns show the order of the methods, and say nothing about how large a FID should be."
 )
 
 

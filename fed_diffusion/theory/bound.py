@@ -51,7 +51,7 @@ class Steps:
     needed
         The smallest kappa with gamma_k <= kappa min{1, u_{k+1}} for every k.
     delta
-        Its end; None where it is not known, and then Remark 4.12's condition on K is not looked at.
+        The partition's end. Where it is unknown (None), Remark 4.12's condition on K is skipped.
     """
 
     T: float
@@ -125,7 +125,7 @@ class Training:
 
 
 def to_F_scale(training: Training, Z: float, d: int) -> Training:
-    """From the simple loss F_n / (Z d), which training minimises, to F_n itself.
+    """Convert from the simple loss F_n / (Z d), which training minimises, to F_n itself.
 
     eta_F = eta / (Z d); losses, gradients and L times Z d, so sigma times Z d; theta is the same.
     """
@@ -306,7 +306,7 @@ class Bound:
         return all(condition.holds for condition in self.conditions)
 
     def terms(self) -> dict[str, float]:
-        """Every term by name; they add up to `total` unless C_1 takes them below 0."""
+        """Return every term by name; they add up to `total` unless C_1 takes them below 0."""
         parts = {**self.local._asdict(), "C1": self.C1, **self.discretisation._asdict()}
         parts["prior"] = self.prior
         return {name: self.constant * value for name, value in parts.items()}

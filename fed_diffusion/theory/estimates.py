@@ -295,7 +295,7 @@ class Means:
         self._freedom = min(pairs, float((self._counts - 1).sum()))
 
     def form(self, c: Tensor) -> Estimate:
-        """sum_gh c_gh <mu_g, mu_h> for a symmetric c [G, G], with its 95 % interval."""
+        """Return sum_gh c_gh <mu_g, mu_h> for a symmetric c [G, G], with its 95 % interval."""
         value = float((c * self._inner).sum())
         if self._alike is None:
             return Estimate(value, None)

@@ -35,9 +35,9 @@ class Mixture:
         return float((self.weights[:, None] * (self.means.square() + self.variances)).sum())
 
     def score(self, y: Tensor, u: Tensor) -> Tensor:
-        """grad log q_u(y) = sum_j r_j(y) (mean_j - y) / var_j, r_j the responsibilities; a `Score`.
+        """Return grad log q_u(y) = sum_j r_j(y) (mean_j - y) / var_j, r_j the responsibilities.
 
-        y [n, d] and u [n] -> [n, d].
+        This is a `Score`: y [n, d] and u [n] -> [n, d].
         """
         means, var = self._noised(u)
         shares = self._joint(y, u).softmax(1)

@@ -104,7 +104,7 @@ def _check_masks(family: Family, masks: Masks, theta: Mapping[str, Tensor]) -> N
             raise ValueError(f"it masks {name!r}, which the network lacks")
         if not isinstance(mask, wanted):
             raise TypeError(
-                f"the mask of {name} is a {type(mask).__name__}, and not a {wanted.__name__} "
+                f"the mask of {name} is a {type(mask).__name__}, not a {wanted.__name__} "
                 f"(shrinks = {family.shrinks})"
             )
         if mask.shape != tuple(theta[name].shape):
