@@ -1,6 +1,7 @@
 """The Flower ClientApp. A node hosts clients: each message says for which client it is.
 
-A node whose node config names `data-dir` or `dataset` is one client, which trains on the node's images.
+A node whose node config names `data-dir` or `dataset` is one client. That client
+trains on the node's images.
 
 Flower starts a process for every message and imports this module in it: keep torch out of it.
 """

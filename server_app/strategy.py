@@ -31,7 +31,7 @@ class FedDiffusion:
     def run(self, grid: Grid) -> dict[str, Any]:
         """Train all rounds that are left, then run the final hook; return the results.
 
-        Every node answers a query first, so that the time of start-up does not count towards a deadline.
+        Every node answers a query first, so that no deadline counts the time of start-up.
         """
         with self.experiment.guarded():
             self.summary()
@@ -72,8 +72,8 @@ class FedDiffusion:
             return
         if not numbers["num-partitions"]:
             raise ValueError(
-                "with pruning.budget a node's clients have the node's ratio, so its node config must "
-                "say which clients they are: partition-id=0 num-partitions=3"
+                "with pruning.budget a node's clients have the node's ratio, so its node config "
+                "must say which clients they are: partition-id=0 num-partitions=3"
             )
         if "keep" not in numbers:
             raise ValueError("its answer does not say its keep")

@@ -1,8 +1,8 @@
 """The processes of a run of Flower's: how they are found and ended, wherever they have re-parented.
 
-All of them inherit one environment variable with a value of the run's own, and stand in its private
-directory. Run as a script, this file is the watch: it waits until the process that started it is gone, and
-then ends the run.
+All of them inherit an environment variable whose value only this run has, and their working folder
+is in the run's private directory. Run as a script, this file is the watch: it waits until the
+process that started it is gone, and then ends the run.
 """
 
 from __future__ import annotations

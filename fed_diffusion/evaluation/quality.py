@@ -95,7 +95,7 @@ def evaluate(
         intervals (95 %, and how), memorisation (see there), samples, reference, split, extractor,
         extractor_sha256, extractor_because (why it was taken in Inception's place), nfe, seed, why.
         Where there can be no figures they are None and `why` is the reason; else `why` is None.
-        All these are of the first extractor; `others` has `JUDGED` of each further one, by its name.
+        These figures are the first extractor's; `others` has `JUDGED` of each further one by name.
 
     Raises
     ------

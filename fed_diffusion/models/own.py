@@ -27,10 +27,10 @@ class NetworkFactory(Protocol):
     -------
     nn.Module
         The network is called as network(x, u, labels): x_u float32 [n, C, H, W], times to data u
-        float64 [n], labels int64 [n] or None. It returns an estimate of the noise eps, shaped like x. Start
-        values are drawn from torch's global generator, which is seeded by the run. Every parameter
-        is trained and travels; buffers do not travel, so what must be the same on all machines is
-        a parameter.
+        float64 [n], labels int64 [n] or None. It returns an estimate of the noise eps,
+        shaped like x. Start values are drawn from torch's global generator, which is seeded by the
+        run. Every parameter is trained and travels. Buffers do not travel, so what must be the same
+        on all machines has to be a parameter.
     """
 
     def __call__(

@@ -103,8 +103,9 @@ def _leaves(record: Record) -> str:
     what = "what training changed in the network" if differences else "the network as it trained it"
     text = (
         f"A client sends no image to the server. It sends {what}, and a few numbers about that: "
-        "its losses, how many images it trained on, and how long it took. The server sees what "
-        "each client sends, and anyone who sees that can learn something about the images behind it."
+        "its losses, how many images it trained on, and how long it took. The server sees "
+        "what each client sends, and anyone who sees that can learn something about the images "
+        "behind it."
     )
     if record.data:
         text += (

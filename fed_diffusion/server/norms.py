@@ -59,9 +59,10 @@ class NormLimit:
         Raises
         ------
         UpdateError, DivergedError
-            The difference's norm is beyond `most`, or its root mean square (by which small and large networks
-            compare) beyond `factor` times the median of recent ones; in the first round, where
-            there are none, beyond `factor` times theta's own: no honest step is many times theta.
+            The difference's norm is beyond `most`, or its root mean square (by which small and
+            large networks compare) is beyond `factor` times the median of recent ones. In the first
+            round, which has no recent ones, theta's root mean square takes the median's place: no
+            honest step is many times theta.
         """
         if self._most is None and self._factor is None:
             return None
