@@ -74,6 +74,7 @@ SIDES: dict[str, dict[str, Any]] = {
 """With one client a shared state is one run of Adam; `one` begins anew in every round, as it did,
 and `one shared` does not."""
 SIDES["one shared"] = SIDES["one"] | {"local.state": "shared"}
+SIDES["ten shared int4"] = SIDES["ten shared"] | {"wire.state": "int4"}
 STATE: dict[str, dict[str, Any]] = {
     f"{side} {shape} eta {eta}": SIDES[side] | SHAPES[shape] | {"local.eta": ETAS[eta]}
     for side in SIDES

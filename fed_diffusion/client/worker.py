@@ -121,7 +121,7 @@ class Worker:
             end = clipped(end, start, config.privacy.clip)
         arrays = encode_update(end, start, masks, config, task.round, task.client) | sketches
         if isinstance(optimiser, SharedAdam):
-            arrays |= encode_moments(optimiser.moments(), masks)
+            arrays |= encode_moments(optimiser.moments(), masks, config, task.round, task.client)
         return Update(task.round, task.client, Payload(arrays, numbers))
 
     def minibatches(

@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     DIAGNOSTIC = 15
     PROBE = 16
     AUGMENTATION = 17
+    ROUNDING_STATE = 18
+    ROUNDING_STATE_DOWN = 19
 
 
 def philox(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Philox:

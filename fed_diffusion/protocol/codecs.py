@@ -96,15 +96,17 @@ def cast(values: Tensor, dtype: str, per_row: bool, stream: np.random.Philox | N
     scaled = (rows / divisor[:, None]).view(-1)
     codes = torch.empty(scaled.shape, dtype=torch.int8)
     for start in range(0, len(scaled), CHUNK):
-        _round(scaled[start : start + CHUNK], codes[start : start + CHUNK], stream)
+        round_at_random(scaled[start : start + CHUNK], codes[start : start + CHUNK], stream)
     return Cast(dtype, codes.view(values.shape), scales)
 
 
-def _round(scaled: Tensor, out: Tensor, stream: np.random.Philox) -> None:
+def round_at_random(
+    scaled: Tensor, out: Tensor, stream: np.random.Philox, levels: int = LEVELS
+) -> None:
     """Write floor(x + U) with U uniform in 65,536 steps: x on average. `scaled` is used up."""
     words = np.asarray(stream.random_raw(-(-len(scaled) // 4)))
     uniform = torch.from_numpy(words.view(np.uint16)[: len(scaled)].astype(np.float32))
-    out.copy_(scaled.add_(uniform, alpha=2.0**-16).floor_().clamp_(-LEVELS, LEVELS))
+    out.copy_(scaled.add_(uniform, alpha=2.0**-16).floor_().clamp_(-levels, levels))
 
 
 def unpack(
@@ -138,15 +140,16 @@ def unpack(
             f"not {expected} and {length}"
         )
     if dtype != "int8":
-        return _from_bytes(packed.data, DTYPES[dtype]).view(expected).to(torch.float32)
-    scales = _from_bytes(packed.data[: 4 * rows], torch.float32)
+        return from_bytes(packed.data, DTYPES[dtype]).view(expected).to(torch.float32)
+    scales = from_bytes(packed.data[: 4 * rows], torch.float32)
     if not bool(torch.isfinite(scales).all()) or bool((scales < 0).any()):
         raise UpdateError(f"{name} has scales that are negative or not finite")
-    codes = _from_bytes(memoryview(packed.data)[4 * rows :], torch.int8)
+    codes = from_bytes(memoryview(packed.data)[4 * rows :], torch.int8)
     return (codes.view(rows, -1) * scales[:, None]).view(expected)
 
 
-def _from_bytes(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
+def from_bytes(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
+    """The values that bytes hold, where they lie: not to be written to."""
     if len(data) == 0:
         return torch.empty(0, dtype=dtype)
     with warnings.catch_warnings():  # read-only memory is fine: decoded values are only read

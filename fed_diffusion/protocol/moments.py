@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fed_diffusion.common.rng import Purpose, philox
 from fed_diffusion.config import Config
 from fed_diffusion.masks.mask import Mask, Masks, mask_of
-from fed_diffusion.protocol.codecs import Cast, Packed, cast, unpack
+from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.errors import UpdateError
+from fed_diffusion.protocol.moment_codecs import Moment, bounded, unpack_moment
 
 FIRST, SECOND, STEPS = "moment1:", "moment2:", "steps:"
 PREFIXES = (FIRST, SECOND, STEPS)
@@ -69,12 +71,9 @@ def grouped(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return {p.removesuffix(":"): group(state, p) for p in PREFIXES} if state else {}
 
 
-def stored(
-    tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Undo `grouped`; return nothing where the run or the checkpoint has no state."""
-    kinds = [p for p in PREFIXES if state and p.removesuffix(":") in tensors]
-    return {p + n: v for p in kinds for n, v in tensors[p.removesuffix(":")].items()}
+def ungrouped(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Undo `grouped`, for all that a checkpoint holds."""
+    return {p + n: v for p in PREFIXES for n, v in files.get(p.removesuffix(":"), {}).items()}
 
 
 # --- towards the client -------------------------------------------------------------------------
@@ -139,12 +138,49 @@ def unpack_counts(name: str, packed: Packed, expected: tuple[int, ...]) -> Tenso
 _TABLES = range(4, 4 * TABLE + 1, 4)
 
 
-def cast_state(state: Mapping[str, Tensor]) -> dict[str, Cast | Counts]:
-    """Return the state as it travels, made once a round for all clients."""
-    return {
-        name: Counts(value) if name.startswith(STEPS) else cast(value, "fp32", False, None)
-        for name, value in state.items()
-    }
+@dataclass(frozen=True)
+class Outgoing:
+    """One moment of a tensor on its way to clients; clients that keep the same get the same bits.
+
+    Attributes
+    ----------
+    key
+        The key of the stream that the rounding is drawn from.
+    """
+
+    moment: Moment
+    key: tuple[int, Purpose, int, int]
+
+    @property
+    def codes(self) -> Tensor:
+        """The values."""
+        return self.moment.codes
+
+    def take(self, mask: Mask) -> Outgoing:
+        """Return only what a mask keeps."""
+        return Outgoing(self.moment.take(mask), self.key)
+
+    def pack(self) -> Packed:
+        """Return the bytes that travel."""
+        return self.moment.pack(philox(*self.key))
+
+
+def cast_state(
+    state: Mapping[str, Tensor], config: Config, round: int
+) -> dict[str, Outgoing | Counts]:
+    """Return the state as it travels to clients, made once a round for all of them."""
+    found: dict[str, Outgoing | Counts] = {}
+    for place, (name, value) in enumerate(state.items()):
+        if name.startswith(STEPS):
+            found[name] = Counts(value)
+        else:
+            key = config.seed, Purpose.ROUNDING_STATE_DOWN, round, place
+            found[name] = Outgoing(_moment(name, value, value.dim() > 1, config), key)
+    return found
+
+
+def _moment(name: str, values: Tensor, wide: bool, config: Config) -> Moment:
+    return Moment(values, config.wire.state, name.startswith(SECOND), wide)
 
 
 def decode_state(
@@ -175,13 +211,16 @@ def decode_state(
 # --- towards the server -------------------------------------------------------------------------
 
 
-def encode_moments(moments: Mapping[str, Tensor], masks: Masks) -> dict[str, Packed]:
+def encode_moments(
+    moments: Mapping[str, Tensor], masks: Masks, config: Config, round: int, client: int
+) -> dict[str, Packed]:
     """Return what training made of the kept moments."""
+    stream = philox(config.seed, Purpose.ROUNDING_STATE, round, client)
     packed = {}
     for name, value in moments.items():
         held = value.detach().to("cpu", torch.float32)
         kept = mask_of(masks, parameter_of(name), held).release(held)
-        packed[name] = cast(kept, "fp32", False, None).pack()
+        packed[name] = _moment(name, kept, held.dim() > 1, config).pack(stream)
     return packed
 
 
@@ -197,13 +236,15 @@ def decode_moments(
         negative or not a number.
     """
     found = {}
-    for prefix in (FIRST, SECOND) if is_shared(config) else ():
-        for name, whole in theta.items():
+    for name, whole in theta.items():
+        kept = mask_of(masks, name, whole).kept
+        for prefix in (FIRST, SECOND):
             key = prefix + name
             if key not in arrays:
                 raise UpdateError(f"{key} is missing, and local.state is shared")
-            values = unpack(key, arrays[key], "fp32", mask_of(masks, name, whole).kept, False)
-            if prefix == SECOND and not bool((values >= 0).all()):
-                raise UpdateError(f"{key} holds values that are negative or not finite")
-            found[key] = values
+            found[key] = unpack_moment(
+                key, arrays[key], config.wire.state, prefix == SECOND, whole.dim() > 1, kept
+            )
+        if config.wire.state != "fp32":
+            found[FIRST + name] = bounded(found[FIRST + name], found[SECOND + name])
     return found

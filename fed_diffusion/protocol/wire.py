@@ -25,7 +25,7 @@ from fed_diffusion.masks.recipe import Numbers, Recipe, RecipeError
 from fed_diffusion.masks.spaces import Layout
 from fed_diffusion.protocol.codecs import DTYPES, Cast, Packed, cast, unpack
 from fed_diffusion.protocol.errors import UpdateError
-from fed_diffusion.protocol.moments import PREFIXES, Counts, is_shared, parameter_of
+from fed_diffusion.protocol.moments import PREFIXES, Counts, Outgoing, is_shared, parameter_of
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("the wire format is little-endian and this machine is not")
@@ -87,7 +87,9 @@ def per_row(config: Config) -> bool:
     return pruning.kind == "full" or family_of(pruning, config.seed).shrinks
 
 
-def encode_task(casts: Mapping[str, Cast | Counts], recipe: Recipe, masks: Masks) -> Payload:
+def encode_task(
+    casts: Mapping[str, Cast | Outgoing | Counts], recipe: Recipe, masks: Masks
+) -> Payload:
     """Return what a client needs of theta_r and of the optimiser's state, where that is shared.
 
     These are the kept values, the recipe and, where needed, mask bits.

@@ -17,7 +17,7 @@ from fed_diffusion.config import Config
 from fed_diffusion.masks.recipe import RecipeError
 from fed_diffusion.protocol.errors import DivergedError, Fault, UpdateError
 from fed_diffusion.protocol.messages import Task, Update
-from fed_diffusion.protocol.moments import blank, grouped, parted, stored
+from fed_diffusion.protocol.moments import blank, grouped, parted, ungrouped
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.server.diagnostics import Diagnostics
 from fed_diffusion.server.divergence import check_divergence
@@ -105,8 +105,7 @@ class Coordinator:
             The checkpoint's tensors are not this model's.
         """
         self.theta, self.ema = (_as(self.theta, tensors[name]) for name in ("theta", "ema"))
-        if held := stored(tensors, self.moments):  # none where the setting has been changed
-            self.moments = _as(self.moments, held)
+        self.moments = _as(self.moments, ungrouped(tensors))
         self.step.restore(tensors)
         self.round = int(state["round"])
         self.participation.restore(state["strikes"])

@@ -126,7 +126,10 @@ class Rounds:
         theta, state
             theta_r and the optimiser's state; they are cast once for all of these clients.
         """
-        casts = cast_theta(theta, self._config, round) | cast_state(state)
+        casts = {
+            **cast_theta(theta, self._config, round),
+            **cast_state(state, self._config, round),
+        }
         steps = group(state, STEPS)
         full: Payload | None = None
         for client, recipe in recipes.items():

@@ -52,7 +52,7 @@ def test_every_setting_is_listed_with_its_default_and_what_it_may_be():
     assert list(found) == list(names(Config))
     assert found["local.batch"].values == "whole number, at least 1"
     assert found["local.batch"].default == "64"
-    assert found["round.trim"].values == "number, at least 0, below 0.5"
+    assert found["round.trim"].values == "number, above 0, below 0.5"
     assert found["wire.up"].values == "fp32 | bf16 | fp16 | int8"
     assert found["trackers"].values == "list of: csv | tensorboard | mlflow | module:attribute"
     assert found["data.dir"].values == "text or null"
@@ -93,7 +93,8 @@ def test_a_wrong_section_is_told_the_setting_that_is_meant(case, capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("shtab") is not None, reason="shtab is here")
-def test_completion_names_the_package_that_it_needs(capsys):
+def test_completion_names_the_package_that_it_needs(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)  # as where it is not installed
     assert main(["completion", "bash"]) == 2
     assert "pip install 'fed-diffusion[completion]'" in " ".join(capsys.readouterr().err.split())
 

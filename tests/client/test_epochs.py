@@ -134,7 +134,7 @@ def test_minibatches_that_are_measured_are_no_larger_than_those_of_training(tiny
         _, worker, _ = of_one_client(config, digits, 5)
         seen.clear()
         batch = worker._batch
-        worker._batch = lambda index, noise: (seen.append(len(index)), batch(index, noise))[1]
+        worker._batch = lambda index, *draws: (seen.append(len(index)), batch(index, *draws))[1]
         theta = parameters_of(build_network(config))
         _, network, drawn = worker.minibatches(theta, 0, 1, 2, 8)
         for minibatch in drawn:

@@ -2,7 +2,8 @@
 
 import torch
 
-from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.build import build_network, parameters_of, skeleton
+from fed_diffusion.client.budget import demand
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.rng import Purpose, generator, seed_torch, torch_generator
 from fed_diffusion.diffusion.loss import DSMLoss
@@ -47,3 +48,11 @@ def test_one_client_over_rounds_is_one_run_of_adam_bit_for_bit(tiny, digits):
         assert torch.equal(coordinator.moments[FIRST + name], state["exp_avg"]), name
         assert torch.equal(coordinator.moments[SECOND + name], state["exp_avg_sq"]), name
         assert bool((coordinator.moments[STEPS + name] == 12).all()), name
+
+
+def test_a_budget_counts_the_moments_that_come_with_a_task(tiny):
+    network = skeleton(tiny())
+    parameters = sum(p.numel() for p in network.parameters())
+    fresh, shared = (demand(config, network) for config in (tiny(), tiny(**SHARED)))
+    assert shared.parameters - fresh.parameters == 8 * parameters
+    assert shared.activations == fresh.activations

@@ -249,7 +249,7 @@ def test_an_evaluation_that_fails_leaves_results_that_can_be_completed(tiny, tmp
     def fail(*arguments):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("fed_diffusion.finish.measure", fail)
+    monkeypatch.setattr("fed_diffusion.evaluation.generated.measure", fail)
     with pytest.raises(MemoryError):
         simulate(tiny(rounds=1), tmp_path / "run", processes=1)
     quality = RunDir.open(tmp_path / "run").results()["quality"]
@@ -271,7 +271,7 @@ def test_a_worker_that_fails_is_rejected_and_the_run_goes_on(tiny, tmp_path, mon
     results = simulate(tiny(rounds=1), tmp_path / "run", processes=1)
     assert (results["rejected"], results["gamma_star"]) == (1, 4)
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
-    assert line["rejected"] == [{"client": 1, "reason": "MemoryError: no room"}]
+    assert line["rejected"] == [{"client": 1, "reason": "MemoryError: no room", "fault": "server"}]
 
 
 def test_more_clients_than_images_are_refused_before_training(tiny, tmp_path):

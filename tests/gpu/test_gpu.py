@@ -21,6 +21,7 @@ from fed_diffusion.diffusion.partitions import kappa_minimal
 from fed_diffusion.diffusion.samplers import SAMPLERS
 from fed_diffusion.engines.local import run_in_process
 from fed_diffusion.experiment import Experiment
+from fed_diffusion.masks.mask import Scattered
 from fed_diffusion.masks.subnetwork import extract, scatter
 from fed_diffusion.server.coordinator import Coordinator
 
@@ -142,8 +143,9 @@ def test_the_exact_mean_takes_tensors_from_the_device(device):
     masks = [torch.rand(1000, generator=draw) < 0.5 for _ in range(3)]
     here, there = MaskedMean(theta), MaskedMean(theta)
     for value, mask in zip(values, masks, strict=True):
-        here.add({"w": value}, {"w": mask})
-        there.add({"w": value.to(device)}, {"w": mask.to(device)})
+        here.add({"w": Scattered(mask).take(value)}, {"w": Scattered(mask)})
+        kept = Scattered(mask).take(value).to(device)
+        there.add({"w": kept}, {"w": Scattered(mask.to(device))})
     assert torch.equal(here.result()["w"], there.result()["w"])
 
 

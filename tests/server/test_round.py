@@ -143,7 +143,7 @@ def test_training_lowers_the_loss(tiny, digits, conditional):
 def test_label_dropout_replaces_its_part_of_the_labels_by_no_label(tiny, digits):
     worker = Worker(tiny(model__conditional=True, model__label_dropout=0.25), digits)
     indices = np.resize(np.arange(len(digits)), 20_000)
-    _, labels = worker._batch(indices, torch.Generator().manual_seed(0))
+    _, labels = worker._batch(indices, torch.Generator().manual_seed(0), np.random.default_rng(0))
     dropped = labels == 10
     assert abs(float(dropped.float().mean()) - 0.25) < 5 * (0.25 * 0.75 / 20_000) ** 0.5
     assert torch.equal(labels[~dropped], digits.labels[torch.from_numpy(indices)][~dropped])
@@ -152,7 +152,9 @@ def test_label_dropout_replaces_its_part_of_the_labels_by_no_label(tiny, digits)
 def test_without_label_dropout_nothing_is_drawn_for_it(tiny, digits):
     noise = torch.Generator().manual_seed(0)
     before = noise.get_state()
-    _, labels = Worker(tiny(model__conditional=True), digits)._batch(np.arange(64), noise)
+    _, labels = Worker(tiny(model__conditional=True), digits)._batch(
+        np.arange(64), noise, np.random.default_rng(0)
+    )
     assert torch.equal(noise.get_state(), before)
     assert torch.equal(labels, digits.labels[:64])
 

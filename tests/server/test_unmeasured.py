@@ -158,4 +158,4 @@ def test_what_a_worker_says_is_shown_without_its_control_characters(own, digits)
     for update in (odd, *updates[1:]):
         assert coordinator.receive(update)
     (entry,) = [e for e in coordinator.close_round().theory["unanswered"] if e["client"] == 0]
-    assert entry["reason"] == "no [31m room \u732b"
+    assert entry["reason"] == "no room \u732b"

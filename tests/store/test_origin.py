@@ -130,7 +130,7 @@ def test_one_setting_that_may_not_change_stops_those_that_may(run):
 def test_a_finished_run_goes_on_for_more_rounds_when_asked_to(tmp_path):
     config = load_config("digits", SETTINGS | {"rounds": 1})
     simulate(config, tmp_path / "run", processes=1)
-    refused(tmp_path / "run", "is finished", "--accept-changes")
+    refused(tmp_path / "run", "is finished", "for more rounds: fed-diffusion resume")
     refused(tmp_path / "run", "is finished", accept=True)
     edit(tmp_path / "run", rounds=2)
     refused(tmp_path / "run", "is finished")
