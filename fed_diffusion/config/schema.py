@@ -157,7 +157,7 @@ class Config(Section):
     def _state_is_averaged(self) -> Config:
         if self.wire.state != "fp32" and self.local.state != "shared":
             raise ValueError(
-                f"wire.state: {self.wire.state} needs local.state shared, since no state travels otherwise"
+                f"wire.state: {self.wire.state} needs local.state shared, or no state travels"
             )
         if self.local.state == "shared" and self.round.aggregation != "mean":
             raise ValueError(

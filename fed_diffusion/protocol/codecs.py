@@ -149,7 +149,7 @@ def unpack(
 
 
 def from_bytes(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
-    """The values that bytes hold, where they lie: not to be written to."""
+    """Return the values that bytes hold, without a copy; do not write to them."""
     if len(data) == 0:
         return torch.empty(0, dtype=dtype)
     with warnings.catch_warnings():  # read-only memory is fine: decoded values are only read
