@@ -243,7 +243,7 @@ def weight_of(config: Config, examples: int, said: int | None = None) -> int:
         return 1
     if said is not None and examples > said:
         raise UpdateError(
-            f"it says that it trained on {examples} images, and its node had {said} when it joined"
+            f"it says that it trained on {examples} images, but its node had {said} when it joined"
         )
     if examples > EXAMPLES_LIMIT:
         raise LimitError(

@@ -213,7 +213,7 @@ def resume_command(path: Path, *options: str, engine: str = "local") -> str:
 
 def _nothing_left(run: RunDir) -> ConfigError:
     return ConfigError(
-        f"{run.path} is finished; there is nothing to resume. To measure it anew: "
+        f"{run.path} is finished; there is nothing to resume. To measure it again: "
         f"{shlex.join(['fed-diffusion', 'evaluate', str(run.path)])}. For more rounds: "
         f"{resume_command(run.path, '--rounds', str(2 * run.config().rounds))}"
     )
@@ -256,9 +256,9 @@ def _with(config: Config, typed: Mapping[str, Any]) -> Config:
     for key in typed:
         if not _may_change(key):
             raise ConfigError(
-                f"{key} cannot be changed in a run that has begun: it decides on every bit. "
-                f"What can be set anew: {', '.join(f'{one}' for one in CHANGEABLE)}. For another "
-                f"{key} begin a new run."
+                f"{key} cannot be changed in a run that has begun: every result depends on it. "
+                f"These settings can be changed: {', '.join(CHANGEABLE)}. For another {key} begin a "
+                "new run."
             )
     return with_overrides(config, typed) if typed else config
 
@@ -275,7 +275,7 @@ def _refuse_changes(
     if not fixed:
         different = {k: pair for k, pair in different.items() if not _stands_in(k, typed)}
     if fixed:
-        how = f"Put {', '.join(fixed)} back, or begin a new run: these decide on every bit."
+        how = f"Put {', '.join(fixed)} back, or begin a new run: every result depends on these."
     else:
         how = f"If that is on purpose: {resume_command(run.path, '--accept-changes')}"
     raise ConfigError(
