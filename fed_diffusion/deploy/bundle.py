@@ -82,8 +82,8 @@ class Deployment:
             raise ConfigError(f"--nodes {self.nodes} is not allowed; give 1 to {MOST_NODES}.")
         if not 1 <= self.port <= 65535 or self.port == PORT_INSIDE:
             raise ConfigError(
-                f"--port {self.port} is not allowed; give 1 to 65535, but not {PORT_INSIDE}, where the "
-                "SuperLink listens behind the proxy."
+                f"--port {self.port} is not allowed; give 1 to 65535, but not {PORT_INSIDE}, where "
+                "the SuperLink listens behind the proxy."
             )
         if not 1 <= self.days <= 3650:
             raise ConfigError(f"--days {self.days} is not allowed; give 1 to 3650.")

@@ -257,8 +257,8 @@ def _with(config: Config, typed: Mapping[str, Any]) -> Config:
         if not _may_change(key):
             raise ConfigError(
                 f"{key} cannot be changed in a run that has begun: every result depends on it. "
-                f"These settings can be changed: {', '.join(CHANGEABLE)}. For another {key} begin a "
-                "new run."
+                f"These settings can be changed: {', '.join(CHANGEABLE)}. For another {key} begin "
+                "a new run."
             )
     return with_overrides(config, typed) if typed else config
 
