@@ -76,7 +76,9 @@ def parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--steps", type=int, help="how many steps the sampler takes")
     sample.add_argument("--sampler", metavar="NAME", help="the sampler, as in evaluation.sampler")
-    sample.add_argument("--guidance", type=float, metavar="W", help="as in evaluation.guidance")
+    sample.add_argument(
+        "--guidance", type=float, metavar="W", help="strength of guidance towards the label"
+    )
     sample.add_argument("--labels", metavar="0,1,2", help="classes to draw, in turn (default: all)")
     sample.set_defaults(command=sample_command)
 
