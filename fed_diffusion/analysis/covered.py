@@ -130,7 +130,7 @@ def _differs_in_training(network: nn.Module, config: Config) -> str:
         seed_torch(config.seed, Purpose.PROBE, cuda=False)
         try:
             found = [network.train(mode)(x, u, labels) for mode in (False, True)]
-        except Exception as error:  # code of one's own, at the end of a run that must not be lost
+        except Exception as error:  # a user's code, at the end of a run that must not be lost
             return f"an error where it was tried on this machine ({type(error).__name__}: {error})"
     return "" if torch.equal(*found) else "another value in training than in sampling"
 

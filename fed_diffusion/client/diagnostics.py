@@ -77,7 +77,7 @@ def measure(
             if products:
                 numbers |= _curvature(worker, theta, task, products)
     except Exception as error:
-        # whatever it is, in code of one's own too: the client's update must not be lost for it
+        # whatever it is, in a user's code too: the client's update must not be lost for it
         why = " ".join(f"{type(error).__name__}: {error}".split())
         data = why[:MOST_LETTERS].encode("utf-8", errors="replace")
         text = data.decode("utf-8")  # of a file name that is no text, too: a log must take it
