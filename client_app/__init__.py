@@ -1,1 +1,1 @@
-"""The Flower ClientApp: a message in, a worker does the task, a message out."""
+"""The Flower ClientApp: a message comes in, a worker does the task, a message goes out."""

@@ -1,6 +1,7 @@
 """The Flower ClientApp. A node hosts clients: each message says for which client it is.
 
-A node whose node config names `data-dir` or `dataset` is one client, on images of its own.
+A node whose node config names `data-dir` or `dataset` is one client. That client
+trains on the node's images.
 
 Flower starts a process for every message and imports this module in it: keep torch out of it.
 """
@@ -23,5 +24,5 @@ def train(message: Message, context: Context) -> Message:
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    """Load and check everything; say which partition this node is and what it can carry."""
+    """Load and check everything; answer which partition this node is and what it can carry."""
     return Message(answer("hello", message.content, context), reply_to=message)

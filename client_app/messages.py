@@ -1,8 +1,8 @@
 """Payloads as Flower records, and back.
 
 All values of a message travel as one array of raw bytes under our own stype, with an index beside
-them. Flower carries every array as objects of their own, with several requests for each: a network
-of a hundred tensors would spend its round on them.
+them. Flower carries every array as separate objects, with several requests for each: a network of a
+hundred tensors would spend its round on requests.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from fed_diffusion.protocol.wire import Packed, Payload
 STYPE = "fed-diffusion.raw"
 VALUES = "values"
 MOST_KEY = 100
-"""Letters of a key that go into messages."""
+"""The number of letters of a key that are shown in messages."""
 ENTRY = 200
-"""Characters of an entry of an index beside its name, at most."""
+"""The number of characters of an entry of an index beside its name, at most."""
 ALIGNMENT = 8
-"""Bytes: tensors are read where they lie, and start at multiples of it."""
+"""The number of bytes of whose multiples tensors start, as they are read where they lie."""
 
 
 def to_records(part: Task | Update, config_json: str | None = None) -> RecordDict:
-    """A task or an update as a message's content; `config_json` goes along towards a client."""
+    """Return a task or an update as a message's content; `config_json` goes along to a client."""
     arrays = part.payload.arrays
     index = [[name, it.dtype, list(it.shape), len(it.data)] for name, it in arrays.items()]
     values = b"".join(
@@ -62,23 +62,23 @@ def _padding(length: int) -> bytes:
 
 
 def to_task(content: RecordDict) -> Task:
-    """The task in a message's content."""
+    """Return the task in a message's content."""
     return Task(*_parts(content))
 
 
 def to_update(content: RecordDict, longest: float = math.inf) -> Update:
-    """The update in a reply's content; `UpdateError` where it is not one.
+    """Return the update in a reply's content; raise `UpdateError` where there is none.
 
     Parameters
     ----------
     longest
-        Characters of its index, at most; see `longest_index`.
+        The most characters of the update's index; see `longest_index`.
     """
     return Update(*_parts(content, longest))
 
 
 def longest_index(names: Iterable[str]) -> int:
-    """The most characters of an index of tensors with these names, and of a few others."""
+    """Return the most characters of an index of tensors with these names, and of a few others."""
     return sum(len(json.dumps(name)) + ENTRY for name in names) + 8 * ENTRY
 
 
@@ -110,7 +110,7 @@ def _parts(content: RecordDict, longest: float = math.inf) -> tuple[int, int, Pa
 
 
 def _unpacked(values: bytes, index: str) -> Iterator[tuple[str, Packed]]:
-    """The arrays that an index names; it came over the network, and has to fit to the byte."""
+    """Return the arrays that an index names; the index is untrusted, and must fit to the byte."""
     try:
         entries = [_entry(*entry) for entry in json.loads(index)]
     except (TypeError, ValueError, RecursionError) as error:
@@ -138,14 +138,14 @@ def _entry(
 
 
 def _name(key: str, value: object, numbers: Container[str]) -> str:
-    """Names are a recipe's, and stand beside the numbers."""
+    """Return a name of a recipe, which stands beside the numbers."""
     if not isinstance(value, str) or not key.startswith(PREFIX) or key in numbers:
         raise UpdateError(f"{key[:MOST_KEY]} is not a name of a recipe")
     return value
 
 
 def _number(key: str, value: int | float | list[int] | list[float]) -> int | float | list[int]:
-    """Lists are of whole numbers in everything this app sends."""
+    """Return a number, or a list of whole numbers, the only lists that this app sends."""
     if isinstance(value, list):
         if not all(type(entry) is int for entry in value):
             raise UpdateError(f"{key} is not a list of whole numbers")

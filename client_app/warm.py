@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from flwr.app import Context, RecordDict
 
 IDLE_S = 600.0
-"""Seconds that a worker waits for its next message before it ends and gives its memory back."""
+"""The seconds that a worker waits for its next message before it ends and frees its memory."""
 ROOT = Path(__file__).resolve().parents[1]
-"""Where this code lies; Flower puts the hash of an app into this path, so it is a version too."""
+"""The folder of this code; Flower puts an app's hash into the path, so it marks a version too."""
 TAKEN, STALE, DONE, RAISED = b"taken", b"stale", b"done", b"raised"
 _LENGTH = struct.Struct("!Q")
 
 
 def answer(kind: str, content: RecordDict, context: Context) -> RecordDict:
-    """What work.py answers to a message; by the node's warm worker in a deployment.
+    """Return what work.py answers to a message; in a deployment the node's warm worker answers.
 
-    In a simulation the process that calls this is kept by Ray, and is the worker.
+    In a simulation, the process that calls this is kept by Ray, and is itself the worker.
     """
     given = context.node_config.get("warm-seconds", IDLE_S)
     try:
@@ -67,7 +67,7 @@ def hand_over(
     node_config: Mapping[str, object],
     seconds: float = IDLE_S,
 ) -> RecordDict:
-    """The worker's answer; a worker for other code, another run or node config is replaced.
+    """Return the worker's answer; a worker for other code, another run or node config is replaced.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def hand_over(
 
 @contextmanager
 def _connected(node_id: int, key: bytes, seconds: float) -> Iterator[socket.socket]:
-    """A connection to the node's worker, which is started where there is none."""
+    """Return a connection to the node's worker, which is started where there is none."""
     with _private_folder() as folder, socket.socket(socket.AF_UNIX) as connection:
         path = f"/proc/self/fd/{folder}/{node_id}"  # as short as the system's limit wants it
         try:
@@ -122,7 +122,7 @@ def _connected(node_id: int, key: bytes, seconds: float) -> Iterator[socket.sock
 
 @contextmanager
 def _private_folder() -> Iterator[int]:
-    """This user's folder of sockets, open, locked, and surely nobody else's."""
+    """Yield this user's folder of sockets, locked; other users cannot open the folder."""
     path = Path(tempfile.gettempdir()) / f"fed-diffusion-{os.geteuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -137,7 +137,7 @@ def _private_folder() -> Iterator[int]:
 
 
 def _start(path: str, key: bytes, seconds: float) -> None:
-    """A worker on a socket that listens already: who connects now waits until it is ready."""
+    """Start a worker on a socket that listens already: a connection waits until it is ready."""
     if os.path.lexists(path):
         os.unlink(path)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -201,7 +201,7 @@ def serve(listener: socket.socket, key: bytes, seconds: float, parent: int) -> N
 
 
 def _watch(connection: socket.socket, done: threading.Event) -> None:
-    """Nobody waits for a task whose ClientApp was killed: end with it, as the ClientApp did."""
+    """End the task if its ClientApp was killed, as nobody waits for the task then."""
     try:
         while connection.recv(1):
             pass
@@ -227,7 +227,7 @@ def _send(connection: socket.socket, *parts: bytes) -> None:
 
 
 def _receive(connection: socket.socket, count: int) -> list[bytes]:
-    """So many parts; `ConnectionError` where the other end is gone before their end."""
+    """Return so many parts; raise `ConnectionError` if the other end is gone before their end."""
     parts = []
     for _ in range(count):
         (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))

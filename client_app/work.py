@@ -1,6 +1,7 @@
-"""What a node does for a message: records in, a worker does the task, records out.
+"""What a node does for a message: records come in, a worker does the task, records go out.
 
-Imports torch. The ClientApp's own process does not; it hands over to here through warm.py.
+This module imports torch. The ClientApp's own process does not: it hands over to this module
+through warm.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _resident: tuple[tuple[str | None, ...], Worker] | None = None
 
 
 def worker_of(content: RecordDict, node: NodeConfig) -> Worker:
-    """The worker for this run; the model and the data stay in memory between messages."""
+    """Return the worker for this run; the model and the data stay in memory between messages."""
     global _resident
     about = content["about"]
     assert isinstance(about, ConfigRecord)
@@ -39,13 +40,13 @@ def worker_of(content: RecordDict, node: NodeConfig) -> Worker:
 
 
 def _own(node: NodeConfig) -> tuple[str | None, str | None]:
-    """The folder and the data set that the node config names."""
+    """Return the folder and the data set that the node config names."""
     folder, name = (node.get(key) for key in ("data-dir", "dataset"))
     return str(folder) if folder else None, str(name) if name else None
 
 
 def _number(node: NodeConfig, key: str, default: float) -> float:
-    """A number of the node config, as it came or as text."""
+    """Return a number of the node config, given as a number or as text."""
     value = node.get(key, default)
     read = as_numbers(value)
     number = isinstance(read, int | float) and not isinstance(read, bool)
@@ -60,9 +61,10 @@ def train(content: RecordDict, node: NodeConfig) -> RecordDict:
 
 
 def hello(content: RecordDict, node: NodeConfig) -> RecordDict:
-    """Load and check everything; say which partition this node is and what it can carry.
+    """Load and check everything; answer which partition this node is and what it can carry.
 
-    Data that do not fit, or a machine too small, are no crash: the answer says what is wrong.
+    Data that do not fit, or a machine that is too small, are no crash: the answer says what is
+    wrong.
     """
     numbers: dict[str, int | float] = {"partition-id": 0, "num-partitions": 0}
     numbers["own-data"] = int(any(_own(node)))

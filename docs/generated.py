@@ -61,7 +61,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def settings_page() -> str:
-    """Every key of `Config`: what it may be, its default and its meaning."""
+    """Return every key of `Config`: what it may be, its default and its meaning."""
     top = {n: f for n, f in Config.model_fields.items() if not is_section(f.annotation)}
     parts = [SETTINGS, "## The run", table(Config, "", top)]
     for name, field in Config.model_fields.items():
@@ -73,12 +73,12 @@ def settings_page() -> str:
 
 
 def is_section(annotation: Any) -> bool:
-    """Whether a setting is a section, with settings of its own."""
+    """Return whether a setting is a section, with settings of its own."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def table(model: type[Section], prefix: str, fields: dict[str, Any]) -> str:
-    """Settings of one section as a table, each key with an anchor."""
+    """Return the settings of one section as a table, each key with an anchor."""
     meanings, schema = docstrings(model), model.model_json_schema()
     lines = ["| setting | value | default | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
@@ -96,7 +96,7 @@ def cell(text: str) -> str:
 
 
 def docstrings(model: type[Section]) -> dict[str, str]:
-    """The text below each attribute of a class, which Python itself throws away."""
+    """Return the text below each attribute of a class, which Python itself throws away."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(model))).body
     assert isinstance(tree, ast.ClassDef)
     found = {}
@@ -109,7 +109,7 @@ def docstrings(model: type[Section]) -> dict[str, str]:
 
 
 def allowed(shape: dict[str, Any], known: dict[str, Any], field: Any) -> str:
-    """What a setting may be, in words, from its JSON schema and the names that are built in."""
+    """Return what a setting may be, in words, from its JSON schema and the built-in names."""
     words = [name for item in field.metadata for name in built_in(item)]
     if words:
         return ", ".join(f"`{word}`" for word in words) + " or `module:attribute`"
@@ -145,14 +145,16 @@ def limits(shape: dict[str, Any]) -> Iterator[str]:
 
 
 def built_in(item: Any) -> tuple[str, ...]:
-    """The words of `config.names.part`, where a piece of a setting's type is one."""
+    """Return the words of `config.names.part`, where a piece of a setting's type is one."""
     check = getattr(item, "func", None)
     names = inspect.getclosurevars(check).nonlocals if inspect.isfunction(check) else {}
     return tuple(names.get("built_in", ()))
 
 
 def linked(text: str) -> str:
-    """A docstring in which the contracts of `fed_diffusion` are links to their place in the API."""
+    """Return a docstring in which the contracts of `fed_diffusion` link to their place in the
+    API.
+    """
 
     def link(found: re.Match[str]) -> str:
         name = found[1]
@@ -163,7 +165,7 @@ def linked(text: str) -> str:
 
 
 def cli_page() -> str:
-    """Every command with its arguments, as `--help` prints them."""
+    """Return every command with its arguments, as `--help` prints them."""
     parts = [CLI]
     for words, help_text, command in commands(parser()):
         command.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=88)
@@ -175,7 +177,9 @@ def cli_page() -> str:
 def commands(
     one: argparse.ArgumentParser, words: tuple[str, ...] = ("fed-diffusion",), about: str = ""
 ) -> Iterator[tuple[tuple[str, ...], str, argparse.ArgumentParser]]:
-    """Every command that has no commands below it: its words, what it does, and its parser."""
+    """Yield every command that has no commands below it: its words, what it does, and its
+    parser.
+    """
     groups = [a for a in one._actions if isinstance(a, argparse._SubParsersAction)]
     if not groups:
         yield words, about[:1].upper() + about[1:], one
@@ -186,7 +190,7 @@ def commands(
 
 
 def api_page() -> str:
-    """What `fed_diffusion.__all__` exports, each by mkdocstrings."""
+    """Return what `fed_diffusion.__all__` exports, each by mkdocstrings."""
     names = [name for name in fed_diffusion.__all__ if not name.startswith("__")]
     first = ("load_config", "run", "resume", "load")
     ordered = [*first, *(name for name in names if name not in first)]

@@ -30,7 +30,7 @@ network.append(nn.Linear(256, 64))
 
 
 def eps_theta(x, u):
-    """The network's noise estimate; the score is s_theta = -eps_theta / sigma_u."""
+    """Return the network's noise estimate; the score is s_theta = -eps_theta / sigma_u."""
     log_ratio = 0.5 * torch.log(torch.expm1(2 * u))
     angle = log_ratio[:, None] * torch.tensor([0.25, 0.5, 1.0, 2.0])
     v = network(torch.cat([x, angle.sin(), angle.cos()], 1))
@@ -38,7 +38,9 @@ def eps_theta(x, u):
 
 
 def f_n(x0):
-    """The stochastic loss: an unbiased estimate of (5) / (Z d), k drawn with p_k ~ weight_k."""
+    """Return the stochastic loss: an unbiased estimate of (5) / (Z d), k drawn with p_k ~
+    weight_k.
+    """
     k = torch.multinomial(weight, len(x0), replacement=True)
     eps = torch.randn_like(x0)
     x_u = torch.exp(-u[k])[:, None] * x0 + torch.sqrt(-torch.expm1(-2 * u[k]))[:, None] * eps

@@ -1,4 +1,4 @@
-"""An aggregator of the user's own: the mean of the updates, of which each moves a weight by little.
+"""An aggregator of the user's own: a mean of updates, each of which moves a weight by little.
 
     fed-diffusion run digits --set round.aggregation=examples.own_aggregator:Cautious
 
@@ -21,7 +21,7 @@ from fed_diffusion.protocol.errors import UpdateError
 
 
 class Cautious:
-    """theta + the mean of the differences, each cut to at most `MOST` at every coordinate."""
+    """The result is theta plus the mean of the differences, each cut to at most `MOST`."""
 
     MOST, STEPS = 1e-3, 2**20
 

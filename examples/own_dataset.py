@@ -18,7 +18,7 @@ COUNT = 600
 
 
 def shapes(config: DataConfig) -> ImageSet:
-    """Rings (label 0) and discs (label 1) of random centres and radii on black."""
+    """Return rings (label 0) and discs (label 1) of random centres and radii on black."""
     side, channels = config.size or 8, config.channels or 1
     draw = torch.Generator().manual_seed(0)
     centre = side / 2 + torch.rand(COUNT, 2, 1, 1, generator=draw) * side / 4 - side / 8

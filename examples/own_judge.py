@@ -18,7 +18,7 @@ from fed_diffusion.config.schema import EvaluationConfig
 
 
 class Spectrum:
-    """The logarithm of an image's energy at each frequency, and random logits made of that."""
+    """The features are the log energy of an image by frequency, the logits random sums of these."""
 
     name = "log spectrum"
     BINS, CLASSES = 16, 10
@@ -30,7 +30,9 @@ class Spectrum:
         self.weights = weights.to(device)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, C, H, W] to the mean energy in 4 x 4 blocks of frequencies, [n, 16]."""
+        """Return the mean energy in 4 x 4 blocks of frequencies, [n, 16], of images [n, C, H,
+        W].
+        """
         grey = images.float().mean(dim=1, keepdim=True) / 255
         energy = torch.fft.fft2(grey).abs().square()
         features = torch.nn.functional.adaptive_avg_pool2d(energy, 4).flatten(1).log1p()

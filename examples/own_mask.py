@@ -22,7 +22,7 @@ from fed_diffusion.config.schema import PruningConfig
 
 
 class Neighbours(Family):
-    """Masks the tensors of two or more dimensions; `pruning.options` has `of`, 4 by default."""
+    """Masks for tensors of two or more dimensions; `pruning.options` has `of`, 4 by default."""
 
     sends_bits = True
     shared = True
@@ -48,7 +48,9 @@ class Neighbours(Family):
 
 
 def largest(value: Tensor, of: int, kept: int) -> Tensor:
-    """True at the `kept` largest magnitudes of every `of` neighbours; ties go to the first."""
+    """Return True at the `kept` largest magnitudes of every `of` neighbours; ties go to the
+    first.
+    """
     groups = pad(value.abs().flatten(), (0, -value.numel() % of), value=-1.0).view(-1, of)
     order = groups.argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < kept).flatten()[: value.numel()].view(value.shape)

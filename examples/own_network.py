@@ -17,7 +17,9 @@ from fed_diffusion.config.schema import ModelConfig
 
 
 class Plain(nn.Module):
-    """model.blocks + 2 convolutions of model.widths[0] channels, each with a residual inside."""
+    """A network of model.blocks + 2 convolutions of model.widths[0] channels, most with a
+    residual.
+    """
 
     def __init__(self, model: ModelConfig, channels: int, size: int, classes: int | None):
         super().__init__()
@@ -31,7 +33,9 @@ class Plain(nn.Module):
         self.label = nn.Embedding(classes + 1, width) if classes is not None else None
 
     def forward(self, x: Tensor, u: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The noise in x: what is left when an image is taken away, so x itself at large u."""
+        """Return the noise in x: what is left when an image is taken away, so x itself at large
+        u.
+        """
         sigma = torch.sqrt(-torch.expm1(-2 * u)).to(x.dtype)[:, None, None, None]
         h = self.first(torch.cat([x, sigma.expand(-1, 1, *x.shape[2:])], dim=1))
         if self.label is not None and labels is not None:

@@ -12,7 +12,9 @@ from fed_diffusion.config import Config
 
 
 class Turns:
-    """Asks the next half of the free clients in each round, and waits for all of them."""
+    """This policy asks the next half of the free clients in each round, and waits for all of
+    them.
+    """
 
     overlapping = False
     """A task ends with its round."""
@@ -24,7 +26,7 @@ class Turns:
         return max(1, eligible // 2)
 
     def quorum(self, eligible: int) -> int:
-        """One update is enough to go on with, unless round.quorum is a count."""
+        """Return 1, as one update is enough to go on with, unless round.quorum is a count."""
         return min(self.target(eligible), self.needed if isinstance(self.needed, int) else 1)
 
     def ask(self, round: int, free: list[int], eligible: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A server optimiser of one's own: Lion, which moves every weight by the sign of a momentum.
+"""A server optimiser of the user's own: Lion, which moves each weight by a momentum's sign.
 
     fed-diffusion run digits --set server.optimizer=examples.own_server_optimizer:Lion \
         --set server.eta=0.002
@@ -19,7 +19,7 @@ from fed_diffusion.config.schema import ServerConfig
 
 
 class Lion:
-    """theta moves by eta sign(beta1 m + (1 - beta1) Delta); m = beta2 m + (1 - beta2) Delta."""
+    """The step is eta sign(beta1 m + (1 - beta1) Delta); m = beta2 m + (1 - beta2) Delta."""
 
     def __init__(self, settings: ServerConfig):
         if settings.eta is None:

@@ -15,7 +15,7 @@ from fed_diffusion import ImageSet
 
 
 def by_brightness(dataset: ImageSet, clients: int, draw: np.random.Generator) -> list[np.ndarray]:
-    """Equal parts in order of the images' mean value; ties are broken at random."""
+    """Return equal parts in order of the images' mean value; ties are broken at random."""
     brightness = dataset.images.double().mean(dim=(1, 2, 3)).numpy()
     order = np.lexsort((draw.permutation(len(dataset)), brightness))
     return np.array_split(order, clients)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 RHO = 7.0
-"""EDM's power (Karras et al. 2022): with 1 the steps are even, above it the last ones are short."""
+"""EDM's power (Karras et al. 2022): with 1 the steps are even, above it the last are short."""
 
 
 def karras(T: float, delta: float, K: int) -> Tensor:
-    """K even steps in sigma^(1/RHO), where sigma^2 = e^(2u) - 1 is EDM's noise level at time u."""
+    """Return K even steps in sigma^(1/RHO); sigma^2 = e^(2u) - 1 is EDM's noise level at time u."""
     ends = torch.tensor([T, delta], dtype=torch.float64)
     first, last = torch.expm1(2 * ends).sqrt() ** (1 / RHO)
     sigma = torch.linspace(float(first), float(last), K + 1, dtype=torch.float64) ** RHO

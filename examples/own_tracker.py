@@ -19,7 +19,7 @@ from fed_diffusion.config import Config
 
 
 class Diary:
-    """Writes diary.txt and diary-<round>.pt into the run directory."""
+    """This tracker writes diary.txt and diary-<round>.pt into the run directory."""
 
     def __init__(self, config: Config):
         self.title = f"{config.preset}, {config.rounds} rounds with {config.clients} clients"

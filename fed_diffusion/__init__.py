@@ -1,7 +1,7 @@
 """Federated training of diffusion models across machines of unequal resources.
 
-What stands in `__all__` is the public API. It is imported when it is first asked for: torch, which
-most of it needs, takes seconds.
+The names in `__all__` are the public API. Each is imported when it is first asked for: torch, which
+most of them need, takes seconds.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _PLACES = {
     "resume": "engines.either",
     "run": "engines.either",
 }
-"""Public name -> the module it is in; the same names stand above, for type checkers."""
+"""Public name -> its module; the same names stand above, for type checkers."""
 
 __all__ = [
     "Aggregator",
@@ -103,14 +103,14 @@ __all__ = [
 
 
 def load(run: str | Path, *, ema: bool = True) -> Sampler:
-    """The trained model of a run directory, ready to sample.
+    """Return the trained model of a run directory, ready to sample.
 
     Parameters
     ----------
     run
         The run directory.
     ema
-        Take the moving average of the parameters, which samples better, and not the last ones.
+        Whether to take the moving average of the parameters, which samples better than the last.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""`python -m fed_diffusion`, as `fed-diffusion`."""
+"""`python -m fed_diffusion` does what the command `fed-diffusion` does."""
 
 import sys
 

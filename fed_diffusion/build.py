@@ -1,4 +1,4 @@
-"""From the configuration to a time grid and a network: what is built in, or the user's own."""
+"""From the configuration to a time grid and a network, built in or the user's own."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ NETWORKS = ("unet",)
 
 
 def time_grid(config: Config, steps: int | None = None) -> Tensor:
-    """The partition of time u_0 = T > ... > u_K = delta, float64 [K + 1].
+    """Return the partition of time u_0 = T > ... > u_K = delta, float64 [K + 1].
 
     Parameters
     ----------
     steps
-        Default: diffusion.K.
+        The number of steps; by default diffusion.K.
 
     Raises
     ------
     ConfigError
-        There is no such partition, or the user's own gives something else.
+        There is no such partition, or the user's own breaks the contract.
     """
     diffusion = config.diffusion
     key, name = "diffusion.partition", diffusion.partition
@@ -59,15 +59,15 @@ def time_grid(config: Config, steps: int | None = None) -> Tensor:
 
 
 def build_network(config: Config) -> nn.Module:
-    """The score network with its initial theta_0, the same bits for the same seed.
+    """Return the score network with its initial theta_0, the same bits for the same seed.
 
-    Under the baseline `small` it is the smallest worker's sub-network, which everyone trains. A
-    network of the user's own, `model.name: module:Net`, is made as `NetworkFactory` says.
+    Under the baseline `small` this is the smallest worker's sub-network, which everyone trains. A
+    user's network, `model.name: module:Net`, is made as `NetworkFactory` says.
 
     Raises
     ------
     ConfigError
-        Names model.name or model.widths and what does not fit.
+        The message names model.name or model.widths and what does not fit.
     """
     with torch.random.fork_rng(devices=[]):
         seed_torch(config.seed, Purpose.INIT)
@@ -84,7 +84,7 @@ def build_network(config: Config) -> nn.Module:
 
 
 def skeleton(config: Config) -> nn.Module:
-    """The structure of `build_network(config)`; the U-Net's has no memory behind it (meta)."""
+    """Return the structure of `build_network(config)`; the U-Net's takes no memory (meta)."""
     if is_own(config.model.name):
         return build_network(config)
     if config.pruning.baseline == "small":
@@ -93,7 +93,7 @@ def skeleton(config: Config) -> nn.Module:
 
 
 def check_structure(config: Config) -> None:
-    """Refuse a network that cannot be built, or one of the user's own that is no noise estimate."""
+    """Refuse a network that cannot be built, or a user's network that returns no noise estimate."""
     network = skeleton(config)
     if is_own(config.model.name):
         with blamed("model.name", config.model.name):
@@ -101,12 +101,12 @@ def check_structure(config: Config) -> None:
 
 
 def channel_layout(config: Config) -> Layout | None:
-    """The network's channel spaces, where workers drop whole channels; else None.
+    """Return the network's channel spaces, where workers drop whole channels; else None.
 
     Raises
     ------
     ConfigError
-        Channels of a network of one's own: which belong together is not known.
+        For a user's network, it is not known which channels belong together.
     """
     if not family_of(config.pruning, config.seed).shrinks:
         return None
@@ -117,7 +117,7 @@ def channel_layout(config: Config) -> Layout | None:
 
 
 def _smallest(config: Config) -> dict[str, tuple[int, ...]]:
-    """The parameters' shapes in the sub-network of the smallest keep ratio."""
+    """Return the parameters' shapes in the sub-network of the smallest keep ratio."""
     layout = layout_of(_meta_unet(config))
     try:
         counts = layout.counts(min(keep_ratios(config)))
@@ -158,7 +158,7 @@ def _unet(config: Config) -> UNet:
 
 
 def _images(config: Config) -> tuple[int, int, int | None]:
-    """Channels and size of the images, and how many labels to condition on."""
+    """Return the channels and the size of the images, and how many labels to condition on."""
     channels, size, _ = image_shape(config.data)
     classes = class_count(config.data) if config.model.conditional else None
     if config.model.conditional and classes is None:
@@ -178,17 +178,21 @@ def _own_network(config: Config) -> nn.Module:
     with blamed("model.name", name):
         network = factory(config.model, channels, size, classes)
     if not isinstance(network, nn.Module):
-        raise ConfigError(f"model.name = {name!r} gave no torch.nn.Module.")
+        raise ConfigError(f"model.name = {name!r} did not return a torch.nn.Module.")
     return network
 
 
 def parameters_of(network: nn.Module) -> dict[str, Tensor]:
-    """theta: every trained tensor by name, detached views that share the network's memory."""
+    """Return theta: every trained tensor by name, detached views that share the network's
+    memory.
+    """
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
 def evaluator(network: Callable[..., Tensor], config: Config, device: torch.device) -> Network:
-    """A network as the function that losses and samplers call, in the configured precision."""
+    """Return a network as the function that losses and samplers call, in the configured
+    precision.
+    """
 
     def evaluate(x: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
         with arithmetic(config, device):
@@ -198,7 +202,7 @@ def evaluator(network: Callable[..., Tensor], config: Config, device: torch.devi
 
 
 def network_with(config: Config, theta: dict[str, Tensor]) -> nn.Module:
-    """A network that holds theta, in evaluation mode."""
+    """Return a network that holds theta, in evaluation mode."""
     network = build_network(config)
     for name, parameter in parameters_of(network).items():
         parameter.copy_(theta[name])

@@ -1,4 +1,4 @@
-"""Whatever can be refused is refused here, before any compute is spent."""
+"""All that can be refused is refused here, before any compute is spent."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ from fed_diffusion.store.rundir import RunDir
 def check(
     config: Config, dataset: ImageSet | None = None, needs_data: bool = True
 ) -> ImageSet | None:
-    """Everything that can be refused is refused here, before compute; returns the data set.
+    """Refuse everything that can be refused before compute, and return the data set.
 
-    A server without data of its own (needs_data=False) gets None.
+    A server without data (needs_data=False) gets None.
 
     Raises
     ------
     ConfigError
-        Names the key, the value, what is allowed and how to fix it.
+        The message names the key, the value, what is allowed and how to fix it.
     """
     check_training(config)
     check_evaluation(config)
@@ -74,7 +74,7 @@ def check(
 
 
 def check_training(config: Config) -> None:
-    """The part of `check` that looks at no files; raises `ConfigError`."""
+    """Make the checks of `check` that look at no files; raise `ConfigError`."""
     time_grid(config)
     sampler_partition(config)
     check_sampler(config)
@@ -92,18 +92,18 @@ def check_training(config: Config) -> None:
 
 
 def check_device(config: Config) -> None:
-    """Refuse a device that this machine has not."""
+    """Refuse a device that this machine does not have."""
     device = config.worker.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
-            f"worker.device = {device!r}, and torch sees no CUDA device; use auto or cpu."
+            f"worker.device = {device!r}, but torch sees no CUDA device; use auto or cpu."
         )
 
 
 def check_resume(
     run: RunDir, accept_changes: bool = False, changes: Mapping[str, Any] | None = None
 ) -> tuple[Config, str | None]:
-    """All that `Experiment.resume` refuses, for a command that has another process resume a run.
+    """Refuse what `Experiment.resume` refuses, for a command whose other process resumes the run.
 
     Returns
     -------
@@ -123,4 +123,4 @@ def check_resume(
 
 
 VERSIONS = {"checkpoint": checkpoint.VERSION, "wire": wire.VERSION}
-"""A run goes on only with the formats and the arithmetic that it began with."""
+"""The formats and the arithmetic: a run goes on only with those that it began with."""

@@ -43,21 +43,22 @@ logger = logging.getLogger(__name__)
 
 
 Progress = Callable[[dict[str, Any]], None]
-"""Called with each round's line of metrics.jsonl."""
+"""A function that is called with each round's line of metrics.jsonl."""
 
 
 class Experiment:
     """The server's side of one run: the coordinator, the run directory and the final hook.
 
     An engine calls `train` with a function that carries one round's `tasks` to the clients and
-    hands back what comes of each, by `receive` or `reject`.
+    hands each outcome back, by `receive` or `reject`. The experiment holds the run directory's lock
+    until `train` returns or raises, or until `close`.
 
     It holds the run directory's lock until `train` returns or raises, or until `close`.
 
     Parameters
     ----------
     path
-        The run directory; None: a new one under runs/.
+        The run directory; None stands for a new one under runs/.
     dataset, needs_data
         See `check`.
     run
@@ -76,7 +77,7 @@ class Experiment:
         self.config = config = with_class_names(config, self.dataset)
         self.trackers = Trackers(config)
         self.engine = "local"
-        """What carries this run; the command that resumes it depends on it."""
+        """The engine of this run, which stands in the command that resumes it."""
         self._data = None if self.dataset is None else content_hash(self.dataset)
         self.run = RunDir.create(path, config, self._data) if run is None else run
         self.live = Live(self.run, config.rounds)
@@ -101,7 +102,7 @@ class Experiment:
         accept_changes: bool = False,
         changes: Mapping[str, Any] | None = None,
     ) -> Experiment:
-        """A run that was stopped or killed, at its last checkpoint (or at its start).
+        """Return a run that was stopped or killed, at its last checkpoint (or at its start).
 
         Everything is checked before anything is written.
 
@@ -113,7 +114,7 @@ class Experiment:
         Raises
         ------
         ConfigError
-            No run is there, or it is finished, or another process is at it, or it is no longer
+            There is no run, or it is finished, or another process works on it, or it is no longer
             what it was: its settings, images, checkpoint or record have changed.
         """
         run = RunDir.open(path)
@@ -160,15 +161,16 @@ class Experiment:
     def train(
         self, exchange: Callable[[int], None], progress: Progress | None = None
     ) -> dict[str, Any]:
-        """Every round that is left, then the final hook; returns the results.
+        """Train every round that is left, then run the final hook; return the results.
 
         Parameters
         ----------
         exchange
-            Called with a round's number: sends `tasks(round)`, gives every reply to `receive` or
-            `reject`, and returns when all are in, when there are `enough`, or at the deadline.
+            A function that is called with a round's number. It sends `tasks(round)`, gives every
+            reply to `receive` or `reject`, and returns when all replies are in, when there are
+            `enough`, or at the deadline.
         progress
-            Called with each round's line of metrics.
+            A function that is called with each round's line of metrics.
 
         Raises
         ------
@@ -190,8 +192,11 @@ class Experiment:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Whatever ends a run in here: its last round is saved, status.json says why, and the
-        directory is freed. The outermost of several blocks does it."""
+        """Guard a block that may end a run: save its last round, write status.json, free the
+        directory.
+
+        Of several blocks inside one another, the outermost does this.
+        """
         if self._guarded:
             yield
             return
@@ -204,13 +209,15 @@ class Experiment:
             self.close()
 
     def announce(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
-        """Note what each client's node can carry: its keep ratio and, where measured, why."""
+        """Note what each client's node can carry: its keep ratio and, where measured, the
+        reason.
+        """
         for client, budget in budgets.items():
             self.coordinator.participation.announce(client, budget["keep"])
         self.run.write_budgets(self.run.budgets() | dict(budgets))
 
     def tasks(self, round: int, available: Collection[int] | None = None) -> Iterator[Task]:
-        """See `Coordinator.tasks`."""
+        """Yield the tasks of a round; see `Coordinator.tasks`."""
         if self.coordinator.open is None:  # where tasks outlive rounds, a round asks repeatedly
             self._round_began = time.perf_counter()
             self.live.round(round)
@@ -220,7 +227,7 @@ class Experiment:
             yield from self.coordinator.tasks(round, available)
 
     def receive(self, update: Update, node: int | None = None) -> bool:
-        """See `Coordinator.receive`."""
+        """Take an update; see `Coordinator.receive`."""
         with self.record.timed("aggregate"), pinned_threads(self.config.worker.threads):
             counted = self.coordinator.receive(update, node)
         self._answered()
@@ -234,12 +241,12 @@ class Experiment:
         nbytes: int = 0,
         fault: Fault = "server",
     ) -> None:
-        """See `Coordinator.reject`."""
+        """Note that a client's update does not count; see `Coordinator.reject`."""
         self.coordinator.reject(client, reason, node, nbytes, fault)
         self._answered()
 
     def note_refused(self, nodes: list[dict[str, str]]) -> None:
-        """See `Coordinator.note_refused`."""
+        """Note nodes that cannot be used; see `Coordinator.note_refused`."""
         self.coordinator.note_refused(nodes)
 
     def _answered(self) -> None:
@@ -248,7 +255,7 @@ class Experiment:
             self.live.answered(state.target if overlapping else len(state.recipes))
 
     def enough(self) -> bool:
-        """See `Coordinator.enough`."""
+        """Whether the round has enough updates; see `Coordinator.enough`."""
         return self.coordinator.enough()
 
     def close_round(self) -> RoundSummary:
@@ -278,7 +285,7 @@ class Experiment:
 
 
 def _round(experiment: Experiment, exchange: Callable[[int], None]) -> RoundSummary:
-    """One round, tried again while it is below its quorum."""
+    """Do one round, and try again while it is below its quorum."""
     round, tries = experiment.coordinator.round + 1, experiment.config.round.retries + 1
     for attempt in range(tries):
         exchange(round)

@@ -1,4 +1,4 @@
-"""What runs behind the last round, and the small grids that are drawn on the way there."""
+"""What runs after the last round, and the small grids that are drawn during training."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 SMALL = 16
-"""Images of a small grid."""
+"""The number of images of a small grid."""
 
 
 def finish(experiment: Experiment) -> dict[str, Any]:
-    """Sample, measure, and write results.json and the report; returns the results."""
+    """Sample, measure, and write results.json and the report; return the results."""
     run, record = experiment.run, experiment.record
     run.write_results(_results(experiment, no_quality(UNFINISHED, 0, 0)) | {"evaluation": None})
     with record.timed("evaluate"):
@@ -53,7 +53,7 @@ def _evaluate(experiment: Experiment) -> dict[str, Any]:
 
 
 def small_grid(experiment: Experiment, round: int) -> None:
-    """Images from the same noise each time."""
+    """Draw images from the same noise each time."""
     with experiment.record.timed("evaluate"):
         images = _sampler(experiment).sample(
             SMALL,
@@ -71,7 +71,7 @@ def _save(
 
 
 def _sampler(experiment: Experiment) -> Sampler:
-    """A sampler of the moving average, or of theta where there is none."""
+    """Return a sampler of the moving average, or of theta where there is none."""
     config, coordinator = experiment.config, experiment.coordinator
     return Sampler(config, coordinator.ema if config.ema.decay > 0 else coordinator.theta)
 

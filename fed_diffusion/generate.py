@@ -29,13 +29,13 @@ from fed_diffusion.store.rundir import DEFAULT_ROOT, RunDir
 __all__ = ["DEFAULT_ROOT", "RunDir", "Sampler", "batches_at_once", "sampler_partition"]
 
 Sampled = Callable[[float], None]
-"""Called while images are made with how many are done; a batch half way counts as half of it."""
+"""A function that is called with how many images are done; half a batch counts as half of it."""
 FEW = 16
-"""Images that are tried to see how much memory a whole batch will take."""
+"""The number of images that are tried to see how much memory a whole batch will take."""
 
 
 def batches_at_once(device: torch.device, count: int) -> ThreadPoolExecutor:
-    """Threads that make whole batches, `count` at once, each with one torch thread of its own.
+    """Yield threads that make whole batches, `count` at once, each with one torch thread.
 
     On a CPU that beats splitting every small operation over the cores, most of all on busy ones.
     """
@@ -45,25 +45,27 @@ def batches_at_once(device: torch.device, count: int) -> ThreadPoolExecutor:
 
 
 def sampler_partition(config: Config, steps: int | None = None) -> Tensor:
-    """The partition that samples are made on; `ConfigError` where it cannot be so short."""
+    """Return the partition that samples are made on; raise `ConfigError` if it cannot be so
+    short.
+    """
     return time_grid(config, config.evaluation.steps if steps is None else steps)
 
 
 def solver_of(config: Config) -> Solver:
-    """The sampler that evaluation.sampler names; `ConfigError` where there is none."""
+    """Return the sampler that evaluation.sampler names; raise `ConfigError` where there is none."""
     solver: Solver = resolve("evaluation.sampler", config.evaluation.sampler, SAMPLERS)
     return solver
 
 
 def check_sampler(config: Config) -> None:
-    """Refuse a sampler of the user's own that does not do what `Solver` says.
+    """Refuse a user's sampler that does not do what `Solver` says.
 
     It is tried on two images whose score is known, s(y, u) = -y, which costs no network.
 
     Raises
     ------
     ConfigError
-        Names evaluation.sampler and what went wrong.
+        The message names evaluation.sampler and what went wrong.
     """
     name, solve = config.evaluation.sampler, solver_of(config)
     if name in SAMPLERS:
@@ -75,11 +77,11 @@ def check_sampler(config: Config) -> None:
         x = solve(lambda y, u: -y, y, sampler_partition(config), generator=noise, denoise=denoise)
         if not isinstance(x, Tensor) or (x.shape, x.dtype) != (y.shape, y.dtype):
             got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"it gives {got} for a start of {y.dtype} {list(y.shape)}")
+            raise TypeError(f"it returns {got} for a start of {y.dtype} {list(y.shape)}")
         if not bool(torch.isfinite(x).all()):
-            raise ValueError("it gives values that are not finite where the score is -y")
+            raise ValueError("it returns values that are not finite where the score is -y")
         if not torch.equal(y, start):
-            raise ValueError("it changes the start that it is given; it must leave y alone")
+            raise ValueError("it changes y, the start that it is given")
 
 
 class Sampler:
@@ -102,7 +104,7 @@ class Sampler:
 
     @classmethod
     def from_run(cls, path: str | Path, *, ema: bool = True) -> Sampler:
-        """The model of a run directory; its moving average unless ema=False.
+        """Return the model of a run directory; its moving average unless ema=False.
 
         Raises
         ------
@@ -113,7 +115,7 @@ class Sampler:
         return cls(config, checkpoint.tensors["ema" if ema else "theta"])
 
     def score(self, labels: Tensor | None = None, guidance: float = 0.0) -> Score:
-        """s_theta(y, u) = -eps / sigma_u as a function of (y, u).
+        """Return s_theta(y, u) = -eps / sigma_u as a function of (y, u).
 
         eps is eps_theta(y, u, labels); with labels and a guidance w > 0 it is
         (1 + w) eps_theta(y, u, labels) - w eps_theta(y, u, no label), from one call of the network
@@ -133,17 +135,19 @@ class Sampler:
         return evaluate
 
     def partition(self, steps: int | None = None) -> Tensor:
-        """The sampler's partition of time; `steps` defaults to evaluation.steps, then diffusion.K.
+        """Return the sampler's partition; `steps` defaults to evaluation.steps, then diffusion.K.
 
         Raises
         ------
         ConfigError
-            Fewer steps than the partition can have.
+            The partition cannot have so few steps.
         """
         return sampler_partition(self.config, steps)
 
     def _with(self, overrides: dict[str, Any]) -> Config:
-        """The configuration with dotted keys replaced where a value is given, checked anew."""
+        """Return the configuration with dotted keys replaced where a value is given, checked
+        anew.
+        """
         settings = self.config.to_dict()
         for key, value in overrides.items():
             if value is not None:
@@ -185,19 +189,19 @@ class Sampler:
         Parameters
         ----------
         num
-            How many.
+            How many images.
         seed
-            Default: the run's seed. The same seed gives the same images.
+            The seed of the noise; by default the run's. The same seed gives the same images.
         steps
             Steps of the partition; default: evaluation.steps, then diffusion.K.
         labels
             int64 [num], for a conditional network; default: every class in turn.
         sampler, guidance
-            Default: evaluation.sampler, evaluation.guidance.
+            The sampler and its guidance; by default evaluation.sampler and evaluation.guidance.
         partition
             As diffusion.partition, which is the default.
         progress
-            Told how many images are done, after each step of each batch.
+            A function that is told how many images are done, after each step of each batch.
 
         Returns
         -------
@@ -207,7 +211,7 @@ class Sampler:
         Raises
         ------
         ConfigError
-            A setting that does not exist or that this network was not trained for.
+            A setting does not exist, or this network was not trained for it.
         """
         config = self._with(
             {
@@ -220,7 +224,7 @@ class Sampler:
         batch = batch or config.evaluation.batch
         seed = self.config.seed if seed is None else seed
         if not 0 <= seed < LARGEST:
-            raise ConfigError(f"seed = {seed} is not allowed: from 0, and below 2^63.")
+            raise ConfigError(f"seed = {seed} is not allowed: give a number from 0, below 2^63.")
         if labels is not None:
             self._check_labels(labels, num)
         elif self.classes is not None:
@@ -231,7 +235,7 @@ class Sampler:
     def batches(
         self, num: int, *, purpose: Purpose = Purpose.SAMPLES, progress: Sampled | None = None
     ) -> Iterator[Tensor]:
-        """The images of `sample(num)` in parts, in order, each as soon as it is made."""
+        """Yield the images of `sample(num)` in parts, in order, each as soon as it is made."""
         labels = None if self.classes is None else torch.arange(num) % self.classes
         config = self.config
         size = config.evaluation.batch
@@ -281,7 +285,8 @@ class Sampler:
                 yield from pool.map(generate, starts)
 
     def _at_once(self, score: Score, few: int, batch: int, batches: int) -> int:
-        """How many batches the cores and the free memory allow at once; images depend on neither.
+        """Return how many batches the cores and the free memory allow at once; images depend on
+        neither.
 
         Parameters
         ----------
@@ -300,10 +305,10 @@ class Sampler:
         return max(1, min(cores, int(memory_allowed() / max(each, 1.0))))
 
     def evaluations(self, steps: int | None = None, guidance: float | None = None) -> int:
-        """Network evaluations per image (NFE): images that go through the network for one image.
+        """Return the network evaluations per image (NFE).
 
-        One for every step of any sampler and one for evaluation.denoise; guidance doubles them,
-        though its two halves go through in one call.
+        There is one for every step of any sampler and one for evaluation.denoise; guidance doubles
+        them, though its two halves go through in one call.
         """
         guided = self.config.evaluation.guidance if guidance is None else guidance
         once = self.calls(self.partition(steps), self.config)
@@ -311,7 +316,7 @@ class Sampler:
 
     @staticmethod
     def calls(u: Tensor, config: Config) -> int:
-        """Calls of the score behind a batch on the partition u."""
+        """Return the calls of the score for a batch on the partition u."""
         return len(u) - 1 + int(config.evaluation.denoise)
 
 
@@ -325,7 +330,7 @@ class _Count:
         self._lock = threading.Lock()
 
     def counted(self, score: Score, start: int, n: int) -> Score:
-        """The score of the batch at `start`, of n images, whose calls are counted."""
+        """Return the score of the batch at `start`, of n images, whose calls are counted."""
         if self._tell is None:
             return score
         asked = 0

@@ -1,1 +1,1 @@
-"""The Flower ServerApp: the experiment's server side, its messages carried by Flower's grid."""
+"""The Flower ServerApp: the experiment's server side, whose messages Flower's grid carries."""

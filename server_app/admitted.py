@@ -40,7 +40,7 @@ class Admitted:
 
     @classmethod
     def of_environment(cls) -> Admitted | None:
-        """The list that the environment names; None where it names none, as in a simulation.
+        """Return the list that the environment names; None if it names none, as in a simulation.
 
         Raises
         ------
@@ -65,12 +65,12 @@ class Admitted:
         return cls(path, places)
 
     def check(self, key: bytes, partition: int, of: int) -> None:
-        """Refuse a node that says it is another one.
+        """Refuse a node that says it is another node.
 
         Raises
         ------
         ValueError
-            Its key is not listed, or it is listed with another partition.
+            The node's key is not listed, or is listed with another partition.
         """
         place = self._places.get(_normal(key))
         if place is None:
@@ -93,7 +93,7 @@ def _place(name: str, listed: Mapping[str, object]) -> tuple[str, int, int]:
 
 
 def _normal(key: bytes) -> bytes:
-    """A key in the same bytes, however it was written; one that is none stays as it is."""
+    """Return a key in the same bytes, however it was written; other texts stay as they are."""
     for load in (load_ssh_public_key, load_pem_public_key):
         try:
             found = load(key)

@@ -25,12 +25,12 @@ NUMBERS = (
     "budget.seconds",
     "budget.seconds_cap",
 )
-"""All that is read of an answer; some of it ends in the record of the run."""
+"""All numbers that are read of an answer; some of them end in the record of the run."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A node's own words: which clients it hosts, its numbers, and why it cannot be used, if so.
+    """A node's answer: which clients it hosts, its numbers, and why it cannot be used, if so.
 
     Attributes
     ----------
@@ -46,12 +46,12 @@ class Answer:
 
 
 def read_answer(reply: Message | Exception) -> Answer:
-    """A node's answer.
+    """Return a node's answer.
 
     Raises
     ------
     ValueError
-        It is none; the message says what is wrong with it.
+        The reply is not an answer; the message says what is wrong.
     """
     if isinstance(reply, Exception):
         raise ValueError(clean(f"its answer cannot be read: {reply!r}"))

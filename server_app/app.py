@@ -33,11 +33,11 @@ KEYS = {
     "seed": "seed",
     "data-dir": "data.dir",
 }
-"""Run-config keys of their own; every other setting goes through `set`."""
+"""The run-config keys that have names here; every other setting goes through `set`."""
 
 
 def config_of(run_config: UserConfig) -> Config:
-    """The configuration that `flwr run --run-config` describes; empty values mean the preset's."""
+    """Return the configuration of `flwr run --run-config`; empty values mean the preset's."""
     overrides = {
         key: read_value(key, value) if isinstance(value := run_config[name], str) else value
         for name, key in KEYS.items()
@@ -53,7 +53,7 @@ def config_of(run_config: UserConfig) -> Config:
 
 
 def _experiment(run_config: UserConfig) -> Experiment:
-    """A new run, or with `resume` the one that a run directory holds."""
+    """Return a new run or, with `resume`, the run in a run directory."""
     resumed = str(run_config.get("resume", ""))
     if resumed:
         stored = RunDir.open(resumed).config()
@@ -69,14 +69,14 @@ def _experiment(run_config: UserConfig) -> Experiment:
 
 
 def _run_dir(run_config: UserConfig) -> Path | None:
-    """Where a new run is to be; None: a new directory under runs/."""
+    """Return where a new run is to be; None means a new directory under runs/."""
     given = str(run_config.get("run-dir", ""))
     return Path(given) if given else None
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One run; however it ends, status.json in the run directory says so."""
+    """Do one run; however it ends, status.json in the run directory says so."""
     experiment = None
     try:
         experiment = _experiment(context.run_config)
@@ -100,7 +100,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _unbegun(run_config: UserConfig) -> RunDir | None:
-    """The directory of a run that was refused; a run that is there keeps its status."""
+    """Return the directory of a run that was refused; an existing run keeps its status."""
     path = _run_dir(run_config)
     if path is None or run_config.get("resume"):
         return None

@@ -24,7 +24,7 @@ from server_app.replies import TooLarge, fault_of, pull, reason_of
 
 DEAD_ACTOR = "ray.exceptions.ActorDiedError"
 LIVES_S = 5.0
-"""Between looks for nodes while a round waits for replies."""
+"""The seconds between looks for nodes while a round waits for replies."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Sent:
     Attributes
     ----------
     most
-        The bytes that its reply may have.
+        The most bytes that the message's reply may have.
     """
 
     client: int
@@ -48,11 +48,11 @@ class Sent:
 
 
 class Exchange:
-    """The loop of this engine: tasks out, and replies folded in as they arrive and dropped at once.
+    """This engine's loop sends tasks, and folds replies in as they arrive.
 
     A client that fails costs its own update, and nodes come and go. Where tasks outlive rounds,
-    what is out stays out when a round has enough, and whoever has become free is asked at each
-    look. Else a round asks once, and what has not come by its end is late.
+    what is out stays out when a round has enough, and clients that have become free are asked at
+    each look. Else a round asks once, and what has not come by its end is late.
     """
 
     def __init__(self, experiment: Experiment, grid: Grid, nodes: Nodes):
@@ -72,7 +72,7 @@ class Exchange:
         """Messages that are no longer waited for."""
 
     def __call__(self, round: int) -> None:
-        """One round, until there are enough updates, or no more can come, or time is up."""
+        """Do one round, until there are enough updates, or no more can come, or time is up."""
         self._drop_late()
         tasks, deadline, patience = None, math.inf, Patience()
         while not self._experiment.enough():
@@ -94,7 +94,9 @@ class Exchange:
         self._experiment.note_refused(self._nodes.refused())
 
     def _available(self) -> set[int]:
-        """The clients whose node is there; a round that asks once waits for its quorum of them."""
+        """Return clients whose node is there; a round that asks once waits for its quorum of
+        them.
+        """
         count = 1 if self._overlapping else self._experiment.coordinator.quorum()
         return self._nodes.wait_for(self._clients, count, min(self._seconds, JOIN_S))
 
@@ -108,7 +110,7 @@ class Exchange:
             self._send(task, deadline)
 
     def _send(self, task: Task, deadline: float) -> None:
-        """The task's message on its way to the client's node; else the client is rejected."""
+        """Return the task's message on its way to the client's node; else reject the client."""
         host = self._nodes.host_of(task.client)
         message_ids = self._grid.push_messages([self._message(task, host)]) if host else []
         sent = [message_id for message_id in message_ids if message_id]
@@ -132,7 +134,7 @@ class Exchange:
     # --- back -----------------------------------------------------------------------------------
 
     def _look(self, tasks: Iterator[Task], deadline: float) -> bool:
-        """Look once for each reply that is out, until there are enough; whether any came."""
+        """Look once for each reply that is out, until there are enough; return whether any came."""
         came = False
         if time.monotonic() - self._looked > LIVES_S:
             self._nodes.refresh()
@@ -205,7 +207,7 @@ class Exchange:
         return f"no reply within {self._seconds:g} s"
 
     def _drop_late(self) -> None:
-        """Replies that are no longer waited for are recognised and thrown away."""
+        """Recognise replies that are no longer waited for, and throw them away."""
         for message_id, sent in list(self._late.items()):
             found = list(pull(self._grid, message_id, sent.most))
             if any(isinstance(reply, Message) and reply.has_content() for reply in found):

@@ -21,24 +21,27 @@ from server_app.answers import Answer, Numbers, read_answer
 from server_app.replies import UNANSWERED, pull, reason_of
 
 POLL_S = 0.05
-"""Between looks for replies, at first; Flower's own loop waits up to 3 s."""
+"""The seconds between looks for replies, at first; Flower's own loop waits up to 3 s."""
 POLL_MOST_S = 1.0
 POLL_SHARE = 0.05
-"""Later looks wait for this part of the time that nothing came: each look is a request for every
-reply that is out, and in a deployment costs the SuperLink some 10 ms of CPU."""
+"""The share of the time without replies that a later look waits.
+
+Each look is a request for every reply that is out, and in a deployment costs the SuperLink some 10
+ms of CPU.
+"""
 JOIN_S = 120.0
-"""How long to wait for the first node, and for a node to answer the opening query."""
+"""The seconds to wait for the first node, and for a node's answer to the opening query."""
 AGAIN_S = 30.0
-"""How long a node that cannot be used, or did not answer, is left alone until it is asked again."""
+"""The seconds until a node that cannot be used, or did not answer, is asked again."""
 LOOK_S = 1.0
-"""Between looks for nodes, while there are too few."""
+"""The seconds between looks for nodes, while there are too few."""
 MOST_ANSWER = 1 << 16
-"""Bytes of an answer to the opening query."""
+"""The most bytes of an answer to the opening query."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A node that cannot be used, and why; the clients it would have hosted, if it said which."""
+    """A node that cannot be used, the reason, and the clients it would have hosted, if known."""
 
     reason: str
     partition: int = 0
@@ -47,9 +50,10 @@ class Refused:
 
 @dataclass(frozen=True)
 class Host:
-    """A node that has answered: the clients whose number is `partition` modulo `of` are its own.
+    """A node that has answered; it hosts the clients whose number is `partition` modulo `of`.
 
-    A node without a partition in its node config (`of` is 0) takes clients that no other hosts.
+    A node without a partition in its node config (`of` is 0) takes clients that no other node
+    hosts.
 
     Attributes
     ----------
@@ -65,7 +69,7 @@ class Host:
     active: str
 
     def owns(self, client: int) -> bool:
-        """Whether a client is surely this node's."""
+        """Return whether a client is surely this node's."""
         return self.of > 0 and client % self.of == self.partition
 
 
@@ -79,19 +83,19 @@ class Query:
 
 
 class Nodes:
-    """The nodes of a run. New ones are asked and join; those that are offline host nobody.
+    """The nodes of a run. New ones are asked and join; nodes that are offline host no client.
 
-    A node is asked once for each time that it becomes active, and one that cannot be used again
-    and again, so that whoever puts it right needs to do no more.
+    A node is asked once each time that it becomes active. A node that cannot be used is asked again
+    and again, so that an operator who mends it needs to do nothing else.
 
     Parameters
     ----------
     clients
-        How many the run has.
+        The number of clients of the run.
     accept
-        Given a node's numbers; raises `ValueError` where it cannot be used.
+        A function of a node's numbers; it raises `ValueError` if the node cannot be used.
     joined
-        Given each node that has joined.
+        A function that is called with each node that has joined.
     """
 
     def __init__(
@@ -121,7 +125,7 @@ class Nodes:
         Raises
         ------
         RuntimeError
-            None came, or none can run the ClientApp.
+            No node came, or none can run the ClientApp.
         """
         end = time.monotonic() + JOIN_S
         while not self.refresh() and time.monotonic() < end:
@@ -139,7 +143,9 @@ class Nodes:
             raise RuntimeError("no node can run the ClientApp. " + "; ".join(failures + silent))
 
     def refresh(self) -> bool:
-        """See who is online, ask whom there is to ask, take the answers that are in; any online?"""
+        """See who is online, ask new nodes, take the answers that are in; return whether any is
+        online.
+        """
         before, now = self._online, time.monotonic()
         self._online = {info.node_id: info for info in self._grid.get_nodes()}
         for node, info in self._online.items():
@@ -160,7 +166,7 @@ class Nodes:
         return bool(self._online)
 
     def wait_for(self, clients: list[int], count: int, seconds: float) -> set[int]:
-        """Those of the clients that have a host now; waits while they are fewer than `count`."""
+        """Return those clients that have a host now; wait while they are fewer than `count`."""
         end = time.monotonic() + seconds
         self.refresh()
         while len(found := {c for c in clients if self.host_of(c)}) < count:
@@ -171,7 +177,7 @@ class Nodes:
         return found
 
     def host_of(self, client: int) -> Host | None:
-        """The node that works for a client; None while it is not there."""
+        """Return the node that works for a client; None while the node is not there."""
         here = [self._hosts[node] for node in sorted(self._hosts) if self._is_here(node)]
         own = [host for host in here if host.owns(client)]
         if own:
@@ -182,20 +188,20 @@ class Nodes:
         return free[client % len(free)] if free else None
 
     def refusals(self, clients: Iterable[int]) -> Iterator[tuple[int, int, str]]:
-        """(client, node, reason) of those clients whose node is there and cannot be used."""
+        """Return (client, node, reason) of those clients whose node is there but cannot be used."""
         for client in clients:
             for node, it in self._refused.items():
                 if it.of and client % it.of == it.partition and not self.host_of(client):
                     yield client, node, it.reason
 
     def refused(self) -> list[dict[str, str]]:
-        """Every node that is there and cannot be used, and why, for the record."""
+        """Return every node that is there but cannot be used, and why, for the record."""
         return [{"node": str(node), "reason": it.reason} for node, it in self._refused.items()]
 
     def has_restarted(self, host: Host) -> bool:
-        """Whether the process that was sent something is not the one that is there now.
+        """Return whether the process that was sent a message has been replaced by another.
 
-        Flower says so itself of a node that is away; of one that has come back it says nothing.
+        Flower says so itself of a node that is away, but not of one that has come back.
         """
         info = self._online.get(host.node)
         return info is not None and info.last_activated_at != host.active
@@ -204,12 +210,12 @@ class Nodes:
         return sum(map(self._is_here, self._hosts))
 
     def _is_here(self, node: int) -> bool:
-        """Whether a node is online and has answered since it came."""
+        """Return whether a node is online and has answered since it came."""
         info, host = self._online.get(node), self._hosts.get(node)
         return info is not None and host is not None and host.active == info.last_activated_at
 
     def _is_asked(self, node: int) -> bool:
-        """Whether the process that is there now has a query to answer."""
+        """Return whether the process that is there now has a query to answer."""
         active = self._online[node].last_activated_at
         return any(q.node == node and q.active == active for q in self._queries.values())
 
@@ -252,7 +258,7 @@ class Nodes:
         self._joined(host)
 
     def _check(self, node: int, answer: Answer) -> None:
-        """Refuse a node that is not fit, is not who it says, or whose clients are another's."""
+        """Refuse a node that is not fit, is not who it says, or claims another node's clients."""
         if self._admitted is not None and node in self._online:
             self._admitted.check(self._online[node].public_key, answer.partition, answer.of)
         for other, host in self._hosts.items():
@@ -270,32 +276,33 @@ class Nodes:
         self._accept(answer.numbers)
 
     def _both(self, one: Host, other: Host) -> list[int]:
-        """The clients that two nodes host, each by what it says."""
+        """Return the clients that two nodes host, each by its own account."""
         return [client for client in self._clients if one.owns(client) and other.owns(client)]
 
     def _named(self, node: int) -> str:
-        """The name that the operator gave a node, for a log."""
+        """Return the name that the operator gave a node, for a log."""
         info = self._online.get(node)
         return f" ({clean(info.name, 100)})" if info is not None and info.name else ""
 
 
 class Patience:
-    """How long to wait until the next look, when nothing came since this was made."""
+    """How long to wait until the next look, when nothing has come since this object was made."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
 
     def pause(self) -> float:
-        """Seconds."""
+        """Return the seconds until the next look."""
         waited = time.monotonic() - self._since
         return min(max(POLL_S, POLL_SHARE * waited), POLL_MOST_S)
 
 
 def most_out(grid: Grid) -> float:
-    """How many messages of a round may be out at once: in a simulation two for each core of Ray's.
+    """Return how many messages of a round may be out at once: in a simulation two for each Ray
+    core.
 
-    There they lie in this process until a Ray worker is free, so that a round of hundreds of
-    clients would hold the network hundreds of times. SuperNodes fetch theirs at once.
+    In a simulation messages lie in this process until a Ray worker is free, so that a round of
+    hundreds of clients would hold the network hundreds of times. SuperNodes fetch theirs at once.
     """
     if not isinstance(grid, InMemoryGrid):
         return math.inf

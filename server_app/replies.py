@@ -1,4 +1,4 @@
-"""Replies from the network: fetched within limits and read, and whose fault it is if they fail."""
+"""Replies from the network: they are fetched within limits and read; errors have a culprit."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ UNREADABLE = (
     UnexpectedObjectContentError,
     ValueError,
 )
-"""What Flower raises where a reply's bytes are no message."""
+"""The exceptions that Flower raises where a reply's bytes are not a message."""
 FEW_OBJECTS = 16
-"""The objects of a reply beside its values: the message, its records, and room."""
+"""The objects of a reply beside its values: the message, its records, and spare room."""
 
 
 class TooLarge(Exception):
-    """A reply of more objects or bytes than it may have; so many bytes of it were fetched."""
+    """A reply has more objects or bytes than it may have; so many bytes of it were fetched."""
 
     def __init__(self, what: str, nbytes: int = 0):
         super().__init__(what)
@@ -54,8 +54,8 @@ class TooLarge(Exception):
 class Bounded:
     """Flower's client of the SuperLink, which fetches no more of a reply than it may have.
 
-    Flower announces the objects of a reply, and not their sizes: too many are refused before
-    one is fetched. Of the others each is fetched by itself, and none after the limit. What this
+    Flower announces the objects of a reply, but not their sizes. Too many objects are refused
+    before one is fetched. Other objects are fetched one by one, and none after the limit. What this
     process holds is then the limit and the objects that are on their way, one or two, which the
     proxy bounds.
     """
@@ -76,7 +76,7 @@ class Bounded:
         return getattr(self._client, name)
 
     def PullMessages(self, request: Any) -> Any:
-        """Flower's, refusing a reply of too many objects."""
+        """Do what Flower's method does, but refuse a reply of too many objects."""
         response = self._client.PullMessages(request)
         self._replies = [message.metadata for message in response.messages_list]
         allowed = FEW_OBJECTS + 2 * math.ceil(self._most / FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE)
@@ -86,7 +86,7 @@ class Bounded:
         return response
 
     def PullObject(self, request: Any) -> Any:
-        """Flower's, until the limit."""
+        """Do what Flower's method does, up to the limit."""
         most, fetched = self._most, self._fetched
         _check(fetched, most)
         response = self._client.PullObject(request)
@@ -120,7 +120,7 @@ def _check(fetched: _Count, most: int) -> None:
 
 
 def _size(tree: ObjectTree) -> int:
-    """How many objects there are, whatever their depth."""
+    """Return how many objects there are, whatever their depth."""
     count, rest = 0, [tree]
     while rest:
         count += 1
@@ -129,19 +129,19 @@ def _size(tree: ObjectTree) -> int:
 
 
 def bound(grid: Grid) -> None:
-    """From now on `pull` limits what is fetched; a grid in this process holds all there is."""
+    """Let `pull` limit what is fetched from now on; a grid in this process holds all there is."""
     if isinstance(grid, HttpGrid) and not isinstance(grid._client, Bounded):
         # Flower's grid has no limit of its own, and no other place for one
         grid._client = Bounded(grid._runtime_client)  # type: ignore[assignment]
 
 
 def pull(grid: Grid, message_id: str, most: int) -> Iterator[Message | Exception]:
-    """The reply to a message if it is there; one that cannot be read comes as its exception.
+    """Return the reply to a message if it is there; an unreadable one is returned as its exception.
 
     Parameters
     ----------
     most
-        Bytes that the reply may have, where it is to be fetched.
+        The most bytes that the reply may have, where it is to be fetched.
     """
     client = getattr(grid, "_client", None)
     if isinstance(client, Bounded):
@@ -159,12 +159,12 @@ def pull(grid: Grid, message_id: str, most: int) -> Iterator[Message | Exception
 
 
 def reason_of(error: Error) -> str:
-    """What Flower or a node says of an error."""
+    """Return what Flower or a node says of an error."""
     return clean(f"{error.reason or 'no reason given'} (Flower error {error.code})")
 
 
 def fault_of(error: Error) -> Fault:
-    """Whose fault an error is that came in the place of a reply.
+    """Return whose fault an error is that came in place of a reply.
 
     A ClientApp that raises, dies or does not load is the node's; a message that is lost is the
     network's, and a node that is gone with it.

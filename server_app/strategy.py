@@ -29,9 +29,9 @@ class FedDiffusion:
         self.config = experiment.config
 
     def run(self, grid: Grid) -> dict[str, Any]:
-        """All rounds that are left, then the final hook; returns the results.
+        """Train all rounds that are left, then run the final hook; return the results.
 
-        Every node answers a query first, so that start-up eats no deadline.
+        Every node answers a query first, so that no deadline counts the time of start-up.
         """
         with self.experiment.guarded():
             self.summary()
@@ -41,12 +41,12 @@ class FedDiffusion:
             return self.experiment.train(Exchange(self.experiment, grid, nodes), self._report)
 
     def start(self, *arguments: object, **keywords: object) -> NoReturn:
-        """Refuse what Flower's strategies are called with.
+        """Refuse the call that Flower makes to its strategies.
 
         Raises
         ------
         NotImplementedError
-            Always; it says what to call.
+            This is always raised; the message says what to call instead.
         """
         raise NotImplementedError(
             "FedDiffusion has no start(): theta, the number of rounds and the checkpoints are the "
@@ -72,15 +72,15 @@ class FedDiffusion:
             return
         if not numbers["num-partitions"]:
             raise ValueError(
-                "with pruning.budget a node's ratio is its clients', so its node config must say "
-                "which they are: partition-id=0 num-partitions=3"
+                "with pruning.budget a node's clients have the node's ratio, so its node config "
+                "must say which clients they are: partition-id=0 num-partitions=3"
             )
         if "keep" not in numbers:
             raise ValueError("its answer does not say its keep")
         self.experiment.coordinator.participation.check(numbers["keep"])
 
     def _joined(self, host: Host) -> None:
-        """What a node says it can carry holds for every client that it hosts."""
+        """Announce what a node can carry, for every client that it hosts."""
         whose = "of its own" if host.numbers["own-data"] else "of a shared set"
         log(INFO, "node %d has %d images %s", host.node, host.numbers.get("images", 0), whose)
         own = [client for client in range(self.config.clients) if host.owns(client)]
@@ -90,7 +90,7 @@ class FedDiffusion:
         self.experiment.announce(dict.fromkeys(own, host.numbers))
 
     def _weigh(self, host: Host, clients: list[int]) -> None:
-        """With round.weighting examples no client counts more than its node says here, once."""
+        """Note a node's number of images: with round.weighting examples no client counts more."""
         if self.config.round.weighting != "examples" or "images" not in host.numbers:
             return
         images = self.experiment.coordinator.participation.images

@@ -238,3 +238,20 @@ def test_the_links_of_the_readme_lead_somewhere():
 
 def test_the_readme_is_at_most_150_lines_long():
     assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+def without_help(one, words=("fed-diffusion",)):
+    """The arguments and commands of a parser, and of those below it, that say nothing."""
+    for action in one._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            said = {choice.dest for choice in action._choices_actions if choice.help}
+            for name, below in action.choices.items():
+                yield from without_help(below, (*words, name))
+                if name not in said:
+                    yield " ".join((*words, name))
+        elif not action.help:
+            yield " ".join((*words, "/".join(action.option_strings) or action.dest))
+
+
+def test_every_command_and_every_argument_has_a_help_text():
+    assert list(without_help(parser())) == []

@@ -312,7 +312,7 @@ def test_a_client_weighs_no_more_than_its_node_said_when_it_joined(tmp_path):
     (line,) = run(grid, tmp_path, **{"round.weighting": "examples"})
     (entry,) = line["rejected"]
     assert (entry["client"], entry["fault"]) == (2, "node")
-    assert "trained on 1000000 images, and its node had 1797 when it joined" in entry["reason"]
+    assert "trained on 1000000 images, but its node had 1797 when it joined" in entry["reason"]
 
 
 # --- texts --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from fed_diffusion.masks.mask import Mask, Masks, mask_of
 
 @dataclass
 class _Pending:
-    """Counts of one block, not yet in their place in the whole tensor."""
+    """Counts of one block that are not yet in their place in the whole tensor."""
 
     mask: Mask
     weight: int = 0
@@ -60,7 +60,7 @@ class Coverage:
                 self._count(name, mask, weight)
 
     def _note(self, name: str, mask: Mask, weight: int) -> None:
-        """A block is counted when another one follows, as there are few sizes of workers."""
+        """Note a block; it is counted when another block follows, as workers come in few sizes."""
         pending = self._pending.get(name)
         if pending is None or pending.mask != mask:
             self._settle(name)
@@ -87,7 +87,7 @@ class Coverage:
             mask.add_to(self._weights[name], weight)
 
     def weights(self, name: str) -> tuple[int, Tensor | None]:
-        """The sum of the trainers' weights at each coordinate of a tensor, in two parts.
+        """Return the sum of the trainers' weights at each coordinate of a tensor, in two parts.
 
         Returns
         -------
@@ -99,7 +99,7 @@ class Coverage:
         return self._weight[name], self._weights.get(name, self._trainers.get(name))
 
     def counts(self) -> dict[str, Tensor]:
-        """|N_r^i| for every coordinate i: int32, of theta's shapes; not to be written to."""
+        """Return |N_r^i| for every coordinate i: int32, of theta's shapes; do not write to it."""
         self._settle()
         return {name: self._of(name) for name in self._theta}
 
@@ -110,7 +110,7 @@ class Coverage:
         return everywhere.expand(self._theta[name].shape)
 
     def gamma(self) -> int:
-        """Gamma_r = min_i |N_r^i|."""
+        """Return Gamma_r = min_i |N_r^i|."""
         self._settle()
         return min(
             self._workers[name] + (int(self._trainers[name].min()) if name in self._trainers else 0)
@@ -118,9 +118,10 @@ class Coverage:
         )
 
     def trainers(self) -> dict[int, int]:
-        """How many coordinates have so many trainers: {|N_r^i|: coordinates}, no zeros, in order.
+        """Return how many coordinates have so many trainers: {|N_r^i|: coordinates}, in order.
 
-        The least key is Gamma_r; under 0 stand those that nobody trained.
+        The least key is Gamma_r. The key 0 counts the coordinates that nobody trained; counts of
+        zero are left out.
         """
         self._settle()
         found: Counter[int] = Counter()
@@ -133,6 +134,6 @@ class Coverage:
         return {count: found[count] for count in sorted(found) if found[count]}
 
     def trained(self) -> float:
-        """The fraction of coordinates with at least one trainer."""
+        """Return the fraction of coordinates with at least one trainer."""
         counts = self.trainers()
         return 1 - counts.get(0, 0) / sum(counts.values())

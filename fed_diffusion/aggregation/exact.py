@@ -21,16 +21,16 @@ from fed_diffusion.masks.mask import Mask
 
 SCALE = 2.0**FRACTION_BITS
 ALIGNED = 1.5 * 2.0 ** (52 - FRACTION_BITS)
-"""Added to a float64, it leaves the value's 40 fractional bits at the end of the mantissa."""
+"""Added to a float64, this leaves the value's 40 fractional bits at the end of the mantissa."""
 ALIGNED_BITS = int(np.float64(ALIGNED).view(np.int64))
 ALIGNED_LIMIT = 2.0 ** (51 - FRACTION_BITS)
 BLOCK = 1 << 16
-"""Coordinates handled at once: the float64 temporaries stay in cache."""
+"""The number of coordinates handled at once: the float64 temporaries then stay in cache."""
 
 
 @dataclass
 class _Pending:
-    """Sums over one block, not yet in their place in the whole tensor."""
+    """Sums over one block that are not yet in their place in the whole tensor."""
 
     mask: Mask
     sums: Tensor
@@ -53,9 +53,10 @@ class ExactSums:
         self._pending: dict[str, _Pending] = {}
 
     def add(self, values: Mapping[str, Tensor], masks: Mapping[str, Mask], weight: int) -> None:
-        """Add, looking at each part on the way; what is bad takes out again all that went before.
+        """Add an update and check each part on the way; a bad part takes out again all that went
+        before.
 
-        Whole numbers come out as they went in, and to look first would read every value twice.
+        Whole numbers come out as they went in, and a separate check would read every value twice.
 
         Parameters
         ----------
@@ -65,7 +66,7 @@ class ExactSums:
         Raises
         ------
         UpdateError
-            Values that are not finite or beyond the update's share: then nothing has been added.
+            A value is not finite or beyond the update's share; nothing has been added then.
         """
         done: list[tuple[Tensor, Tensor, Tensor | None]] = []
         factor, limit = weight * self.room.scale, self.room.share
@@ -83,7 +84,9 @@ class ExactSums:
         self.room.take()
 
     def _block_sums(self, name: str, mask: Mask) -> Tensor:
-        """Blocks are summed densely while one like the last follows, as for workers of one size."""
+        """Return sums of blocks, which are dense while the same block follows, as for equal
+        workers.
+        """
         pending = self._pending.get(name)
         if pending is None or pending.mask != mask:
             self._settle(name)
@@ -97,7 +100,7 @@ class ExactSums:
             pending.mask.add(pending.sums, self._sums[name])
 
     def __getitem__(self, name: str) -> Tensor:
-        """The sums of one tensor, times 2^40 `room.scale`; not to be written to."""
+        """Return the sums of one tensor, times 2^40 `room.scale`; do not write to them."""
         self._settle(name)
         return self._sums[name]
 
@@ -110,11 +113,11 @@ def _add_fixed_point(
     limit: float,
     end: int | None = None,
 ) -> tuple[int, float]:
-    """sums += round(factor value 2^40) where the mask keeps, in cache-sized parts up to `end`.
+    """Do sums += round(factor value 2^40) where the mask keeps, in cache-sized parts up to `end`.
 
-    Stops before a part with a magnitude of `limit` / |factor| or more, or one that is not finite.
-    Returns where it ended, and the largest magnitude of the part it looked at last.
-    NumPy, because it converts while it adds: a third of the passes over memory.
+    The function stops before a part with a magnitude of `limit` / |factor| or more, or one that is
+    not finite. It returns where it ended, and the largest magnitude of the part it looked at last.
+    It uses NumPy, which converts while it adds: a third of the passes over memory.
     """
     flat = value.detach().reshape(-1)
     values = (flat.float() if flat.dtype == torch.bfloat16 else flat).numpy()
@@ -143,7 +146,7 @@ def _add_fixed_point(
 
 
 def _largest(values: np.ndarray) -> float:
-    """The largest magnitude; NaN and infinities come through."""
+    """Return the largest magnitude; NaN and infinities come through."""
     if not len(values):
         return 0.0
     low, high = float(values.min()), float(values.max())
@@ -153,7 +156,7 @@ def _largest(values: np.ndarray) -> float:
 def _fixed_point(
     values: np.ndarray, out: np.ndarray, largest: float, factor: float = 1.0
 ) -> np.ndarray:
-    """round(factor values 2^40), halves to even, as int64 in the memory of the float64 `out`.
+    """Return round(factor values 2^40), halves to even, as int64 in the memory of `out`.
 
     The sum with `ALIGNED` is rounded to 40 fractional bits by the processor, and its bits are the
     whole number wanted, but for those of `ALIGNED`: 2 operations in place of 3, and no conversion.

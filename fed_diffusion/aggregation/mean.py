@@ -56,15 +56,15 @@ class MaskedMean:
             Float tensors by theta's names, on any device: what the masks keep of each. Under a mask
             of single weights they may be shaped like theta; what it drops is not read.
         masks
-            By name; a tensor that is not named is kept whole.
+            The masks by tensor name; a tensor that is not named is kept whole.
         weight
             A positive whole number (equation (8) has 1).
 
         Raises
         ------
         UpdateError
-            Wrong names, shapes or dtype, values that are not finite, or times their weight beyond
-            the update's share of the sums' range: nothing of the update has been added then.
+            The names, the shapes or the dtype are wrong, or a value is not finite, or a value times
+            the weight is beyond the update's share of the sums' range. Nothing has been added then.
         """
         values = {name: value.detach().cpu() for name, value in values.items()}
         masks = masks or {}
@@ -73,7 +73,7 @@ class MaskedMean:
         self.coverage.add(masks, whole)
 
     def result(self) -> dict[str, Tensor]:
-        """theta_{r+1}: the mean where somebody trained, theta_r elsewhere; float32."""
+        """Return theta_{r+1}: the mean where somebody trained, theta_r elsewhere; float32."""
         return {name: self._mean(name) for name in self._theta}
 
     def _mean(self, name: str) -> Tensor:
@@ -95,11 +95,11 @@ class MaskedMean:
         return new.view(old.shape)
 
     def _counts(self, name: str) -> tuple[int, Tensor | None]:
-        """See `Coverage.weights`."""
+        """Return the sum of weights; see `Coverage.weights`."""
         return self.coverage.weights(name)
 
     def _total(self, name: str, block: slice) -> Tensor:
-        """The weighted sums of a part of a flattened tensor, float64."""
+        """Return the weighted sums of a part of a flattened tensor, float64."""
         total = self._sums[name].view(-1)[block].to(torch.float64)
         total *= 1 / (SCALE * self._room.scale)  # exact: a power of two
         return total

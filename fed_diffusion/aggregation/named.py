@@ -18,11 +18,11 @@ from fed_diffusion.protocol.messages import EXAMPLES_LIMIT
 
 KEY = "round.aggregation"
 ROBUST = ("trimmed_mean", "median")
-"""Those that withstand lying clients wherever three workers or more trained."""
+"""The aggregators that withstand lying clients wherever three workers or more trained."""
 
 
 class Aggregator(Protocol):
-    """One round's average under masks. The server makes a new one for every round.
+    """An aggregator is one round's average under masks. The server makes a new one for every round.
 
     Attributes
     ----------
@@ -45,21 +45,21 @@ class Aggregator(Protocol):
             (`Mask.kept`). They have been checked for names and shapes. In buffered rounds, and with
             wire.differences, they are values too: theta_r plus the difference.
         masks
-            By name; of a tensor that is not named everything is kept (`mask_of`).
+            The masks by tensor name; a tensor that is not named is kept whole (`mask_of`).
         weight
             A whole number: 1, or the worker's images with round.weighting = examples.
 
         Raises
         ------
         UpdateError
-            The update must not count; nothing of it has been added then. The round goes on.
+            The update must not count. Nothing of it has been added then, and the round goes on.
         """
 
     def result(self) -> dict[str, Tensor]:
-        """theta_{r+1}: float32 tensors of theta's names and shapes, finite.
+        """Return theta_{r+1}: float32 tensors of theta's names and shapes, finite.
 
-        A coordinate that nobody trained keeps theta_r. So that a run has the same bits in any order
-        of arrival, so must this.
+        A coordinate that nobody trained keeps theta_r. The result must not depend on the order in
+        which updates were added, so that a run has the same bits in any order of arrival.
         """
 
 
@@ -82,7 +82,7 @@ class AggregatorFactory(Protocol):
 
 
 def heaviest_of(settings: RoundConfig) -> int:
-    """The largest weight that an update can have."""
+    """Return the largest weight that an update can have."""
     return EXAMPLES_LIMIT if settings.weighting == "examples" else 1
 
 
@@ -106,7 +106,7 @@ AGGREGATORS: dict[str, AggregatorFactory] = {
 
 
 def aggregator_of(theta: Mapping[str, Tensor], workers: int, settings: RoundConfig) -> Aggregator:
-    """An empty average of the configured kind at theta_r, with room for so many updates.
+    """Return an empty average of the configured kind at theta_r, with room for so many updates.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def aggregator_of(theta: Mapping[str, Tensor], workers: int, settings: RoundConf
 
 
 def check_aggregator(settings: RoundConfig) -> None:
-    """Let the user's own aggregator average two updates of a tiny network, or refuse it.
+    """Let a user's aggregator average two updates of a tiny network, or refuse the aggregator.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def _try(settings: RoundConfig) -> None:
     counts = aggregator.coverage.counts()
     expected = {"a": [[2, 1, 1], [2, 2, 1]], "b": [2, 2]}
     if {name: count.tolist() for name, count in counts.items()} != expected:
-        raise ValueError("its coverage does not count every update that was added, once")
+        raise ValueError("its coverage does not count every added update exactly once")
     _check_result(aggregator.result(), theta)
     nobody = aggregator_of({n: value.clone() for n, value in theta.items()}, 2, settings).result()
     _check_result(nobody, theta)
@@ -154,6 +154,6 @@ def _check_result(result: dict[str, Tensor], theta: Mapping[str, Tensor]) -> Non
     got = {name: (value.dtype, tuple(value.shape)) for name, value in result.items()}
     wanted = {name: (value.dtype, tuple(value.shape)) for name, value in theta.items()}
     if got != wanted:
-        raise ValueError(f"its result holds {got}, and not {wanted} as theta does")
+        raise ValueError(f"its result holds {got}, not {wanted} as theta does")
     if not all(bool(torch.isfinite(value).all()) for value in result.values()):
         raise ValueError("its result is not finite")

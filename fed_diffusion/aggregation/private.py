@@ -42,7 +42,9 @@ from fed_diffusion.protocol.codecs import difference
 from fed_diffusion.protocol.errors import UpdateError
 
 MANY = 1 << 31
-"""Clients are counted one mask at a time, and their number is not known before."""
+"""The room for clients: they are counted one mask at a time, and their number is not known
+before.
+"""
 
 COVERS = (
     "theta and its moving average after every round, and what is computed from them alone, such as "
@@ -54,12 +56,12 @@ COVERS = (
     "data.json (who holds how many images of which class), budgets.json, checkpoint/state.json, "
     "report.html and the logs; nor that a round stayed below its quorum, or that a run ended early"
 )
-"""What the stated epsilon is about, and what not."""
+"""What the stated epsilon covers, and what it does not cover."""
 _system = random.SystemRandom()
 
 
 class PrivateMean:
-    """The numerator's exact sum, clipped once more here, with noise, over a fixed denominator.
+    """The clipped numerator's exact sum, with noise, over a fixed denominator.
 
     Parameters
     ----------
@@ -101,9 +103,11 @@ class PrivateMean:
     def add(
         self, values: Mapping[str, Tensor], masks: Masks | None = None, weight: float = 1.0
     ) -> None:
-        """Add one worker's difference to theta_r, clipped: a client need not be believed."""
+        """Add one worker's difference to theta_r; the server clips it too, since a client may
+        lie.
+        """
         if weight != 1:
-            raise UpdateError(f"weight = {weight}; under privacy every client weighs the same")
+            raise UpdateError(f"weight = {weight}; under privacy every client has the weight 1")
         masks = masks or {}
         self._room.check(1)
         found = check_update(self._theta, values, masks)
@@ -117,7 +121,7 @@ class PrivateMean:
         self.coverage.add(masks)
 
     def result(self) -> dict[str, Tensor]:
-        """theta_{r+1}; a coordinate that no client's mask keeps stays as it is."""
+        """Return theta_{r+1}; a coordinate that no client's mask keeps stays as it is."""
         return {name: self._moved(name) for name in self._theta}
 
     def _moved(self, name: str) -> Tensor:
@@ -136,7 +140,9 @@ class PrivateMean:
 
 
 def gaussian(count: int) -> np.ndarray:
-    """Independent standard normal values from the operating system's entropy, by Box and Muller."""
+    """Draw independent standard normal values from the operating system's entropy, by Box and
+    Muller.
+    """
     pairs = (count + 1) // 2
     words = np.frombuffer(os.urandom(16 * pairs), dtype=np.uint64) >> np.uint64(11)
     one, two = (words.astype(np.float64) + 0.5).reshape(2, pairs) * 2.0**-53
@@ -145,7 +151,7 @@ def gaussian(count: int) -> np.ndarray:
 
 
 def drawn(clients: list[int], rate: float) -> list[int]:
-    """Each client with probability `rate`, independently: nobody can tell beforehand who."""
+    """Draw each client with probability `rate`, independently: nobody can tell beforehand who."""
     return [client for client in clients if rate >= 1 or _system.random() < rate]
 
 
@@ -153,7 +159,7 @@ def drawn(clients: list[int], rate: float) -> list[int]:
 
 
 def event(noise_multiplier: float, rate: float, rounds: int) -> Any:
-    """`rounds` Gaussian mechanisms, Poisson-sampled, as the accountant names them."""
+    """Return `rounds` Gaussian mechanisms, Poisson-sampled, as the accountant names them."""
     accounting = _accounting()
     once = accounting.GaussianDpEvent(noise_multiplier)
     if rate < 1:
@@ -162,7 +168,9 @@ def event(noise_multiplier: float, rate: float, rounds: int) -> Any:
 
 
 def epsilon(noise_multiplier: float, rate: float, rounds: int, delta: float) -> float:
-    """The epsilon of (epsilon, delta)-differential privacy after so many rounds, by Renyi's."""
+    """Return the epsilon of (epsilon, delta)-differential privacy after so many rounds, by
+    Renyi's.
+    """
     accounting = _accounting()
     from dp_accounting import rdp
 
@@ -174,14 +182,14 @@ def epsilon(noise_multiplier: float, rate: float, rounds: int, delta: float) -> 
 
 
 def spent(config: Config, opened: int, finished: int = 0) -> dict[str, Any] | None:
-    """What results.json says of a run's privacy; None where it has none.
+    """Return what results.json says of a run's privacy; None for a run without privacy.clip.
 
     Parameters
     ----------
     opened
-        Rounds that were sent to clients, each time one was: all of them count.
+        How many rounds were sent to clients; a round that was sent twice counts twice.
     finished
-        Those of them that the model went through.
+        How many of those rounds changed the model.
     """
     privacy = config.privacy
     if privacy.clip is None:

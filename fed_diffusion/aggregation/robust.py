@@ -18,25 +18,25 @@ from fed_diffusion.masks.mask import Mask, Masks
 from fed_diffusion.protocol.errors import UpdateError
 
 FEWEST = 3
-"""Of fewer values none can be left out at both ends: a mean of one or two follows each of them."""
+"""The fewest values of which some can be left out at both ends; of one or two, none can."""
 ROWS = 1 << 16
-"""Coordinates sorted at once."""
+"""The number of coordinates sorted at once."""
 
 
 class RobustMean:
     """The trimmed mean of each coordinate over the workers that trained it.
 
-    Of n values the floor(trim n) smallest and as many of the largest are left out: at least one
-    from three values on, and at most so many that one or two remain. trim = 1/2 is the median.
-    Where one or two workers trained a coordinate nothing can be left out: see `undefended`. Weights
-    do not apply.
+    Of n values the floor(trim n) smallest and as many of the largest are left out. From three
+    values on that is at least one at either end, and at most so many that one or two remain; trim =
+    1/2 is the median. Where one or two workers trained a coordinate, nothing can be left out: see
+    `undefended`. Weights do not apply.
 
     Parameters
     ----------
     theta
         The current parameters; coordinates that nobody trained keep them.
     trim
-        Part of the values left out at either end, above 0 and up to 1/2.
+        The part of the values that is left out at either end, above 0 and up to 1/2.
     workers
         The most updates that will be added. As in `MaskedMean` an update's values have their share
         of the range, so that the same updates are refused.
@@ -48,14 +48,16 @@ class RobustMean:
         self._room = Room(workers)
         self.coverage = Coverage(self._theta, workers)
         self._updates: list[dict[str, tuple[Tensor, Mask]]] = []
-        """Of every update each tensor's kept values, and its mask."""
+        """For every update, each tensor's kept values and its mask."""
 
     def add(
         self, values: Mapping[str, Tensor], masks: Masks | None = None, weight: float = 1.0
     ) -> None:
-        """Add one worker's values; raises `UpdateError` as `MaskedMean.add`, and on weights."""
+        """Add one worker's values; raise `UpdateError` as `MaskedMean.add` does, and for
+        weights.
+        """
         if weight != 1:
-            raise UpdateError(f"weight = {weight}; trimmed means and medians know no weights")
+            raise UpdateError(f"weight = {weight}; trimmed means and medians take no weights")
         values = {name: value.detach().cpu() for name, value in values.items()}
         masks = masks or {}
         self._room.check(weight)
@@ -70,7 +72,9 @@ class RobustMean:
         self._updates.append({n: (value.clone(), found[n]) for n, value in kept.items()})
 
     def result(self) -> dict[str, Tensor]:
-        """theta_{r+1}: the trimmed mean where somebody trained, theta_r elsewhere; float32."""
+        """Return theta_{r+1}: the trimmed mean where somebody trained, theta_r elsewhere;
+        float32.
+        """
         return {name: self._tensor(name) for name in self._theta}
 
     def _tensor(self, name: str) -> Tensor:
@@ -88,7 +92,7 @@ class RobustMean:
         return new.view(old.shape)
 
     def _rows(self, values: Tensor, old: Tensor) -> Tensor:
-        """One coordinate per row; what was not trained is infinite, and sorts to the end."""
+        """Return one coordinate per row; what was not trained is infinite, and sorts to the end."""
         ordered = values.sort(1).values
         count = torch.isfinite(ordered).sum(1)
         cut = (self._trim * count).floor().long().clamp(min=1)
@@ -101,7 +105,7 @@ class RobustMean:
 
 
 def undefended(trainers: Mapping[int, int]) -> int:
-    """How many coordinates one liar decides on: those that one or two workers trained.
+    """Return how many coordinates one liar decides on: those that one or two workers trained.
 
     Parameters
     ----------

@@ -22,10 +22,12 @@ from fed_diffusion.masks.mask import Mask, Masks
 from fed_diffusion.protocol.moments import MOST_STEPS, STEPS, parameter_of, spread
 
 REST = 2.0**46
-"""What 40 fractional bits leave of a value is at most 2^-41, times this at most 32: there is always
-room for it where there is room for the value."""
+"""40 fractional bits leave at most 2^-41 of a value, which is at most 32 times this.
+
+There is always room for the rest where there is room for the value.
+"""
 STEP = 16 / MOST_STEPS
-"""Counts are summed in these units, so that there is room for them with any number of workers."""
+"""The unit in which counts are summed, so that there is room for any number of workers."""
 
 
 class StatefulMean(MaskedMean):
@@ -69,7 +71,7 @@ class StatefulMean(MaskedMean):
         self.coverage.add(masks, whole)
 
     def _add_rest(self, name: str, rest: Tensor, mask: Mask, weight: int) -> None:
-        """Add what is left of a tensor, part by part; sums are made for parts that there are."""
+        """Add what is left of a tensor, part by part; sums are made only for parts that exist."""
         parts = self._rests[name]
         for level in itertools.count():
             if not bool(rest.any()):
@@ -96,10 +98,10 @@ def _unit(name: str) -> float:
 
 
 def _coarse(value: Tensor) -> Tensor:
-    """Values rounded to 40 fractional bits, which float32 still holds."""
+    """Return values rounded to 40 fractional bits, which float32 can hold."""
     return ((value.double() * SCALE).round_() / SCALE).float()
 
 
 def _rest(value: Tensor, coarse: Tensor) -> Tensor:
-    """What rounding left, times 2^46: no bit of it is lost."""
+    """Return what rounding left, times 2^46: no bit is lost."""
     return ((value.double() - coarse.double()) * REST).float()

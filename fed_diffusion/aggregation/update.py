@@ -1,4 +1,4 @@
-"""What every update is checked for before it is averaged: names, shapes, and room for it."""
+"""Every update is checked for names, shapes and room before it is averaged."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fed_diffusion.protocol.errors import DivergedError, LimitError, RangeError,
 
 FRACTION_BITS = 40
 LIMIT = 2.0 ** (63 - FRACTION_BITS)
-"""Bound on a coordinate's weighted sum of magnitudes, so that int64 cannot overflow."""
+"""The bound on a coordinate's weighted sum of magnitudes, so that int64 cannot overflow."""
 VALUES = 64.0
-"""Magnitude of values for which there is room at any weight; networks stay far below it."""
+"""The magnitude of values for which there is room at any weight; networks stay far below."""
 
 
 class Room:
-    """How many updates there is room for, and how large the values of each may be.
+    """The number of updates that there is room for, and how large the values of each may be.
 
     Each update has an equal share of the sums' range, so that whether one is accepted does not
     depend on what came before it.
@@ -45,18 +45,18 @@ class Room:
         self._left = workers
 
     def check(self, weight: float) -> int:
-        """The weight of an update as a whole number.
+        """Return the weight of an update as a whole number.
 
         Raises
         ------
         UpdateError
-            It is not a positive whole number, or there is no room for another update of it.
+            The weight is not a positive whole number, or there is no room for such an update.
         """
         whole = int(weight)
         if whole != weight or whole < 1:
             raise UpdateError(f"weight = {weight}; it must be a positive whole number")
         if self._left < 1:
-            raise LimitError("no room for this update: as many as were announced are in")
+            raise LimitError("no room for this update: all that were announced have been added")
         if whole * self.scale >= self.share:
             raise LimitError(f"no room for an update of weight {whole}; see `heaviest`")
         return whole
@@ -66,7 +66,7 @@ class Room:
         self._left -= 1
 
     def refuse(self, name: str, largest: float, weight: int) -> NoReturn:
-        """Raise what is wrong with values of this magnitude, which are not within the share."""
+        """Raise an error about values of this magnitude, which are not within the share."""
         if not largest < float("inf"):
             raise DivergedError(f"{name} holds values that are not finite")
         room = self.share / (weight * self.scale)
@@ -96,7 +96,7 @@ def check_update(
     Raises
     ------
     UpdateError
-        Wrong names, shapes or types.
+        The names, shapes or types are wrong.
     """
     if values.keys() != theta.keys():
         odd = sorted(values.keys() ^ theta.keys())[:3]
@@ -120,5 +120,5 @@ def _check_shape(name: str, value: Tensor, mask: Mask, shape: tuple[int, ...]) -
 
 
 def kept_part(value: Tensor, mask: Mask) -> Tensor:
-    """The kept values of a tensor that `check_update` has let through."""
+    """Return the kept values of a tensor that `check_update` has let through."""
     return value if tuple(value.shape) == mask.kept else mask.take(value)

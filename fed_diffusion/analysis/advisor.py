@@ -43,7 +43,7 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run with, and why.
+    """A plan says what to run with, and why.
 
     Attributes
     ----------
@@ -86,7 +86,7 @@ def plan(
     variant: Variant = "as_proved",
     settings: tuple[Condition, ...] = (),
 ) -> Plan:
-    """T, K, kappa, the partition and the largest eta for a target of eps2 nats.
+    """Return T, K, kappa, the partition and the largest eta for a target of eps2 nats.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def plan(
     eps2
         eps^2, the target for the discretisation and the prior, in nats.
     delta
-        Where sampling stops early.
+        The time to data at which sampling stops early.
     K_max
         The most steps that anyone will take.
     settings
@@ -107,7 +107,7 @@ def plan(
     Raises
     ------
     ConfigError
-        eps2 or delta out of range, or K_max below log(1/delta), the remark's condition.
+        eps2 or delta is out of range, or K_max is below log(1/delta), the remark's condition.
     """
     if not 0 < eps2 < math.inf:
         raise ConfigError(f"eps2 = {eps2}; a target in nats is above 0")
@@ -147,17 +147,17 @@ def plan(
 
 
 def horizon(data: Data, eps2: float) -> float:
-    """T = max(1, 1/2 log((d + M_2) / eps^2)): then (d + M_2) e^{-2T} <= eps^2."""
+    """Return T = max(1, 1/2 log((d + M_2) / eps^2)): then (d + M_2) e^{-2T} <= eps^2."""
     return max(1.0, math.log((data.d + data.M2) / eps2) / 2)
 
 
 def steps_wanted(data: Data, T: float, delta: float, eps2: float) -> int:
-    """Remark 4.12's K = (d + M_2) (T + log(1/delta))^2 / eps^2, rounded up."""
+    """Return Remark 4.12's K = (d + M_2) (T + log(1/delta))^2 / eps^2, rounded up."""
     return max(math.ceil((data.d + data.M2) * (T + math.log(1 / delta)) ** 2 / eps2), 1)
 
 
 def eta_limits(training: Training, variant: Variant = "as_proved") -> dict[str, float]:
-    """Every upper limit on eta, by formula, on the scale of F; 0 where Gamma* = 0.
+    """Return every upper limit on eta, by formula, on the scale of F; 0 where Gamma* = 0.
 
     Remark 4.12's three keep a term of Theorem 4.11 within F(theta_0), up to the lemmas' constants;
     as proved, the pruning term has L^2.
@@ -180,7 +180,7 @@ def eta_limits(training: Training, variant: Variant = "as_proved") -> dict[str, 
 
 
 def advice(bound: Bound) -> str:
-    """What the bound's largest term is, and what would lower it."""
+    """Return what the bound's largest term is, and what would lower it."""
     if bound.infinite:
         return f"The bound is infinite: {bound.infinite}."
     terms = {name: value for name, value in bound.terms().items() if name != "C1"}
@@ -193,7 +193,7 @@ def advice(bound: Bound) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """The bound where one argument has this value."""
+    """The bound for one value of an argument."""
 
     value: float
     bound: Bound
@@ -202,7 +202,7 @@ class Row:
 def by_keep(
     data: Data, steps: Steps, training: Training, theta_norm2: float, keeps: Iterable[float]
 ) -> list[Row]:
-    """The bound by keep ratio p, with w^2 = (1 - p) ||theta||^2 and Gamma* as it is.
+    """Return the bound by keep ratio p, with w^2 = (1 - p) ||theta||^2 and an unchanged Gamma*.
 
     That w^2 is a random mask's mean; top-k masks drop less.
     """
@@ -213,7 +213,9 @@ def by_keep(
 
 
 def by_workers(data: Data, steps: Steps, training: Training, counts: Iterable[int]) -> list[Row]:
-    """The bound by N, the same share of the workers (rounded down) covering every coordinate."""
+    """Return the bound by N, the same share of the workers (rounded down) covering each
+    coordinate.
+    """
     share = training.gamma_star / training.N
     return [
         Row(
@@ -227,7 +229,7 @@ def by_workers(data: Data, steps: Steps, training: Training, counts: Iterable[in
 
 
 def by_gamma(data: Data, steps: Steps, training: Training, gammas: Iterable[int]) -> list[Row]:
-    """The bound by Gamma*, all else as it is."""
+    """Return the bound by Gamma*, all else unchanged."""
     return [
         Row(gamma, theorem_4_11(data, steps, replace(training, gamma_star=gamma)))
         for gamma in gammas
@@ -237,7 +239,7 @@ def by_gamma(data: Data, steps: Steps, training: Training, gammas: Iterable[int]
 def by_steps(
     data: Data, T: float, delta: float, training: Training, counts: Iterable[int]
 ) -> list[Row]:
-    """The bound by K, each with the smallest kappa of so many steps."""
+    """Return the bound by K, each with the smallest kappa of so many steps."""
     return [
         Row(K, theorem_4_11(data, Steps.of(kappa_minimal(T, delta, K)), training)) for K in counts
     ]
@@ -284,5 +286,5 @@ def _on_eta(training: Training, limits: dict[str, float], eta: float) -> str:
 
 
 def _limit(value: float, by: float) -> float:
-    """value / by, no limit for by = 0."""
+    """Return value / by, without a limit for by = 0."""
     return value / by if by > 0 else math.inf

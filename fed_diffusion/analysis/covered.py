@@ -1,4 +1,4 @@
-"""What Theorem 4.11 and its proof ask of a run's settings, and which images they speak of."""
+"""What Theorem 4.11 and its proof ask of a run's settings, and which images they are about."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ NOISY_LAYERS = (
     nn.modules.batchnorm._NormBase,
     nn.RReLU,
 )
-"""Layers that make another function of the network in training than in sampling."""
+"""Layers that make the network another function in training than in sampling."""
 TRIED = 16
-"""Images on which a network is tried."""
+"""The number of images on which a network is tried."""
 
 
 def assumptions(
     config: Config, steps: Collection[int], precisions: Collection[str] = ()
 ) -> tuple[Condition, ...]:
-    """What is asked of the settings, a condition each; `bound.conditions` has the rest.
+    """Return what is asked of the settings, a condition each; `bound.conditions` has the rest.
 
     Settings that stand in no condition change nothing that the proof reads: the data and their
     split (Assumption 4.4 holds for all images), the kind of the masks (w^2 and Gamma* say what they
@@ -98,7 +98,7 @@ def assumptions(
 
 
 def _no_dropout(config: Config) -> Condition:
-    """F_n is a loss of the network that samples, and dropout trains another one."""
+    """Return a condition on dropout: F_n is a loss of the network that samples, without dropout."""
     model, says = config.model, f"model.dropout = {config.model.dropout:g}"
     layers: set[str] = set()
     differs = ""
@@ -114,9 +114,10 @@ def _no_dropout(config: Config) -> Condition:
 
 @torch.no_grad()
 def _differs_in_training(network: nn.Module, config: Config) -> str:
-    """How a network is another function in training than in sampling; empty where it is not.
+    """Return how a network differs between training and sampling; empty where it does not.
 
-    It is tried on noise, with noise added to its parameters: layers that start at 0 hide others.
+    The network is tried on noise, with noise added to its parameters: layers that start at 0 hide
+    others.
     """
     noise = torch_generator(config.seed, Purpose.PROBE)
     for parameter in network.parameters():
@@ -129,13 +130,13 @@ def _differs_in_training(network: nn.Module, config: Config) -> str:
         seed_torch(config.seed, Purpose.PROBE, cuda=False)
         try:
             found = [network.train(mode)(x, u, labels) for mode in (False, True)]
-        except Exception as error:  # code of one's own, at the end of a run that must not be lost
+        except Exception as error:  # a user's code, at the end of a run that must not be lost
             return f"an error where it was tried on this machine ({type(error).__name__}: {error})"
     return "" if torch.equal(*found) else "another value in training than in sampling"
 
 
 def images(config: Config) -> dict[str, Any]:
-    """The images that the bound is about, those that the run samples, and how these differ."""
+    """Return the images that the bound is about, those that the run samples, and what differs."""
     diffusion, evaluation = config.diffusion, config.evaluation
     steps = evaluation.steps or diffusion.K
     averaged = config.ema.decay > 0
@@ -173,7 +174,7 @@ def images(config: Config) -> dict[str, Any]:
 
 
 def caveats(config: Config, steps: Collection[int]) -> list[str]:
-    """What holds for every run: what the theorem leaves open, or its proof takes for granted."""
+    """Return what holds for every run: what the theorem leaves open, or its proof assumes."""
     found = [
         "sigma_1, sigma_2 and L are measured at a few theta, and the theorem asks for their "
         "largest values anywhere: the bound, and the condition on eta, are as good as these "

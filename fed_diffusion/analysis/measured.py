@@ -32,13 +32,13 @@ from fed_diffusion.theory.bound import (
 from fed_diffusion.theory.estimates import SKETCH, Estimate, largest, pooled
 
 Measured = tuple[int, Mapping[str, Any]]
-"""A round (1-based) and what it measured (`diagnostics.close`)."""
+"""A round (1-based) and what was measured in it (`diagnostics.close`)."""
 
 
 def measured(
     config: Config, history: Sequence[RoundSummary], theta: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """The `theory` part of results.json; {"why": ...} where the bound cannot be evaluated.
+    """Return the `theory` part of results.json; {"why": ...} where the bound cannot be evaluated.
 
     Everything on the scale of F, in nats, but `estimates`, which are on that of the simple loss.
     The squares of sigma_1 and sigma_2 are means over the diagnostic rounds, sigma_2 of the worker
@@ -103,7 +103,7 @@ def measured(
 
 
 def steps_taken(config: Config, history: Sequence[RoundSummary]) -> set[int]:
-    """S of all clients in all rounds, by what they report of their images."""
+    """Return S of all clients in all rounds, from the number of images that they report."""
     local = config.local
     if local.steps is not None:
         return {local.steps}
@@ -114,12 +114,14 @@ def steps_taken(config: Config, history: Sequence[RoundSummary]) -> set[int]:
 
 
 def precisions(history: Sequence[RoundSummary]) -> set[str]:
-    """What the workers computed in, by what they report."""
+    """Return what the workers computed in, as they report it."""
     return {client.precision for s in history for client in s.clients}
 
 
 def _estimates(rounds: Sequence[Measured]) -> dict[str, Estimate]:
-    """Of the whole run: at theta_0, of the mean over the rounds, or the largest of any round."""
+    """Return estimates of the whole run: at theta_0, the mean over rounds, or the largest of a
+    round.
+    """
 
     def every(kind: str, name: str) -> list[Estimate]:
         return [Estimate(**r[kind][name]) for _, r in rounds if name in r[kind]]
@@ -138,7 +140,7 @@ def _estimates(rounds: Sequence[Measured]) -> dict[str, Estimate]:
 
 
 def _L(found: Mapping[str, Estimate]) -> float:
-    """The largest curvature seen; beside power iteration, of a secant what its noise leaves of it.
+    """Return the largest curvature seen, of secants only what their noise leaves.
 
     Where theta has hardly moved, a secant is nothing but the gradients' noise over a tiny way.
     """
@@ -148,13 +150,13 @@ def _L(found: Mapping[str, Estimate]) -> float:
 
 
 def _sure(found: Estimate) -> float:
-    """The lower end of its interval; the value where nothing is known of its noise."""
+    """Return the lower end of an interval; the value where nothing is known of its noise."""
     ends = found.limits()
     return found.value if ends is None else ends[0]
 
 
 def _unresolved(found: Mapping[str, Estimate], training: Training, scale: float) -> list[str]:
-    """That sigma_2 is lost in noise, where it is: then its term is too, and not 0."""
+    """Say that sigma_2 is lost in noise, where it is: its term is then lost too, and not 0."""
     ends = found["sigma2"].limits()
     if ends is None or ends[0] > 0 or ends[1] <= 0:
         return []
@@ -166,7 +168,7 @@ def _unresolved(found: Mapping[str, Estimate], training: Training, scale: float)
 
 
 def _ends(found: Mapping[str, Estimate], scale: float) -> list[tuple[str, float, float]]:
-    """Arguments of the bound with the ends of their intervals, on the scale of F."""
+    """Return arguments of the bound with the ends of their intervals, on the scale of F."""
     names = {"sigma1": "sigma1", "sigma2": "sigma2", "F0": "F", "Fn0": "Fn"}
     known = [(name, found[key].limits()) for name, key in names.items()]
     return [
@@ -202,7 +204,7 @@ def _training(
     theta: Mapping[str, Tensor],
     S: int,
 ) -> Training:
-    """What Lemmas 4.6 and 4.7 read, on the scale of the simple loss."""
+    """Return what Lemmas 4.6 and 4.7 read, on the scale of the simple loss."""
     start = parameters_of(build_network(config))
     square, _ = difference(dict(theta), start, {})
     return Training(
@@ -228,7 +230,7 @@ def _stated(
     training: Training,
     ends: Sequence[tuple[str, float, float]],
 ) -> dict[str, Any]:
-    """A bound as JSON has it, infinite values being null, with the interval that `ends` imply.
+    """Return a bound for JSON, null for infinity, with the interval that `ends` imply.
 
     One argument at a time is taken to either end; the changes add up as independent errors do.
     """
@@ -248,7 +250,7 @@ def _stated(
 
 
 def _lemma_4_6(rounds: Sequence[Measured], training: Training, scale: float) -> dict[str, Any]:
-    """||grad F||^2 as it was measured, beside the lemma's right side.
+    """Return ||grad F||^2 as it was measured, beside the lemma's right side.
 
     F was last measured at theta_r, r = `rounds`, where the last diagnostic round began: the right
     side is that of r rounds, and bounds the mean over theta_0, ..., theta_{r-1}. The left side is

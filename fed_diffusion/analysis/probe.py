@@ -1,4 +1,4 @@
-"""A short probe of the freshly initialised network: what a plan reads of a run before it starts."""
+"""A short probe of a new network: what a plan needs to know of a run before it starts."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from fed_diffusion.theory.estimates import (
 )
 
 HEAVY = 2**30
-"""Parameters times pixels above which the probe takes few images: seconds for each, on a CPU."""
+"""Parameters times pixels above which the probe takes few images, at seconds each on a CPU."""
 MOST_WORKERS = 10
 SKETCH = 4096
-"""Squared norms to a standard error of 2.2 %."""
+"""The numbers in a sketch: squared norms have a standard error of 2.2 %."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,20 @@ class Effort:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured of theta_0.
+    """What was measured at theta_0.
 
     Attributes
     ----------
     data
         d, and M_2 of the worker where it is largest.
     training
-        On the scale of F, with the configuration's own eta.
+        The arguments of the lemmas on the scale of F, with the configuration's eta.
     Z
-        Of the configuration's partition: F = Z d times the simple loss.
+        The factor of the configuration's partition: F is Z d times the simple loss.
     theta_norm2
         The squared norm of all that a scattered mask may drop.
     estimates
-        On the scale of the simple loss, with their errors.
+        The estimates on the scale of the simple loss, with their errors.
     settings
         What the theorem asks of the run's settings.
     notes
@@ -84,7 +84,9 @@ class Probe:
     notes: tuple[str, ...]
 
     def at(self, eta: float) -> Training:
-        """With another step size on F's scale, the drift being what this many steps come to."""
+        """Return the training at another step size on F's scale; the drift is that of so many
+        steps.
+        """
         t = self.training
         return replace(t, eta=eta, drift=t.drift * eta / t.eta)
 
@@ -158,14 +160,14 @@ def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Pro
 
 
 def stand_in(config: Config, M2: float | None = None) -> tuple[ImageSet, tuple[str, ...]]:
-    """Images where the real ones are out of reach: every pixel +-sqrt(M_2 / d), at random.
+    """Return images where the real ones are out of reach: every pixel +-sqrt(M_2 / d), at random.
 
-    M_2 = d unless it is known, the most that images in [-1, 1] can have.
+    M_2 = d unless it is known; images in [-1, 1] cannot have more.
 
     Raises
     ------
     ConfigError
-        An M_2 that no images in [-1, 1] have.
+        No images in [-1, 1] have this M_2.
     """
     shape = image_shape(config.data)
     d = math.prod(shape)
@@ -203,7 +205,7 @@ def _curvature(worker: Worker, theta: dict[str, Tensor], effort: Effort) -> Esti
 
 
 def _masks(config: Config, theta: dict[str, Tensor]) -> tuple[int, float, bool]:
-    """Gamma, w^2 of the first round's masks, and whether every worker takes part."""
+    """Return Gamma, w^2 of the first round's masks, and whether every worker takes part."""
     layout, ratios = channel_layout(config), known_ratios(config)
     keeps = {client: ratios[client] for client in able(config, ratios)}
     if config.pruning.budget != "level":  # nodes have not said yet: as if all could carry it

@@ -24,7 +24,7 @@ def results_of(
     data: Mapping[str, Any] | None = None,
     changes: Any = None,
 ) -> dict[str, Any]:
-    """The figures of a run, of its settings and rounds alone.
+    """Return the figures of a run, computed from its settings and rounds alone.
 
     Parameters
     ----------
@@ -35,11 +35,11 @@ def results_of(
     quality
         The figures of generated images.
     opened
-        Under privacy: how many rounds were sent to clients, each time one was.
+        Under privacy, how many rounds were sent to clients, repeated ones each time.
     data
         What is to be said of the images.
     changes
-        What differs from how the run began, where it was resumed so.
+        The settings that differ from those that the run began with, if it was resumed so.
     """
     last = history[-1]
     results = {

@@ -1,1 +1,1 @@
-"""Words to calls: the command line."""
+"""The command line: this package turns what is typed into calls of the rest."""

@@ -1,4 +1,4 @@
-"""`python -m fed_diffusion.cli`, as `fed-diffusion`."""
+"""`python -m fed_diffusion.cli` does what the command `fed-diffusion` does."""
 
 import sys
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 _PAIR = re.compile(r"[A-Za-z_][\w.]*=")
 
 
-def add_set(parser: argparse.ArgumentParser, help: str = "as in pruning.level=S rounds=20") -> None:
+def add_set(
+    parser: argparse.ArgumentParser,
+    help: str = "settings to change, as in pruning.level=S rounds=20",
+) -> None:
     """Add `--set KEY=VALUE`, which takes several pairs at once and may stand several times."""
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"settings, {help}"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help)
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
@@ -21,15 +22,15 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="only check, time a few steps, and say what it would take",
+        help="only check everything, time a few steps, and print what the work would take",
     )
 
 
 def spread(argv: Sequence[str]) -> list[str]:
-    """`--set a=1 b=2` as `--set a=1 --set b=2`.
+    """Return the words with `--set a=1 b=2` written as `--set a=1 --set b=2`.
 
-    A word behind a pair that is no pair itself, as the name of a preset, is left where it is:
-    argparse's own nargs would take it.
+    A word after a pair that is not a pair itself, such as the name of a preset, stays where it is;
+    argparse's own `nargs` would take that word as a setting.
     """
     words: list[str] = []
     more = False  # whether a pair may follow here

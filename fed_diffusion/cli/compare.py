@@ -1,4 +1,4 @@
-"""fed-diffusion report | compare: pages about runs, at any time."""
+"""fed-diffusion report | compare: these commands write pages about runs, at any time."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from fed_diffusion.store.files import check_writable
 
 
 def add_commands(commands: Any) -> None:
-    """Add them to the sub-parsers of `fed-diffusion`."""
+    """Add `report` and `compare` to the sub-parsers of `fed-diffusion`."""
     report = commands.add_parser(
-        "report", help="write RUN/report.html, also while the run goes on or after a kill"
+        "report", help="write RUN/report.html; the run need not be finished"
     )
-    report.add_argument("run", type=Path, metavar="RUN")
+    report.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     report.set_defaults(command=report_command)
 
     compare = commands.add_parser(
-        "compare", help="runs side by side: a table, and a page of curves"
+        "compare", help="print a table of several runs, and write a page of their curves"
     )
-    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    compare.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="the run directories, two at least"
+    )
     compare.add_argument(
         "--out",
         type=Path,
         metavar="FILE.html",
-        help="the page (default: compare.html here, with a number where that exists)",
+        help="the page to write (default: compare.html here, with a number if it exists)",
     )
     compare.set_defaults(command=compare_command)
 
 
 def report_command(arguments: argparse.Namespace) -> int:
-    """Write a run's page as far as the run has come; its path is the output."""
+    """Write a run's page as far as the run has come, and print the path of the page."""
     from fed_diffusion.report.html import write_report  # matplotlib takes seconds to import
 
     say(write_report(arguments.run).resolve())
@@ -45,13 +47,15 @@ def report_command(arguments: argparse.Namespace) -> int:
 
 
 def compare_command(arguments: argparse.Namespace) -> int:
-    """Print a table of the runs' figures and write the page; its path is the last line."""
+    """Print a table of the runs' figures and write the page; the last line is the page's path."""
     from fed_diffusion.report.comparison import SHOWN, compare, free_name, page_of
     from fed_diffusion.store.files import write_atomic
 
     out: Path | None = arguments.out
     if out is not None and (out.suffix != ".html" or not out.absolute().parent.is_dir()):
-        raise ConfigError(f"--out = {out} is not a .html file in a folder that exists.")
+        raise ConfigError(
+            f"--out = {out} is not a .html file in a folder that exists; name such a file."
+        )
     target = out or free_name(Path("compare.html"))
     check_writable(target, "--out")
     comparison = compare(arguments.runs)

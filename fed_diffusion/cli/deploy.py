@@ -1,4 +1,4 @@
-"""fed-diffusion deploy init | deploy run | doctor: what an operator of several machines types."""
+"""fed-diffusion deploy | doctor: the commands for an operator of several machines."""
 
 from __future__ import annotations
 
@@ -17,59 +17,98 @@ if TYPE_CHECKING:
 
 def add_deploy_commands(commands: Any) -> None:
     """Add `deploy` and `doctor` to the command line's parser."""
-    deploy = commands.add_parser("deploy", help="several machines: keys, certificates, commands")
+    deploy = commands.add_parser("deploy", help="set up several machines, and run on them")
     parts = deploy.add_subparsers(required=True, metavar="COMMAND")
     init = parts.add_parser("init", help="write a folder with a bundle for each machine")
-    init.add_argument("directory", type=Path, metavar="DIR", help="must not exist")
+    init.add_argument(
+        "directory", type=Path, metavar="DIR", help="the folder to make; it must not exist yet"
+    )
     init.add_argument(
         "--server",
         action="append",
         required=True,
         metavar="HOST",
-        help="name or address that nodes connect to; again for further names of the same host",
+        help="a name or address that nodes connect to; repeat it for other names of the same host",
     )
-    init.add_argument("--nodes", type=int, default=3, metavar="N")
-    init.add_argument("--port", type=int, default=8443, help="of the proxy (default: 8443)")
+    init.add_argument(
+        "--nodes", type=int, default=3, metavar="N", help="how many nodes there are (default: 3)"
+    )
+    init.add_argument(
+        "--port", type=int, default=8443, help="the port of the proxy (default: 8443)"
+    )
     init.add_argument(
         "--operator",
         action="append",
         default=[],
         metavar="ADDRESS",
-        help="address or network that may submit runs from elsewhere than the server; repeatable",
+        help="an address or network, other than the server, that may submit runs; may be repeated",
     )
-    init.add_argument("--control", metavar="HOST:PORT", help="where the operator's flwr connects")
-    init.add_argument("--data-dir", default=None, help="the nodes' folder of images, at first")
-    init.add_argument("--days", type=int, default=365, help="until the certificates expire")
+    init.add_argument(
+        "--control", metavar="HOST:PORT", help="the address that the operator's flwr connects to"
+    )
+    init.add_argument(
+        "--data-dir",
+        default=None,
+        help="the folder of images that each node's config names at first",
+    )
+    init.add_argument(
+        "--days", type=int, default=365, help="days until the certificates expire (default: 365)"
+    )
     init.set_defaults(command=init_command)
 
-    run = parts.add_parser("run", help="submit a run and wait for its end; exit code 0: done")
+    run = parts.add_parser("run", help="submit a run and wait until it has finished")
     run.add_argument("operator", type=Path, metavar="OPERATOR", help="the operator's bundle")
     run.add_argument("preset", nargs="?", help="a name in conf/ or the path of a YAML file")
-    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting to change, as in pruning.level=S; may be repeated",
+    )
     run.add_argument("--out", type=Path, help="the run directory, an absolute path on the server")
-    run.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in there")
-    run.add_argument("--nodes", type=int, default=1, help="wait until so many are online")
+    run.add_argument(
+        "--resume", type=Path, metavar="RUN", help="a run directory on the server, to go on with"
+    )
+    run.add_argument(
+        "--nodes", type=int, default=1, help="wait until this many nodes are online (default: 1)"
+    )
     run.set_defaults(command=run_command)
     for name, what, does in (
-        ("attach", attach_command, "show the log of a run that goes on, and wait for its end"),
+        (
+            "attach",
+            attach_command,
+            "show the log of a run that is going on, and wait until it ends",
+        ),
         ("stop", stop_command, "end a run"),
     ):
         known = parts.add_parser(name, help=does)
         known.add_argument("operator", type=Path, metavar="OPERATOR", help="the operator's bundle")
-        known.add_argument("run", metavar="NUMBER", help="Flower's number of the run")
+        known.add_argument("run", metavar="NUMBER", help="the number that Flower gave the run")
         known.set_defaults(command=what)
 
-    doctor = commands.add_parser("doctor", help="is this machine ready? 0: yes")
-    doctor.add_argument("bundle", type=Path, nargs="?", help="its folder of deploy init")
-    doctor.add_argument("--server", metavar="HOST:PORT")
-    doctor.add_argument("--root-certificates", type=Path, metavar="CA.CRT")
-    doctor.add_argument("--data-dir", help="a folder of images")
-    doctor.add_argument("--preset", help="a run that the images must fit")
+    doctor = commands.add_parser(
+        "doctor", help="check whether this machine is ready; exit code 0 means that it is"
+    )
+    doctor.add_argument(
+        "bundle", type=Path, nargs="?", help="the folder that deploy init wrote for this machine"
+    )
+    doctor.add_argument(
+        "--server", metavar="HOST:PORT", help="the server to reach (default: the bundle's)"
+    )
+    doctor.add_argument(
+        "--root-certificates",
+        type=Path,
+        metavar="CA.CRT",
+        help="the CA's certificate that the server's is checked with (default: the bundle's)",
+    )
+    doctor.add_argument("--data-dir", help="a folder of images to check (default: the bundle's)")
+    doctor.add_argument("--preset", help="a preset whose run the images must fit")
     doctor.set_defaults(command=doctor_command)
 
 
 def doctor_command(arguments: argparse.Namespace) -> int:
-    """A line for each finding; exit code 1 where something is to be done."""
+    """Print a line for each finding; the exit code is 1 where something has to be done."""
     from rich.text import Text
 
     from fed_diffusion.common.terminal import plain_console
@@ -93,16 +132,18 @@ def doctor_command(arguments: argparse.Namespace) -> int:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Submit a run; its directory on the server is the last line of the output."""
+    """Submit a run; the last line of the output is the run's directory on the server."""
     from fed_diffusion.common.terminal import tell
     from fed_diffusion.config import load_config, parse_pairs
     from fed_diffusion.deploy.submit import Operator, submit
 
     out, resumed = arguments.out, arguments.resume
     if (out is None) == (resumed is None) or (resumed is None) != bool(arguments.preset):
-        raise ConfigError("give a preset and --out for a new run, or --resume RUN and neither.")
+        raise ConfigError(
+            "give a preset and --out for a new run, or only --resume RUN to go on with one."
+        )
     if resumed is not None and arguments.set:
-        raise ConfigError("--set does not go with --resume: a run keeps its settings.")
+        raise ConfigError("--set cannot be given with --resume: a run keeps its settings.")
     path = out or resumed
     if not path.is_absolute():
         option = "--out" if resumed is None else "--resume"
@@ -122,14 +163,14 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def attach_command(arguments: argparse.Namespace) -> int:
-    """Exit code 0: the run has finished."""
+    """Show a run's log until the run ends; exit code 0 means that it has finished."""
     from fed_diffusion.deploy.submit import Operator
 
     return _attach(Operator(arguments.operator), arguments.run)
 
 
 def stop_command(arguments: argparse.Namespace) -> int:
-    """Exit code 0: Flower ends the run."""
+    """Ask Flower to end a run; exit code 0 means that Flower ends it."""
     from fed_diffusion.common.terminal import tell
     from fed_diffusion.deploy.submit import Operator, stop
 
@@ -158,7 +199,7 @@ def _attach(operator: Operator, run: str) -> int:
 
 
 def init_command(arguments: argparse.Namespace) -> int:
-    """Write the folder and print its commands; its path is the last line of the output."""
+    """Write the deployment's folder and print its commands; the last line is its path."""
     from fed_diffusion.common.terminal import tell
     from fed_diffusion.deploy.bundle import Deployment, init
 

@@ -1,4 +1,4 @@
-"""--dry-run and config show: what a run would be and take, as text."""
+"""--dry-run and config show: these print what a run would be, and what it would take."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from fed_diffusion.sweep.grid import Run
 
 MOST_CLIENTS = 20
-"""Clients that are listed one by one."""
+"""How many clients are listed one by one."""
 
 
 def print_run(config: Config, engine: str, done: int = 0) -> int:
-    """All that `run` checks, then what it would be and take; nothing is written."""
+    """Check all that `run` checks, then print what the run would be and take; write nothing."""
     from fed_diffusion.checks import check
     from fed_diffusion.data import with_class_names
     from fed_diffusion.engines.forecast import forecast, size_of
@@ -48,7 +48,7 @@ def print_run(config: Config, engine: str, done: int = 0) -> int:
 
 
 def print_evaluation(config: Config) -> int:
-    """What `evaluate` would take."""
+    """Print what `evaluate` would take."""
     from fed_diffusion.data import load_dataset
     from fed_diffusion.engines.forecast import evaluation_seconds
     from fed_diffusion.evaluation.checks import OWN_DATA, check_evaluation
@@ -63,7 +63,7 @@ def print_evaluation(config: Config) -> int:
 
 
 def print_sweep(runs: Sequence[Run], datasets: Mapping[Any, ImageSet]) -> int:
-    """What each run of a sweep would take, and all of them; seeds cost the same."""
+    """Print what each run of a sweep would take, and their sum; a seed changes no estimate."""
     from fed_diffusion.engines.forecast import forecast
 
     table = Table()
@@ -84,7 +84,7 @@ def print_sweep(runs: Sequence[Run], datasets: Mapping[Any, ImageSet]) -> int:
 
 
 def facts(config: Config) -> list[tuple[str, str]]:
-    """What a configuration comes to, without a timed step; for people, as (name, text)."""
+    """Return what a configuration comes to, as (name, text), without timing a step."""
     from fed_diffusion.checks import check
     from fed_diffusion.data import load_dataset
     from fed_diffusion.data.datasets import DOWNLOADED
@@ -95,7 +95,8 @@ def facts(config: Config) -> list[tuple[str, str]]:
     except ConfigError as error:
         if config.data.name not in DOWNLOADED:
             raise
-        return [("images", f"not here, so nothing is known of the clients: {error}".split("\n")[0])]
+        why = str(error).split("\n")[0]
+        return [("images", f"not on this machine, so nothing is known of the clients: {why}")]
     check(config, dataset)
     size = size_of(config, dataset)
     lines = size_lines(config, size)
@@ -107,7 +108,7 @@ def facts(config: Config) -> list[tuple[str, str]]:
 
 
 def size_lines(config: Config, size: Size) -> list[tuple[str, str]]:
-    """Parameters, multiply-adds, memory, images, steps."""
+    """Return the lines about parameters, multiply-adds, memory, images and steps."""
     network = f"{size.parameters:,} parameters"
     if size.macs is not None:
         network += f", {size.macs:.3g} multiply-adds for an image"
@@ -133,7 +134,7 @@ def size_lines(config: Config, size: Size) -> list[tuple[str, str]]:
 
 
 def time_lines(config: Config, expected: Forecast, done: int) -> list[tuple[str, str]]:
-    """Bytes of a round, and the seconds of each part of the run."""
+    """Return the lines about the bytes of a round and the seconds of each part of the run."""
     down, up = expected.bytes_down / 1e6, expected.bytes_up / 1e6
     left = f"the {config.rounds - done} rounds that are left" if done else "all"
     return [

@@ -25,45 +25,55 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any) -> None:
-    """Add them to the sub-parsers of `fed-diffusion`."""
+    """Add `evaluate` and `features` to the sub-parsers of `fed-diffusion`."""
     evaluate = commands.add_parser(
         "evaluate", help="sample and measure a trained run again; earlier figures are kept"
     )
-    evaluate.add_argument("run", type=Path, metavar="RUN")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     evaluate.add_argument("--samples", type=int, metavar="N", help="how many images to generate")
-    evaluate.add_argument("--reference", help="data, train, test or a folder of images")
+    evaluate.add_argument(
+        "--reference", help="the images to compare with: data, train, test or a folder of images"
+    )
     evaluate.add_argument(
         "--extractor",
         metavar="NAME",
         action="append",
-        help="as evaluation.extractor; again for each further one",
+        help="the judge, as in evaluation.extractor; may be repeated for several judges",
     )
     evaluate.add_argument(
         "--weights",
-        help="a file of the extractor's weights, or as evaluation.weights: {NAME: FILE, ...}",
+        help="the file of the judge's weights, or {NAME: FILE, ...} for several judges",
     )
-    add_set(evaluate, "of evaluation.*, as in evaluation.sampler=second_order")
+    add_set(evaluate, "settings of evaluation.* to change, as in evaluation.sampler=second_order")
     add_dry_run(evaluate)
     evaluate.set_defaults(command=evaluate_command)
 
-    features = commands.add_parser("features", help="extractors of one's own")
+    features = commands.add_parser("features", help="make a judge from your own labelled images")
     actions = features.add_subparsers(required=True, metavar="ACTION")
-    train = actions.add_parser("train", help="train a classifier as an extractor, once")
+    train = actions.add_parser(
+        "train", help="train a classifier on a data set, for evaluation.weights"
+    )
     train.add_argument(
         "dataset",
         metavar="DATASET",
         help="cifar10, svhn, fashion_mnist, mnist, digits, image_folder or your_module:function",
     )
-    train.add_argument("--out", type=Path, required=True, help="a .safetensors file")
-    train.add_argument("--data-dir", help="where its files are")
-    train.add_argument("--size", type=int, help="for image_folder: the side in pixels")
-    train.add_argument("--channels", type=int, help="for image_folder: 1 or 3")
-    background = "for image_folder: what transparent pixels are laid over"
+    train.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    train.add_argument("--data-dir", help="the folder with the data set's files")
+    train.add_argument(
+        "--size", type=int, help="for image_folder: the side of the images in pixels"
+    )
+    train.add_argument("--channels", type=int, help="for image_folder: 1 (grey) or 3 (colour)")
+    background = "for image_folder: the colour behind transparent pixels"
     train.add_argument("--background", choices=("white", "black"), help=background)
     train.add_argument("--flip", action="store_true", help="mirror images at random in training")
-    train.add_argument("--epochs", type=int, default=10)
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    train.add_argument(
+        "--epochs", type=int, default=10, help="passes over the images (default: 10)"
+    )
+    train.add_argument("--seed", type=int, default=0, help="the seed of the training (default: 0)")
+    train.add_argument(
+        "--device", default="auto", help="where to train: auto, cpu, cuda or cuda:1 (default: auto)"
+    )
     train.set_defaults(command=features_train_command)
 
 
@@ -85,12 +95,12 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
 
 def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The dotted settings that are to differ from the run's."""
+    """Return the dotted settings that are to differ from the run's."""
     pairs = parse_pairs(arguments.set)
     if other := [key for key in pairs if not key.startswith("evaluation.")]:
         raise ConfigError(
-            f"--set {other[0]}: only evaluation.* can be set here; the network and its images are "
-            "the run's."
+            f"--set {other[0]}: evaluate changes only settings of evaluation.*; the network and "
+            "the data belong to the run."
         )
     names = ("samples", "reference", "extractor", "weights")
     given = {
@@ -100,7 +110,7 @@ def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if arguments.weights is not None:
         given["evaluation.weights"] = read_value("evaluation.weights", arguments.weights)
-    refuse_overlaps([*given, *pairs], "evaluate's own options and --set")
+    refuse_overlaps([*given, *pairs], "the options of evaluate and --set")
     typed = pairs | given
     if "evaluation.extractor" in typed:  # the weights of the run's own extractor go with it
         typed.setdefault("evaluation.weights", None)
@@ -146,19 +156,21 @@ def _measure_again(run: RunDir, typed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_none(results: dict[str, Any]) -> bool:
-    """Whether a run's own evaluation did not come to its end."""
+    """Return whether a run's own evaluation did not come to its end."""
     from fed_diffusion.evaluation.generated import UNFINISHED
 
     return bool(results["quality"]["why"] == UNFINISHED)
 
 
 def features_train_command(arguments: argparse.Namespace) -> int:
-    """Train a `ResNet` on a data set's labels and write it; prints what is in the file."""
+    """Train a `ResNet` on a data set's labels, write it, and print what is in the file."""
     out: Path = arguments.out
     if arguments.epochs < 1:
-        raise ConfigError(f"--epochs = {arguments.epochs} is not allowed; at least 1.")
+        raise ConfigError(f"--epochs = {arguments.epochs} is not allowed; give at least 1.")
     if out.suffix != ".safetensors" or not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out = {out} is not a .safetensors file in a folder that exists.")
+        raise ConfigError(
+            f"--out = {out} is not a .safetensors file in a folder that exists; name such a file."
+        )
     check_writable(out, "--out")
     data = {
         "name": arguments.dataset,

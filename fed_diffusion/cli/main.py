@@ -1,4 +1,4 @@
-"""fed-diffusion COMMAND: the parser of all commands, and those that are short."""
+"""fed-diffusion COMMAND: the parser of all commands, and the commands that are short."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: done; 1: the run failed; 2: refused before it began; 130: interrupted."""
+    """Run a command and return its exit code.
+
+    The code is 0 if the work is done, 1 if it failed, 2 if it was refused before it began, and 130
+    if it was interrupted.
+    """
     make_printable()
     arguments = parser().parse_args(spread(sys.argv[1:] if argv is None else argv))
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -62,34 +66,55 @@ def parser() -> argparse.ArgumentParser:
     cli_settings.add_commands(commands)
 
     sample = commands.add_parser("sample", help="generate images from a trained run")
-    sample.add_argument("run", type=Path, metavar="RUN")
-    sample.add_argument("--num", type=int, default=64)
-    sample.add_argument("--out", type=Path, required=True, help="a PNG file")
-    sample.add_argument("--seed", type=int)
-    sample.add_argument("--steps", type=int, help="steps of the sampler")
-    sample.add_argument("--sampler", metavar="NAME", help="as evaluation.sampler")
-    sample.add_argument("--guidance", type=float, metavar="W", help="as evaluation.guidance")
-    sample.add_argument("--labels", metavar="0,1,2", help="classes, in turn (default: all)")
+    sample.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    sample.add_argument(
+        "--num", type=int, default=64, metavar="N", help="how many images (default: 64)"
+    )
+    sample.add_argument("--out", type=Path, required=True, help="the PNG file to write")
+    sample.add_argument(
+        "--seed", type=int, help="the seed of the noise that images start from (default: the run's)"
+    )
+    sample.add_argument("--steps", type=int, help="how many steps the sampler takes")
+    sample.add_argument("--sampler", metavar="NAME", help="the sampler, as in evaluation.sampler")
+    sample.add_argument(
+        "--guidance", type=float, metavar="W", help="strength of guidance towards the label"
+    )
+    sample.add_argument("--labels", metavar="0,1,2", help="classes to draw, in turn (default: all)")
     sample.set_defaults(command=sample_command)
 
     cli_evaluation.add_commands(commands)
     cli_theory.add_commands(commands)
     cli_compare.add_commands(commands)
 
-    sweep = commands.add_parser("sweep", help="a grid of presets x methods x seeds, and its table")
+    sweep = commands.add_parser(
+        "sweep", help="run a grid of presets x methods x seeds, and make its table"
+    )
     sweep.add_argument("file", metavar="FILE", help="a name in conf/sweeps/ or a YAML file")
-    sweep.add_argument("--out", type=Path, help="its directory (default: runs/sweeps/<name>)")
     sweep.add_argument(
-        "--resume", action="store_true", help="go on with it, or join others who work on it"
+        "--out", type=Path, help="the sweep's directory (default: runs/sweeps/<name>)"
     )
     sweep.add_argument(
-        "--only", nargs="+", default=[], metavar="PATTERN", help="as in T-FedDM or '*-seed0'"
+        "--resume",
+        action="store_true",
+        help="go on with a sweep, also beside other processes that work on it",
+    )
+    sweep.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="only the runs whose names fit, as in T-FedDM or '*-seed0'",
     )
     add_set(sweep)
     add_dry_run(sweep)
-    sweep.add_argument("--processes", type=int, help="clients at once (default: cores; 1 on a GPU)")
     sweep.add_argument(
-        "--report", type=Path, metavar="FILE.md", help="the tables and figures once more, there"
+        "--processes", type=int, help="how many clients train at once (default: cores; 1 on a GPU)"
+    )
+    sweep.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.md",
+        help="write the tables and figures to this file too",
     )
     sweep.set_defaults(command=sweep_command)
 
@@ -112,9 +137,9 @@ def sample_command(arguments: argparse.Namespace) -> int:
     from fed_diffusion.report.grids import save_grid
 
     if arguments.num < 1:
-        raise ConfigError(f"--num = {arguments.num} is not allowed; at least 1.")
+        raise ConfigError(f"--num = {arguments.num} is not allowed; give at least 1.")
     if arguments.steps is not None and arguments.steps < 1:
-        raise ConfigError(f"--steps = {arguments.steps} is not allowed; at least 1.")
+        raise ConfigError(f"--steps = {arguments.steps} is not allowed; give at least 1.")
     check_writable(arguments.out, "--out")
     sampler = Sampler.from_run(arguments.run)
     images = sampler.sample(
@@ -131,7 +156,7 @@ def sample_command(arguments: argparse.Namespace) -> int:
 
 
 def _labels(text: str | None, num: int) -> Tensor | None:
-    """The labels of `num` images: those of a list such as 0,1,2 in turn."""
+    """Return the labels of `num` images: those of a list such as 0,1,2 in turn."""
     if text is None:
         return None
     import torch  # takes seconds
@@ -146,13 +171,13 @@ def _labels(text: str | None, num: int) -> Tensor | None:
 
 
 def sweep_command(arguments: argparse.Namespace) -> int:
-    """Do what is left of a sweep; its directory is the last line of the output."""
+    """Do what is left of a sweep; the last line of the output is its directory."""
     from fed_diffusion.engines.signals import stop_signals_interrupt
     from fed_diffusion.sweep import grid as sweeping
     from fed_diffusion.sweep.report import write_outputs
 
     if arguments.processes is not None and arguments.processes < 1:
-        raise ConfigError(f"--processes = {arguments.processes} is not allowed; at least 1.")
+        raise ConfigError(f"--processes = {arguments.processes} is not allowed; give at least 1.")
     sweep = sweeping.load_sweep(arguments.file)
     out = (arguments.out or sweeping.default_out(sweep)).resolve()
     runs = sweeping.grid(sweep, out, parse_pairs(arguments.set))
@@ -183,7 +208,7 @@ def sweep_command(arguments: argparse.Namespace) -> int:
     for name, why in outcome.failed.items():
         tell(f"{name}: {why}", "failed:")
     for name, who in outcome.elsewhere.items():
-        tell(f"left to others: {name}: {who}")
+        tell(f"another process has {name}: {who}")
     say(out)
     return 1 if outcome.failed else 0
 

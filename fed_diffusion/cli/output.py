@@ -1,4 +1,4 @@
-"""Standard output that cannot print a character, or cannot be written to at all."""
+"""Helpers for a standard output that cannot print a character, or cannot be written to at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ERRORS = "fed-diffusion-readable"
 def make_printable() -> None:
     """Let standard output print any text, whatever its encoding.
 
-    The bytes of a file name that is no text come out as they are; a character that the encoding
+    The bytes of a file name that is not text come out as they are; a character that the encoding
     does not have comes out as a Python escape.
     """
     codecs.register_error(_ERRORS, _readable)
@@ -33,7 +33,7 @@ def _readable(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 class OutputError(OSError):
-    """Standard output cannot be written to: it is a full disk, or nobody reads it any more."""
+    """Standard output cannot be written to: its disk is full, or nobody reads it any more."""
 
 
 def say(text: object) -> None:

@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from fed_diffusion.store.rundir import RunDir
 
 LOOK_S = 0.5
-"""Between looks at progress.json."""
+"""The seconds between two looks at progress.json."""
 LINE_S = 15.0
-"""Without a terminal: between two lines inside a round, and while sampling."""
+"""The seconds between two lines inside a round, or while sampling, where there is no terminal."""
 
 
 class Display:
-    """A bar with round, loss, images/s and the time that is left; plain lines without a terminal.
+    """Shows round, loss, images/s and the time that is left: a bar, or plain lines without a
+    terminal.
 
-    It is told of rounds that are done by calls, and of what goes on inside one by `live`.
+    Calls of the object tell it which rounds are done, and `live` tells it what goes on inside a
+    round.
     """
 
     def __init__(self, config: Config):
@@ -50,7 +52,7 @@ class Display:
         self._bar.stop()
 
     def __call__(self, line: Mapping[str, Any]) -> None:
-        """A round is done: its line of metrics.jsonl."""
+        """Show a round that is done, given its line of metrics.jsonl."""
         speed = line["images"] / max(line["seconds"], 1e-9)
         text = f"loss {line['loss']:.4f}  {speed:.0f} images/s"
         if line["rejected"]:
@@ -63,7 +65,7 @@ class Display:
             self._next_line = time.monotonic() + LINE_S
 
     def live(self, state: Mapping[str, Any]) -> None:
-        """What progress.json says, see `fed_diffusion.store.live`."""
+        """Show what progress.json says; see `fed_diffusion.store.live`."""
         done, of = state["done"], state["of"]
         left = "" if state["seconds_left"] is None else f"about {in_words(state['seconds_left'])}"
         if state["doing"] == "training":
@@ -87,7 +89,7 @@ class Display:
 
 
 def in_words(seconds: float) -> str:
-    """A time that is only an estimate, in two digits: 40 s, 12 min, 3.5 h."""
+    """Return an estimated time in two digits: 40 s, 12 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -97,7 +99,7 @@ def in_words(seconds: float) -> str:
 
 @contextmanager
 def followed(run: RunDir, show: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
-    """Meanwhile show what the run's progress.json says, whichever process writes it."""
+    """While the block runs, show what the run's progress.json says, whichever process writes it."""
     over = threading.Event()
     thread = threading.Thread(target=_follow, args=(run, show, over), daemon=True)
     thread.start()
@@ -117,7 +119,7 @@ def _follow(run: RunDir, show: Callable[[Mapping[str, Any]], None], over: thread
 def look(
     run: RunDir, show: Callable[[Mapping[str, Any]], None], seen: float | None
 ) -> float | None:
-    """Show what progress.json says if that is news; returns when it was written."""
+    """Show what progress.json says if that is new, and return when it was written."""
     try:
         state = run.doing()
         if state and state["at"] != seen:

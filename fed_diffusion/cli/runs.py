@@ -1,4 +1,4 @@
-"""fed-diffusion run | resume | watch: a run from its first word to its last."""
+"""fed-diffusion run | resume | watch: these commands train a run, go on with it, or follow it."""
 
 from __future__ import annotations
 
@@ -20,45 +20,51 @@ if TYPE_CHECKING:
     from fed_diffusion.store.rundir import RunDir
 
 Begin = Callable[[], "tuple[Experiment | RunDir, Config]"]
+ENGINE = "local trains in this process, flower through Flower's simulation (default: local)"
 
 
 def add_commands(commands: Any) -> None:
-    """Add them to the sub-parsers of `fed-diffusion`."""
-    run = commands.add_parser("run", help="train, sample, evaluate; prints the run directory")
+    """Add `run`, `resume` and `watch` to the sub-parsers of `fed-diffusion`."""
+    run = commands.add_parser("run", help="train, sample and evaluate; prints the run directory")
     run.add_argument("preset", help="a name in conf/ or the path of a YAML file")
-    run.add_argument("--engine", choices=("local", "flower"), default="local")
+    run.add_argument("--engine", choices=("local", "flower"), default="local", help=ENGINE)
     add_set(run)
     run.add_argument("--out", type=Path, help="the run directory (default: runs/<preset>-<time>)")
     add_dry_run(run)
     run.set_defaults(command=run_command)
 
     resume = commands.add_parser(
-        "resume", help="go on with a run that was stopped or killed, or for more rounds"
+        "resume", help="go on with a run that was stopped or killed, or train it for more rounds"
     )
-    resume.add_argument("run", type=Path, metavar="RUN")
-    resume.add_argument("--engine", choices=("local", "flower"), default="local")
+    resume.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    resume.add_argument("--engine", choices=("local", "flower"), default="local", help=ENGINE)
     resume.add_argument(
         "--rounds",
         type=int,
         metavar="N",
-        help="end after round N, also of a finished run; a cosine schedule is over N rounds then",
+        help="end after round N, also if the run is finished; a cosine schedule then spans N",
     )
-    add_set(resume, "new from here on: evaluation.*, worker.*, flower.*, trackers, data.dir")
+    add_set(
+        resume,
+        "settings to change from here on: evaluation.*, worker.*, flower.*, trackers, data.dir",
+    )
     resume.add_argument(
         "--accept-changes",
         action="store_true",
-        help="let through rounds, evaluation.*, worker.* that were changed in RUN/config.yaml",
+        help="accept changes in RUN/config.yaml to rounds, evaluation.* and worker.*",
     )
     add_dry_run(resume)
     resume.set_defaults(command=resume_command)
 
-    watch = commands.add_parser("watch", help="follow a run from another terminal; only reads")
-    watch.add_argument("run", type=Path, metavar="RUN")
+    watch = commands.add_parser(
+        "watch", help="follow a run from another terminal, without changing anything"
+    )
+    watch.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     watch.set_defaults(command=watch_command)
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Train a preset on the chosen engine; the run directory is the last line of the output."""
+    """Train a preset on the chosen engine; the last line of the output is the run directory."""
     config = load_config(arguments.preset, parse_pairs(arguments.set))
     if arguments.dry_run:
         from fed_diffusion.cli.dry_run import print_run
@@ -70,7 +76,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def resume_command(arguments: argparse.Namespace) -> int:
-    """Go on from a run's last checkpoint; it ends with the bits it would have ended with."""
+    """Go on from a run's last checkpoint; the run ends with the bits it would have ended with."""
     from fed_diffusion.engines.either import begin_again
     from fed_diffusion.store.rundir import RunDir
 
@@ -99,8 +105,9 @@ def _train(begin: Begin, *, resumed: bool = False, accept_changes: bool = False)
     Parameters
     ----------
     begin
-        Checks everything and claims the run directory: returns the experiment, for this process,
-        or for the Flower engine the directory; and the settings.
+        A function that checks everything, claims the run directory, and returns what is to run
+        (an experiment in this process, or the run directory for the Flower engine), and its
+        settings.
     """
     from fed_diffusion.engines.either import carry
     from fed_diffusion.engines.signals import stop_signals_interrupt
@@ -132,7 +139,7 @@ def _train(begin: Begin, *, resumed: bool = False, accept_changes: bool = False)
 
 
 def watch_command(arguments: argparse.Namespace) -> int:
-    """Show how a run goes until it ends; 0: it is finished, 1: it is not."""
+    """Show how a run goes until it ends; the exit code is 0 if it has finished, else 1."""
     from fed_diffusion.engines.flower import MetricsTail
     from fed_diffusion.store.rundir import RunDir
 
@@ -165,14 +172,17 @@ def _how_it_ended(run: RunDir) -> int:
         print_results(run.path)
         say(run.path)
         return 0
-    why = status.get("reason") or "nothing is at it, and it is not finished: it was killed, or"
-    why += "" if status else f" has not begun; go on with: {resume_command(run.path)}"
+    why = (
+        status.get("reason")
+        or "no process works on this run, and it is not finished: it was killed, or"
+    )
+    why += "" if status else f" it has not begun; go on with: {resume_command(run.path)}"
     tell(f"{run.path}: {why}", f"{status.get('state', 'stopped')}:")
     return 1
 
 
 def print_results(path: Path) -> None:
-    """A finished run in a few lines."""
+    """Print a finished run in a few lines."""
     from fed_diffusion.store.rundir import RunDir
 
     results = RunDir(path).results()
@@ -189,7 +199,7 @@ def print_results(path: Path) -> None:
 
 
 def _fid(found: dict[str, Any], samples: int) -> str:
-    """A judge's FID with what it depends on, or why there is none."""
+    """Return a judge's FID with what it depends on, or why there is none."""
     if found["fid"] is None:
         return f"no quality figures: {found['why']}"
     return (

@@ -15,30 +15,38 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 
 def add_commands(commands: Any) -> None:
-    """Add them to the sub-parsers of `fed-diffusion`."""
-    listed = commands.add_parser("presets", help="what there is to run, with a word on each")
+    """Add `presets`, `settings`, `config` and `completion` to the sub-parsers."""
+    listed = commands.add_parser("presets", help="list the presets, with a sentence on each")
     listed.set_defaults(command=presets_command)
 
-    settings = commands.add_parser("settings", help="every setting: values, default, meaning")
+    settings = commands.add_parser(
+        "settings", help="list every setting with its values, default and meaning"
+    )
     settings.add_argument(
-        "search", nargs="?", default="", metavar="SEARCH", help="only those that hold this text"
+        "search",
+        nargs="?",
+        default="",
+        metavar="SEARCH",
+        help="list only settings in which this text occurs",
     )
     settings.set_defaults(command=settings_command)
 
-    config = commands.add_parser("config", help="what a preset and --set come to")
+    config = commands.add_parser("config", help="show what a preset and --set come to")
     actions = config.add_subparsers(required=True, metavar="ACTION")
     show = actions.add_parser("show", help="print all settings as YAML, and what they come to")
     show.add_argument("preset", help="a name in conf/ or the path of a YAML file")
     add_set(show)
     show.set_defaults(command=show_command)
 
-    completion = commands.add_parser("completion", help="print a script that completes words")
-    completion.add_argument("shell", choices=SHELLS)
+    completion = commands.add_parser(
+        "completion", help="print a script for a shell that completes words of this command"
+    )
+    completion.add_argument("shell", choices=SHELLS, help="the shell to make the script for")
     completion.set_defaults(command=completion_command)
 
 
 def presets_command(arguments: argparse.Namespace) -> int:
-    """Each preset with the first sentence of its comment."""
+    """Print each preset with the first sentence of its comment."""
     names = presets()
     width = max(map(len, names))
     for name in names:
@@ -57,7 +65,7 @@ def _first_sentence(preset: str) -> str:
 
 
 def settings_command(arguments: argparse.Namespace) -> int:
-    """The settings whose name or meaning holds the text that was searched for."""
+    """Print the settings whose name, values or meaning hold the text that was searched for."""
     from fed_diffusion.config.describe import all_settings
 
     text = arguments.search.lower()
@@ -79,7 +87,7 @@ def settings_command(arguments: argparse.Namespace) -> int:
 
 
 def show_command(arguments: argparse.Namespace) -> int:
-    """The resolved settings, a preset themselves, with what they come to as comments."""
+    """Print all settings as a preset, and what they come to as comments."""
     config = load_config(arguments.preset, parse_pairs(arguments.set))
     from fed_diffusion.cli.dry_run import facts
 
@@ -90,7 +98,7 @@ def show_command(arguments: argparse.Namespace) -> int:
 
 
 def completion_command(arguments: argparse.Namespace) -> int:
-    """A static script for a shell, made by shtab."""
+    """Print a completion script for a shell, made by shtab."""
     if find_spec("shtab") is None:
         raise ConfigError(
             "completion needs the package shtab: pip install 'fed-diffusion[completion]'."

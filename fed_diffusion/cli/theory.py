@@ -30,24 +30,49 @@ STEPS = (100, 300, 1000, 3000, 10000)
 
 
 def add_commands(commands: Any) -> None:
-    """Add them to the sub-parsers of `fed-diffusion`."""
-    plan = commands.add_parser("plan", help="hyperparameters by Remark 4.12, and the bound")
-    plan.add_argument("preset", help="a name in conf/ or the path of a YAML file")
-    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    plan.add_argument(
-        "--target", type=float, default=1.0, metavar="NATS", help="for discretisation and prior"
+    """Add `plan` to the sub-parsers of `fed-diffusion`."""
+    plan = commands.add_parser(
+        "plan", help="choose hyperparameters by Remark 4.12, and evaluate the bound"
     )
-    plan.add_argument("--delta", type=float, metavar="D", help="default: the preset's")
+    plan.add_argument("preset", help="a name in conf/ or the path of a YAML file")
     plan.add_argument(
-        "--data-moment", type=float, metavar="M2", help="E ||X_0||^2, so that no images are read"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting to change, as in pruning.level=S; may be repeated",
+    )
+    plan.add_argument(
+        "--target",
+        type=float,
+        default=1.0,
+        metavar="NATS",
+        help="what the discretisation and the prior may add to the bound (default: 1 nat)",
+    )
+    plan.add_argument(
+        "--delta",
+        type=float,
+        metavar="D",
+        help="the time at which sampling stops, diffusion.delta (default: the preset's)",
+    )
+    plan.add_argument(
+        "--data-moment",
+        type=float,
+        metavar="M2",
+        help="E ||X_0||^2 of the images, if you know it; then no images are read",
     )
     plan.add_argument("--apply", type=Path, metavar="FILE.yaml", help="write the plan as a preset")
-    plan.add_argument("--plot", type=Path, metavar="FILE.png", help="how the bound moves")
+    plan.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="draw how the bound changes with each argument",
+    )
     plan.set_defaults(command=plan_command)
 
 
 def plan_command(arguments: argparse.Namespace) -> int:
-    """Probe the fresh network, print the plan beside the preset; write what was asked for."""
+    """Probe the fresh network, print the plan beside the preset, and write what was asked for."""
     _check(arguments)
     config = load_config(arguments.preset, parse_pairs(arguments.set))
     from fed_diffusion.analysis import advisor
@@ -96,9 +121,11 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.target < math.inf:
-        raise ConfigError(f"--target = {arguments.target} is not allowed; nats above 0.")
+        raise ConfigError(f"--target = {arguments.target} is not allowed; give nats above 0.")
     if arguments.delta is not None and not 0 < arguments.delta < 1:
-        raise ConfigError(f"--delta = {arguments.delta} is not allowed; above 0 and below 1.")
+        raise ConfigError(
+            f"--delta = {arguments.delta} is not allowed; give a number above 0 and below 1."
+        )
     for flag, suffixes in (("apply", (".yaml", ".yml")), ("plot", (".png", ".svg", ".pdf"))):
         path: Path | None = getattr(arguments, flag)
         if path is None:
@@ -112,7 +139,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _images(config: Config, M2: float | None) -> tuple[Any, tuple[str, ...]]:
-    """The run's images; where they cannot be downloaded, or M_2 is given, a stand-in for them."""
+    """Return the run's images, or a stand-in where they cannot be downloaded or M_2 is given."""
     from fed_diffusion.analysis.probe import stand_in
     from fed_diffusion.data import load_dataset
     from fed_diffusion.data.datasets import DOWNLOADED
@@ -180,7 +207,7 @@ def _comparison(config: Config, probed: Probe, plan: Plan) -> Table:
 
 
 def _eta(probed: Probe, plan: Plan) -> float:
-    """The plan's largest step size as local.eta: on the simple loss of the plan's partition."""
+    """Return the plan's largest step size as local.eta, for the simple loss of its partition."""
     from fed_diffusion.diffusion.loss import DSMLoss
     from fed_diffusion.theory.bound import eta_from_F_scale
 
@@ -188,7 +215,7 @@ def _eta(probed: Probe, plan: Plan) -> float:
 
 
 def _moves(probed: Probe, plan: Plan) -> dict[str, list[Row]]:
-    """The bound for the plan, with one argument after another changed."""
+    """Return the bound for the plan, with one argument after another changed."""
     from fed_diffusion.analysis import advisor
     from fed_diffusion.theory.bound import Steps
 
@@ -218,7 +245,7 @@ def _nats(value: float) -> str:
 
 
 def _apply(config: Config, probed: Probe, plan: Plan, path: Path) -> None:
-    """The preset with the plan's diffusion, and its eta where the theorem covers the optimiser."""
+    """Write the preset with the plan's diffusion, and its eta if the theorem allows it."""
     from fed_diffusion.generate import sampler_partition
     from fed_diffusion.store.files import write_atomic
 

@@ -1,4 +1,4 @@
-"""pruning.budget auto: a worker measures what it can carry, once a run."""
+"""With pruning.budget = auto a worker measures what it can carry, once a run."""
 
 from __future__ import annotations
 
@@ -33,18 +33,21 @@ from fed_diffusion.protocol.moments import is_shared
 from fed_diffusion.theory.curvature import gradient, images_within, saved_bytes
 
 STEPS = 3
-"""Steps of a probe; the median counts, so that the first one is warm-up."""
+"""The number of steps of a probe; the median counts, so that the first one is warm-up."""
 DIAGNOSTIC_BYTES = 24
-"""Of a parameter where a curvature is measured: its value, the value as it arrived, the vector, its
-product, and of the part in hand the gradient and the product: six float32."""
+"""The bytes for each parameter where a curvature is measured.
+
+These are six float32: the value, the value as it arrived, the vector, its product, and the gradient
+and the product of the part in hand.
+"""
 MOMENT_BYTES = 8
-"""Of a parameter where its moments come with the task: both, as they arrived."""
+"""The bytes for each parameter whose moments come with the task: both, as they arrived."""
 
 
 def measure_budget(
     config: Config, whole: UNet, layout: Layout, loss: DSMLoss, device: torch.device, steps: int
 ) -> Budget:
-    """The largest ratio of pruning.ladder that this machine can carry.
+    """Return the largest ratio of pruning.ladder that this machine can carry.
 
     Only the two smallest sub-networks are run, a few steps each, on blank images.
 
@@ -58,7 +61,7 @@ def measure_budget(
     Raises
     ------
     BudgetError
-        Not even the smallest fits.
+        Not even the smallest ratio fits.
     """
     ladder = sorted(set(config.pruning.ladder))
     demands = {
@@ -83,13 +86,13 @@ def measure_budget(
 
 
 def sub_network(whole: UNet, layout: Layout, keep: float, device: torch.device | str) -> UNet:
-    """The sub-network of the first groups at this ratio, not initialised."""
+    """Return the sub-network of the first groups at this ratio, not initialised."""
     blocks = layout.blocks(ordered(layout, layout.counts(keep)))
     return resized(whole, layout.shapes_of(blocks), device=device)
 
 
 def demand(config: Config, network: UNet, measures: bool = False) -> Demand:
-    """What a training step needs by its shapes: nothing is computed, the network is on meta.
+    """Return what a training step needs by its shapes: nothing is computed, the network is on meta.
 
     Parameters
     ----------
@@ -122,7 +125,7 @@ def demand(config: Config, network: UNet, measures: bool = False) -> Demand:
 def training_step(
     config: Config, network: nn.Module, loss: DSMLoss, device: torch.device
 ) -> Callable[[], None]:
-    """A function that takes one local step, on blank images, as a worker does on its own."""
+    """Return a function that takes one local step on blank images, as a worker does when alone."""
     network = network.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=config.local.eta, fused=True)
     noise = torch.Generator(device).manual_seed(0)

@@ -41,21 +41,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MINIBATCHES = 2
-"""Of the run's batch size: the fewest that tell noise from gradient."""
+"""The fewest minibatches, of the run's batch size, that tell noise from gradient."""
 MOST_MINIBATCHES = 32
 SHARE = 0.02
-"""What measuring may cost, beyond the fewest minibatches: of the workers' steps in the run."""
+"""The share of the workers' steps in a run that measuring may cost beyond the fewest
+minibatches.
+"""
 MINIBATCH_STEPS, CURVATURE_STEPS = 1.15, 12.0
-"""What a minibatch with its sketch, and a curvature, cost in training steps: as measured on digits,
-where the network is small and the sketch takes its largest share."""
+"""What a minibatch with its sketch, and a curvature, cost in training steps.
+
+They were measured on digits, where the network is small and the sketch takes its largest share.
+"""
 MOST_LETTERS = 200
-"""Of the reason why a worker could not measure."""
+"""The number of letters in the reason why a worker could not measure, at most."""
 
 
 def measure(
     worker: Worker, theta: Mapping[str, Tensor], task: Task
 ) -> tuple[Numbers, dict[str, Packed]]:
-    """What the task asks for at theta_r, as it travels; nothing where it asks for nothing.
+    """Return what the task asks for at theta_r, as it travels; nothing where it asks for nothing.
 
     Where something cannot be measured (memory, a network without a second derivative, numbers that
     are not finite), the reason travels in its place: an update is worth more than its diagnostics.
@@ -73,7 +77,7 @@ def measure(
             if products:
                 numbers |= _curvature(worker, theta, task, products)
     except Exception as error:
-        # whatever it is, in code of one's own too: the client's update must not be lost for it
+        # whatever it is, in a user's code too: the client's update must not be lost for it
         why = " ".join(f"{type(error).__name__}: {error}".split())
         data = why[:MOST_LETTERS].encode("utf-8", errors="replace")
         text = data.decode("utf-8")  # of a file name that is no text, too: a log must take it
@@ -85,7 +89,7 @@ def measure(
 
 
 def minibatches(config: Config, steps: int, workers: int, most: int = MOST_MINIBATCHES) -> int:
-    """How many minibatches a worker with so many steps a round measures in a diagnostic round.
+    """Return how many minibatches a worker with so many steps measures in a diagnostic round.
 
     As many as SHARE of its steps in the whole run pay for, beside its part in the one curvature
     that the workers measure.
@@ -99,7 +103,7 @@ def minibatches(config: Config, steps: int, workers: int, most: int = MOST_MINIB
 def _gradients(
     worker: Worker, theta: Mapping[str, Tensor], task: Task, most: int
 ) -> tuple[Numbers, dict[str, Packed]]:
-    """Losses and sketched gradients of independent minibatches."""
+    """Return losses and sketched gradients of independent minibatches."""
     config = worker.config
     workers = int(task.payload.numbers.get(TOGETHER, 1))  # type: ignore[arg-type]
     count = minibatches(config, worker.steps(worker.examples(task.client)), workers, most)
@@ -121,7 +125,7 @@ def _gradients(
 
 
 def _curvature(worker: Worker, theta: Mapping[str, Tensor], task: Task, products: int) -> Numbers:
-    """L of the first minibatch's loss."""
+    """Return L of the first minibatch's loss."""
     parameters, network, drawn = worker.minibatches(
         dict(theta), task.client, task.round, 1, worker.config.local.batch
     )

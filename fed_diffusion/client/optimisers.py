@@ -1,4 +1,4 @@
-"""A worker's optimiser: fresh in every round, or going on from the state that came with theta."""
+"""A worker's optimiser: it is fresh in every round, or goes on from the state of the task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fed_diffusion.protocol.moments import FIRST, SECOND, STEPS, is_shared
 from fed_diffusion.protocol.schedules import eta_of
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
-"""Adam's, as torch has them."""
+"""Adam's parameters, as torch has them."""
 
 
 class Optimiser(Protocol):
@@ -24,7 +24,7 @@ class Optimiser(Protocol):
 
 
 def fresh_optimiser(config: Config, network: nn.Module, round: int) -> Optimiser:
-    """The optimiser of a round that begins without a state."""
+    """Return the optimiser of a round that begins without a state."""
     eta, parameters = eta_of(config, round), list(network.parameters())
     if config.local.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=eta)
@@ -34,7 +34,9 @@ def fresh_optimiser(config: Config, network: nn.Module, round: int) -> Optimiser
 def optimiser_of(
     config: Config, network: nn.Module, round: int, state: Mapping[str, Tensor]
 ) -> Optimiser:
-    """The optimiser of a round, going on from the state that came where it is shared."""
+    """Return the optimiser of a round, which goes on from the state that came where it is
+    shared.
+    """
     if is_shared(config):
         return SharedAdam(dict(network.named_parameters()), eta_of(config, round), state)
     return fresh_optimiser(config, network, round)
@@ -49,9 +51,9 @@ class SharedAdam:
     Parameters
     ----------
     parameters
-        By name.
+        The parameters by name.
     state
-        As `decode_state` gives it.
+        The state as `decode_state` returns it.
     """
 
     def __init__(
@@ -78,12 +80,12 @@ class SharedAdam:
             part.zero_grad(set_to_none)
 
     def step(self) -> None:
-        """One step on all parameters."""
+        """Take one step on all parameters."""
         for part in self._parts:
             part.step()
 
     def moments(self) -> dict[str, Tensor]:
-        """Both moments of every parameter, by the names of the state."""
+        """Return both moments of every parameter, by the names of the state."""
         kinds = {FIRST: "exp_avg", SECOND: "exp_avg_sq"}
         return {
             prefix + name: self._state[parameter][parameter][key]
@@ -93,14 +95,14 @@ class SharedAdam:
 
 
 class CountedAdam(torch.optim.Optimizer):
-    """Adam with a number of steps for every coordinate, which its bias corrections go by."""
+    """Adam with a number of steps for every coordinate, by which its bias corrections go."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], eta: float):
         super().__init__(parameters, {"lr": eta})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step."""
+        """Take one step."""
         for options in self.param_groups:
             for parameter in options["params"]:
                 if parameter.grad is not None:
@@ -127,5 +129,5 @@ def _parameters_of(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def _like(parameter: Tensor, values: Tensor) -> Tensor:
-    """Values in the parameter's own order of memory, which torch's fused kernels rely on."""
+    """Return values in the parameter's order of memory, which torch's fused kernels rely on."""
     return torch.empty_like(parameter).copy_(values).detach()

@@ -46,11 +46,13 @@ from fed_diffusion.protocol.wire import Payload, decode_task, encode_update
 from fed_diffusion.theory.estimates import second_moment
 
 MOMENT_IMAGES = 1024
-"""Images that M_{n,2} looks at together: a client's images are not copied whole."""
+"""The number of images that M_{n,2} reads together, so that a client's images are not copied
+whole.
+"""
 
 
 class Worker:
-    """Runs tasks for any client of a run; keeps the model and the data resident between them.
+    """A worker runs tasks for any client of a run, and keeps the model and the data between them.
 
     A task that drops whole channels builds, trains and holds only the smaller network. Nothing of a
     task's result depends on what ran before it: workers are stateless between rounds, and the state
@@ -59,7 +61,7 @@ class Worker:
     Parameters
     ----------
     dataset
-        Default: what the configuration names.
+        The images; by default those that the configuration names.
     own
         The data set is one client's own: all of it is that client's, whichever number it has (the
         number still says which randomness is its). Default: it is shared, and partitioned.
@@ -125,7 +127,7 @@ class Worker:
     def minibatches(
         self, theta: dict[str, Tensor], client: int, round: int, count: int, size: int
     ) -> tuple[list[nn.Parameter], Network, Iterator[NoisyBatch]]:
-        """Independent minibatches of a client, as training sees them, for the loss at theta.
+        """Return independent minibatches of a client, as training sees them, for the loss at theta.
 
         Dropout is off; images and noise come from a stream of their own. Where training takes
         smaller batches than `size` because the client has fewer images, so are these.
@@ -153,15 +155,15 @@ class Worker:
         return list(network.parameters()), forward, drawn()
 
     def examples(self, client: int) -> int:
-        """How many images a client trains on."""
+        """Return how many images a client trains on."""
         return len(self._training_images(client))
 
     def _training_images(self, client: int) -> np.ndarray:
-        """Indices of a client's images but for those that are held out."""
+        """Return the indices of a client's images without those that are held out."""
         return split_holdout(self._images_of(client), self.config, client)[0]
 
     def _network(self, theta: dict[str, Tensor]) -> tuple[nn.Module, Network, Network]:
-        """A network that holds theta; one of each size stays resident.
+        """Return a network that holds theta; one of each size stays resident.
 
         Returns
         -------
@@ -187,11 +189,11 @@ class Worker:
         return self._networks[shapes]
 
     def _images_of(self, client: int) -> np.ndarray:
-        """Indices of a client's images."""
+        """Return the indices of a client's images."""
         return np.arange(len(self.dataset)) if self._parts is None else self._parts[client]
 
     def second_moment(self, client: int) -> float:
-        """M_{n,2} of the images that a client trains on, exact; computed once."""
+        """Return M_{n,2} of the images that a client trains on, exact; it is computed once."""
         if client not in self._moments:
             index = torch.from_numpy(self._training_images(client))
             parts = ((part, self.dataset.images[part]) for part in index.split(MOMENT_IMAGES))
@@ -200,7 +202,7 @@ class Worker:
         return self._moments[client]
 
     def budget(self) -> Budget:
-        """The keep ratio that this machine can carry (pruning.budget: auto); measured once.
+        """Return the keep ratio that this machine can carry (pruning.budget: auto); measured once.
 
         Raises
         ------
@@ -230,7 +232,7 @@ class Worker:
         return self._budget
 
     def steps(self, examples: int) -> int:
-        """S, the local steps of a client with so many training images."""
+        """Return S, the local steps of a client with so many training images."""
         return self.config.local.steps_of(examples)
 
     def _train(
@@ -243,9 +245,10 @@ class Worker:
         masks: Masks,
         optimiser: Optimiser,
     ) -> tuple[float, float]:
-        """S steps of (7) on the simple loss; the gradient is masked, so what is dropped stays 0.
+        """Take S steps of (7) on the simple loss.
 
-        Where whole channels are dropped, the network is small and there is nothing to mask.
+        The gradient is masked, so what is dropped stays 0. Where whole channels are dropped, the
+        network is small and there is nothing to mask.
 
         Returns
         -------
@@ -279,7 +282,8 @@ class Worker:
         return float(total) / weight, math.nan if first is None else float(first)
 
     def _batches(self, task: Task, train: np.ndarray, steps: int) -> list[np.ndarray]:
-        """Image indices of each step, from one random order of the client's images after another.
+        """Yield the image indices of each step, from one random order of the client's images after
+        another.
 
         With local.epochs each order is cut by itself, and its last batch may be smaller. With
         local.steps they are strung together, so that every batch is full.
@@ -316,7 +320,9 @@ class Worker:
     def _holdout_loss(
         self, network: nn.Module, forward: Network, holdout: np.ndarray, client: int
     ) -> float:
-        """The simple loss of theta_{r,n,0} on held-out images, with the same noise every round."""
+        """Return the simple loss of theta_{r,n,0} on held-out images, with the same noise every
+        round.
+        """
         noise = torch_generator(
             self.config.seed, Purpose.HOLDOUT, client=client, device=self.device
         )

@@ -17,7 +17,7 @@ CACHE_VARIABLE = "FED_DIFFUSION_CACHE"
 
 
 def cache_root() -> Path:
-    """The folder of all caches; `ConfigError` where that is in a home that is not known."""
+    """Return the folder of all caches; raise `ConfigError` if the home directory is unknown."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return expanded(chosen, CACHE_VARIABLE)
@@ -27,10 +27,10 @@ def cache_root() -> Path:
 
 @contextlib.contextmanager
 def alone(lock: Path) -> Iterator[None]:
-    """One process of this machine at a time is in here; the others wait for it.
+    """Let one process of this machine at a time into the block; the others wait for it.
 
-    Where the system or the file system has no such locks, nobody waits: what is done in here must
-    be right without them, too, and is then only done twice.
+    Where the system or the file system has no such locks, nobody waits: what the block does must be
+    right without them, too, and is then only done twice.
     """
     with lock.open("w") as file:
         try:

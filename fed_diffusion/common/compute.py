@@ -29,7 +29,7 @@ def pinned_threads(threads: int) -> Iterator[None]:
 
 
 def device_of(config: Config) -> torch.device:
-    """The device of config.worker.device; auto takes CUDA where there is one."""
+    """Return the device of config.worker.device; auto takes CUDA where there is one."""
     name = config.worker.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,7 +37,7 @@ def device_of(config: Config) -> torch.device:
 
 
 def precision_on(config: Config, device: torch.device) -> Literal["fp32", "tf32", "bf16"]:
-    """What a network computes in on this device (worker.precision).
+    """Return what a network computes in on this device (worker.precision).
 
     `auto` is bf16 on a GPU with bf16 units, and fp32 on every CPU: bf16 autocast of small networks
     is many times slower there, even where the CPU has instructions for it.
@@ -49,7 +49,7 @@ def precision_on(config: Config, device: torch.device) -> Literal["fp32", "tf32"
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether a device has bf16 units of its own."""
+    """Return whether a device has bf16 units."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -57,14 +57,14 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def arithmetic(config: Config, device: torch.device) -> torch.autocast:
-    """The autocast context of one call of a network; theta and the loss stay in fp32."""
+    """Return the autocast context of one call of a network; theta and the loss stay in fp32."""
     bf16 = precision_on(config, device) == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 @contextmanager
 def kernels(config: Config, device: torch.device) -> Iterator[None]:
-    """Forward and backward passes inside use the kernels that worker.* asks for.
+    """Let forward and backward passes in the block use the kernels that worker.* asks for.
 
     On a GPU, TF32 is off unless worker.precision is tf32 (torch's own default computes
     convolutions in TF32), and with worker.deterministic two runs end with the same bits. On a CPU
@@ -93,11 +93,11 @@ def kernels(config: Config, device: torch.device) -> Iterator[None]:
 
 
 def compiled(network: nn.Module, backend: str | None = None) -> Callable[..., Tensor]:
-    """The network, compiled for its own shapes, whatever else this process has compiled.
+    """Return the network, compiled for its shapes, whatever else this process has compiled.
 
     torch.compile keeps what it has compiled by code object, and after a few entries it silently
-    goes on uncompiled; with several network sizes results would depend on which of them a process
-    saw first. So every network gets a code object of its own, and no dimension is left dynamic.
+    goes on uncompiled; with several network sizes, results would depend on which of them a process
+    saw first. So every network gets its own code object, and no dimension is left dynamic.
     """
 
     def call(x: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:

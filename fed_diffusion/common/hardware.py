@@ -12,10 +12,10 @@ GROUPS = Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may keep busy.
+    """Return the number of CPU cores that this process may keep busy.
 
-    They are the fewest of: those that it may run on, and the CPU time that its control groups and
-    their parents have a quota of, rounded up.
+    The number is the smaller of the cores that the process may run on and the CPU time that its
+    control groups and their parents have a quota of, rounded up.
     """
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
@@ -25,7 +25,7 @@ def usable_cores() -> int:
 
 
 def cpu_quotas(root: Path = ROOT, groups: Path = GROUPS) -> Iterator[float]:
-    """The quota of every control group around this process, in cores."""
+    """Yield the quota of every control group around this process, in cores."""
     for folder, version in control_groups("cpu", root, groups):
         if version == 2:
             quota, period, *_ = *_words(folder / "cpu.max"), "", ""
@@ -40,7 +40,7 @@ def cpu_quotas(root: Path = ROOT, groups: Path = GROUPS) -> Iterator[float]:
 def control_groups(
     controller: str, root: Path = ROOT, groups: Path = GROUPS
 ) -> Iterator[tuple[Path, int]]:
-    """The folders of the control groups that limit this process, and their version, 1 or 2.
+    """Return the folders of the control groups that limit this process, and their version, 1 or 2.
 
     Each group comes before its parents. A folder need not exist: a container may see its own group
     as the root, and the names of the groups outside.

@@ -13,12 +13,12 @@ import psutil
 import torch
 
 LOOK_S = 0.002
-"""Between looks at the process's memory."""
+"""The seconds between looks at the process's memory."""
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Yields a function that gives the highest memory since the start, above what was in use then.
+    """Yield a function that returns the highest memory since the start, above that at the start.
 
     On a CPU a thread looks at the process's resident memory: its own high-water mark cannot be
     reset everywhere. Free memory that the process still holds would hide what is used next, so it
@@ -48,7 +48,7 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
 
 
 def _return_free_memory() -> None:
-    """glibc keeps freed memory for the process; elsewhere there is nothing to do."""
+    """Give freed memory back, which glibc keeps for the process; elsewhere do nothing."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:

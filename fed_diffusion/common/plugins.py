@@ -16,7 +16,7 @@ from fed_diffusion.config.schema import ConfigError
 
 
 def resolve(setting: str, name: str, built_in: Mapping[str, Any]) -> Any:
-    """The object that a setting names.
+    """Return the object that a setting names.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ def resolve(setting: str, name: str, built_in: Mapping[str, Any]) -> Any:
     name
         A key of `built_in`, or module:attribute (also module:Class.attribute).
     built_in
-        What needs no import, by name.
+        The built-in objects by name, which need no import.
 
     Raises
     ------
@@ -51,12 +51,12 @@ def resolve(setting: str, name: str, built_in: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def blamed(setting: str, name: str) -> Iterator[None]:
-    """Say of whatever goes wrong in here that it went wrong in the part that a setting names.
+    """Report any exception in the block as a fault of the part that a setting names.
 
     Raises
     ------
     ConfigError
-        With the setting, the name and what was raised.
+        The message has the setting, the name and what was raised.
     """
     try:
         yield

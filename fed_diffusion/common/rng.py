@@ -39,17 +39,17 @@ class Purpose(IntEnum):
 
 
 def philox(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Philox:
-    """The raw stream for one purpose in one round of one client."""
+    """Return the raw stream for one purpose in one round of one client."""
     return np.random.Philox(key=[seed, int(purpose)], counter=[0, 0, round, client])
 
 
 def generator(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Generator:
-    """NumPy distributions on `philox`'s stream."""
+    """Return NumPy distributions on `philox`'s stream."""
     return np.random.Generator(philox(seed, purpose, round, client))
 
 
 def torch_seed(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> int:
-    """A 63-bit seed for a CUDA generator, taken from the stream's first word."""
+    """Return a 63-bit seed for a CUDA generator, taken from the stream's first word."""
     return int(philox(seed, purpose, round, client).random_raw()) >> 1
 
 
@@ -60,7 +60,7 @@ def torch_generator(
     client: int = 0,
     device: torch.device | str = "cpu",
 ) -> torch.Generator:
-    """A torch generator on `device` whose whole state comes from `philox`'s stream.
+    """Return a torch generator on `device` whose whole state comes from `philox`'s stream.
 
     A CPU generator's `manual_seed` uses 32 bits of its seed: among 300 rounds of 1,000 clients some
     ten pairs would draw the same noise. A CUDA generator (Philox, too) uses all 64.
@@ -79,7 +79,7 @@ def seed_torch(
     Parameters
     ----------
     cuda
-        Also those of the GPUs; where they are not to change, only the CPU's.
+        Whether the generators of GPUs are seeded too; if not, only the CPU's is.
     """
     if cuda:
         torch.manual_seed(torch_seed(seed, purpose, round, client))
@@ -90,11 +90,11 @@ def seed_torch(
 
 _WORDS = 624
 _WHERE = slice(24, 24 + 8 * _WORDS)
-"""Bytes of torch's state that hold the words, each in 64 bits, after the seed and the position."""
+"""The bytes of torch's state that hold the words, each in 64 bits, after seed and position."""
 
 
 def _cpu_state(stream: np.random.Philox) -> torch.Tensor:
-    """A fresh generator's state with the stream's words in the place of its own."""
+    """Return a fresh generator's state with the stream's words in it."""
     state = _fresh_state().clone()
     words = np.asarray(stream.random_raw(_WORDS // 2)).astype("<u8").view("<u4")
     state[_WHERE] = torch.from_numpy(words.astype(np.uint64).view(np.uint8))
@@ -103,7 +103,9 @@ def _cpu_state(stream: np.random.Philox) -> torch.Tensor:
 
 @cache
 def _fresh_state() -> torch.Tensor:
-    """The state after `manual_seed(0)`; checked to lie in memory as `_WHERE` says."""
+    """Return the state after `manual_seed(0)`, which is checked to lie in memory as `_WHERE`
+    says.
+    """
     state = torch.Generator().manual_seed(0).get_state()
     twister = np.random.RandomState(0).get_state(legacy=False)
     expected = twister["state"]["key"].astype(np.uint64).view(np.uint8)

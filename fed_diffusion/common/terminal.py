@@ -1,4 +1,4 @@
-"""What a user is told: text as it is, whatever stands in it.
+"""What a user is told: text is shown as it is, whatever characters it has.
 
 rich makes styles of [words in brackets] and pictures of :words: between colons, and paths and
 addresses hold both. Here nothing in a text has a meaning; only a label before it has a style.
@@ -15,7 +15,7 @@ from rich.text import Text
 
 
 class _StandardError:
-    """The standard error of the moment, where a run's words go and nothing depends on them.
+    """The current standard error, to which a run's words go and on which nothing depends.
 
     A run does not end because they cannot be written: their reader has gone, or the disk of its
     log is full. What is said from then on is thrown away; status.json says how a run ended.
@@ -44,12 +44,12 @@ class _StandardError:
 
 
 def plain_console(file: IO[str] | None = None) -> Console:
-    """A console that shows strings, also in tables and titles, as they are.
+    """Return a console that shows strings, also in tables and titles, as they are.
 
     Parameters
     ----------
     file
-        Default: standard output.
+        The file to write to; by default standard output.
     """
     return Console(file=file, markup=False, emoji=False, highlight=False)
 

@@ -11,7 +11,7 @@ import re
 import unicodedata
 
 MOST = 2000
-"""Characters that are left of a text."""
+"""The number of characters that are left of a text."""
 _GAP = " ... "
 _SEQUENCES = re.compile(
     r"""(?:\x1b\]|\x9d) [^\x07\x1b\x9c]* (?:\x07|\x1b\\|\x9c)?         # OSC: titles, links
@@ -26,11 +26,12 @@ _UNSHOWN = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
 
 def clean(text: object, most: int = MOST) -> str:
-    """A text as one line of at most `most` characters that a terminal shows as they are.
+    """Return a text as one line of at most `most` characters that a terminal shows as they are.
 
-    Escape sequences are left out with all that belongs to them, line breaks become " | ", tabs
-    blanks, and what else cannot be shown question marks. Of a longer text the beginning and the
-    end are left, for of a traceback the end tells most. To clean a text twice changes nothing.
+    Escape sequences are left out with all that belongs to them. Line breaks become " | ", tabs
+    become blanks, and other characters that cannot be shown become question marks. Of a longer text
+    the beginning and the end are left, since a traceback says most at its end. Cleaning a text
+    twice changes nothing.
     """
     raw = str(text)
     if len(raw) > 2 * most:  # no work is done on five megabytes

@@ -28,13 +28,13 @@ class Setting:
     Attributes
     ----------
     key
-        Its dotted name.
+        The dotted name of the setting.
     values
-        What it takes, in words.
+        The values that the setting takes, in words.
     default
-        As YAML, on one line.
+        The default as YAML, on one line.
     meaning
-        What is said of it in the code; empty where its name says it.
+        The setting's docstring in the code; empty where the name says everything.
     """
 
     key: str
@@ -44,7 +44,7 @@ class Setting:
 
 
 def all_settings() -> list[Setting]:
-    """Every setting, section by section."""
+    """Return every setting, section by section."""
     return list(_of(Config, "", Config()))
 
 
@@ -87,7 +87,7 @@ def _kind_in_words(kind: Any) -> str:
 
 
 def _built_in(metadata: Any) -> tuple[str, ...]:
-    """The words of `config.names.part`, which its validator carries."""
+    """Return the words of `config.names.part`, which its validator carries."""
     for one in metadata:
         if found := getattr(getattr(one, "func", None), "built_in", None):
             return tuple(found)
@@ -96,7 +96,7 @@ def _built_in(metadata: Any) -> tuple[str, ...]:
 
 @cache
 def _meanings(model: type[BaseModel]) -> dict[str, str]:
-    """Name -> the text under it in the class's source."""
+    """Return name -> the text under it in the class's source."""
     path = inspect.getsourcefile(model)
     assert path is not None
     tree = ast.parse(Path(path).read_text("utf-8"))

@@ -156,7 +156,8 @@ class TheoryConfig(Section):
 
     every: int | None = Field(None, ge=0)
     """How many rounds lie between measurements; the first and the last round are always measured.
-    By default only these two are; 0 switches measuring off, as privacy and buffered rounds do."""
+    By default only these two are measured. 0 switches measuring off, as privacy and buffered rounds
+    do."""
 
 
 class WorkerConfig(Section):
@@ -242,4 +243,4 @@ class FlowerConfig(Section):
     where worker.device is a GPU, or is auto on a machine that has one, and none elsewhere."""
     ray_address: str | None = Field(None, min_length=1)
     """The address of a Ray cluster that runs already, as host:port. Its processes must see this
-    machine's files. By default the engine starts a Ray of its own."""
+    machine's files. By default the engine starts a private Ray."""

@@ -1,6 +1,6 @@
-"""The configuration of a run: a YAML preset plus overrides, checked as a whole before any compute.
+"""The configuration of a run: a YAML preset plus overrides, checked before any compute.
 
-The one that a run directory holds is enough to repeat the run. An error names the key, the value
+The configuration in a run directory is enough to repeat the run. An error names the key, the value
 and what is allowed.
 """
 
@@ -37,12 +37,12 @@ __all__ = [
 ]
 
 RECORDED = {"data", "model", "diffusion", "local", "round", "worker", "evaluation"}
-"""Sections that the config.yaml of a run has; its key `preset` says what the run was started as."""
+"""The sections in a run's config.yaml; its key `preset` says what the run was started as."""
 NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def conf_dir() -> Path:
-    """Where the presets are: inside an installed wheel, else beside the package."""
+    """Return the folder of the presets: inside an installed wheel, else beside the package."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
@@ -53,7 +53,7 @@ def presets() -> list[str]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The settings of a preset (a name in conf/) or of a YAML file (a path).
+    """Return the settings of a preset (a name in conf/) or of a YAML file (a path).
 
     `extends: digits`, or the path of another file as seen from this one, takes the settings of that
     preset, and those that stand beside it change them as typed ones would.
@@ -94,7 +94,9 @@ def _load_preset(name: str, folder: Path, extending: tuple[Path, ...]) -> dict[s
 
 
 def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["pruning.level=S", "rounds=20"]` as a flat mapping; see `read_value` for the values."""
+    """Return `["pruning.level=S", "rounds=20"]` as a flat mapping; `read_value` reads the
+    values.
+    """
     flat: dict[str, Any] = {}
     for pair in pairs:
         key, sep, text = pair.partition("=")
@@ -106,7 +108,7 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def read_value(key: str, text: str) -> Any:
-    """A typed value, as far as it can be read without a check.
+    """Return a typed value, as far as it can be read without a check.
 
     A setting that takes any text (a path, a name) takes it as typed, and null where it may be
     none; one that takes several texts takes them as a list in brackets, or in braces where each
@@ -136,12 +138,12 @@ def read_value(key: str, text: str) -> Any:
 
 
 def refuse_overlaps(keys: Iterable[str], where: str) -> None:
-    """Refuse a key that stands twice, and one that stands beside its whole section.
+    """Refuse a key that stands twice, and a key that stands beside its whole section.
 
     Raises
     ------
     ConfigError
-        Names the two; `where` says where they stand.
+        The message names the two keys; `where` says where they stand.
     """
     known: list[str] = []
     for key in keys:
@@ -157,12 +159,12 @@ def refuse_overlaps(keys: Iterable[str], where: str) -> None:
 
 
 def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> Config:
-    """A preset with dotted overrides on top, the method's name resolved, everything checked.
+    """Return a preset with dotted overrides, the method's name resolved and everything checked.
 
     Raises
     ------
     ConfigError
-        Names the key, the value given and what is allowed.
+        The message names the key, the given value and what is allowed.
     """
     flat = dict(overrides or {})
     if "preset" in flat:
@@ -199,12 +201,12 @@ def _change(settings: dict[str, Any], flat: Mapping[str, Any]) -> None:
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A configuration with dotted settings replaced, checked as a whole.
+    """Return a configuration with dotted settings replaced, checked as a whole.
 
     Raises
     ------
     ConfigError
-        Names the key, the value given and what is allowed.
+        The message names the key, the given value and what is allowed.
     """
     settings = config.to_dict()
     for key, value in overrides.items():
@@ -213,7 +215,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def _absolute(config: Config) -> Config:
-    """Paths as seen from where the user stands: the engine's processes stand elsewhere."""
+    """Return paths as seen from the user's folder, since the engines' processes run elsewhere."""
 
     def resolve(path: str | None, key: str) -> str | None:
         return str(absolute(path, key)) if path else path
@@ -250,7 +252,7 @@ def build_config(settings: Mapping[str, Any]) -> Config:
 
 
 def _resolve_method(settings: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """A method is a name for settings; one that contradicts a key given beside it is an error."""
+    """Replace a method's name by its settings; refuse a key that contradicts the name."""
     method = settings.get("method")
     if not method:
         settings["method"] = None
@@ -296,7 +298,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _field(key: str) -> FieldInfo | None:
-    """The setting with this dotted name; None where there is none."""
+    """Return the setting with this dotted name; None where there is none."""
     model: Any = Config
     field = None
     for part in key.split("."):
@@ -308,7 +310,7 @@ def _field(key: str) -> FieldInfo | None:
 
 
 def _as_read(key: str, value: Any) -> Any:
-    """A value as its setting reads it, so that values can be compared; else as it is."""
+    """Return a value as its setting reads it, so that values can be compared; else as it is."""
     field = _field(key)
     if field is None:
         return value
@@ -325,7 +327,7 @@ def _is_section(model: type[BaseModel], name: str) -> bool:
 
 
 def _unknown(key: str, model: type[BaseModel], sections: list[str], whole: str = "") -> str:
-    """What is said of a key that is no setting, or no section.
+    """Return what to say of a key that is not a setting, or not a section.
 
     Parameters
     ----------
@@ -344,7 +346,7 @@ def _unknown(key: str, model: type[BaseModel], sections: list[str], whole: str =
 
 
 def _nearest(key: str) -> str | None:
-    """The setting or section that is most likely meant by a key that is none."""
+    """Return the setting or section that is most likely meant by an unknown key."""
     known = setting_names()
     *sections, last = key.split(".")
     same = [name for name in known if name.split(".")[-1] == last]
@@ -358,7 +360,7 @@ def _nearest(key: str) -> str | None:
 
 
 def setting_names() -> list[str]:
-    """Every dotted setting and every section."""
+    """Return every dotted setting and every section."""
 
     def of(model: Any, prefix: str) -> Iterator[str]:
         for name, field in model.model_fields.items():
@@ -396,7 +398,7 @@ def _explain(item: dict[str, Any]) -> str:
 
 
 def _allowed(key: str) -> str:
-    """What a Literal field takes, for messages that do not say it themselves."""
+    """Return what a Literal field takes, for messages that do not say it themselves."""
     model: Any = Config
     for part in key.split("."):
         if not (isinstance(model, type) and issubclass(model, BaseModel)):

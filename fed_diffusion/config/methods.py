@@ -13,15 +13,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "quant": {"wire.down": "int8", "wire.up": "int8", "wire.differences": True},
     "literal": {"pruning.scope": "all", "local.optimizer": "sgd", "ema.decay": 0.0},
 }
-"""What a method's last words set: FedProx's proximal term, quantised exchange, the paper's letter
-(masks over every coordinate, equation (7)'s plain SGD, no moving average)."""
+"""The settings of a method's last words.
+
+They are FedProx's proximal term, quantised exchange, and the paper's letter (masks over every
+coordinate, equation (7)'s plain SGD, no moving average).
+"""
 
 
 def method_name(config: Config) -> str:
-    """The name of these settings, as in R-FedDM-S or FedDM-S-exclusive-quant.
+    """Return the name of these settings, as in R-FedDM-S or FedDM-S-exclusive-quant.
 
-    Keep ratios of one's own and ratios that nodes say for themselves are called `own` and `node`
-    or `auto` in the level's place.
+    For keep ratios of the user's own, and for ratios that nodes say, the name has `own`, `node` or
+    `auto` in place of the level.
     """
     pruning = config.pruning
     level: str = pruning.level
@@ -53,7 +56,7 @@ METHODS = "[R-|T-|C-|B-]FedDM[-F|-L|-M|-S][-exclusive|-small][-prox][-quant][-li
 
 
 def method_settings(method: str) -> dict[str, Any]:
-    """The settings that a method's name stands for."""
+    """Return the settings that a method's name stands for."""
     match = _METHOD.fullmatch(method)
     options = match["options"].split("-")[1:] if match else []
     if match is None or len(set(options)) < len(options):

@@ -19,7 +19,9 @@ UNKNOWN = "unknown_name"
 
 
 def is_own(name: str) -> bool:
-    """Whether a name is of the form module:attribute, as in my_package.my_module:Class.method."""
+    """Return whether a name is of the form module:attribute, as in
+    my_package.my_module:Class.method.
+    """
     return _OWN.fullmatch(name) is not None
 
 
@@ -29,23 +31,23 @@ def refuse_unknown(setting: str, name: str, built_in: Collection[str]) -> None:
     Raises
     ------
     ConfigError
-        Names the setting, the nearest of the names that are built in, and all of them.
+        The message names the setting, the nearest built-in name, and all built-in names.
     """
     if name not in built_in and not is_own(name):
         raise ConfigError(f"{setting} = {name!r} is unknown. {allowed(name, built_in)}.")
 
 
 def allowed(name: str, built_in: Collection[str]) -> str:
-    """What is said of a name that is unknown: the nearest one, and what is allowed."""
+    """Return what to say of an unknown name: the nearest name, and what is allowed."""
     close = difflib.get_close_matches(name, built_in, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}Allowed: {', '.join(built_in)}, or module:attribute for one of your own"
 
 
 def part(*built_in: str) -> AfterValidator:
-    """What a setting takes that names a part: one of these words, or module:attribute.
+    """Return the type of a setting that names a part: one of these words, or module:attribute.
 
-    `common.plugins.resolve` finds what is named, later and still before any compute.
+    `common.plugins.resolve` finds the part later, still before any compute.
     """
 
     def check(name: str) -> str:
@@ -58,7 +60,7 @@ def part(*built_in: str) -> AfterValidator:
 
 
 def parts(*built_in: str) -> AfterValidator:
-    """What a setting takes that names one part or a list of them; see `part`.
+    """Return the type of a setting that names one part or a list of them; see `part`.
 
     A list of one is that one.
     """
@@ -81,7 +83,7 @@ def parts(*built_in: str) -> AfterValidator:
 
 
 def names_own_parts(config: BaseModel) -> bool:
-    """Whether any setting names a part by module:attribute, so that its module must be found."""
+    """Return whether any setting names a part by module:attribute, whose module must be found."""
 
     def within(value: Any) -> bool:
         if isinstance(value, dict):

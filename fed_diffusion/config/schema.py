@@ -157,7 +157,7 @@ class Config(Section):
     def _state_is_averaged(self) -> Config:
         if self.wire.state != "fp32" and self.local.state != "shared":
             raise ValueError(
-                f"wire.state: {self.wire.state} needs local.state shared: else no state travels"
+                f"wire.state: {self.wire.state} needs local.state shared, or no state travels"
             )
         if self.local.state == "shared" and self.round.aggregation != "mean":
             raise ValueError(
@@ -213,7 +213,7 @@ class Config(Section):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts and lists, as YAML and JSON take them."""
+        """Return plain dicts and lists, as YAML and JSON take them."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:

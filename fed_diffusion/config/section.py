@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 LARGEST = 2**63
-"""Whole numbers are below this: they travel, and reach torch, as 64 bits with a sign."""
+"""Whole numbers are below this limit: they travel, and reach torch, as 64 bits with a sign."""
 
 
 class ConfigError(ValueError):
@@ -27,7 +27,7 @@ class Section(BaseModel):
 
 
 def by_type(annotation: Any, value: Any) -> Any:
-    """A value as a setting of this type takes it: text is a number where the setting is one.
+    """Return a value as a setting of this type takes it: text becomes a number for a number.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def by_type(annotation: Any, value: Any) -> Any:
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The plain types that values under an annotation are of, at any depth."""
+    """Return the plain types that values under an annotation have, at any depth."""
     if get_origin(annotation) is Literal:
         return {type(value) for value in get_args(annotation)}
     parts = [part for part in get_args(annotation) if part is not Ellipsis]
@@ -57,24 +57,24 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def is_free_text(annotation: Any) -> bool:
-    """Whether a setting takes any text, as a path or a name, and not only certain words."""
+    """Return whether a setting takes any text, as a path or a name does, not only certain words."""
     return annotation is str or (
         get_origin(annotation) is not Literal and any(map(is_free_text, get_args(annotation)))
     )
 
 
 def is_list(annotation: Any) -> bool:
-    """Whether a setting takes several values."""
+    """Return whether a setting takes several values."""
     return get_origin(annotation) is tuple or any(map(is_list, get_args(annotation)))
 
 
 def is_mapping(annotation: Any) -> bool:
-    """Whether a setting takes values by name."""
+    """Return whether a setting takes values by name."""
     return get_origin(annotation) is dict or any(map(is_mapping, get_args(annotation)))
 
 
 def complaint(item: Mapping[str, Any]) -> str:
-    """What one of pydantic's errors says of a value, in the words of YAML."""
+    """Return what one of pydantic's errors says of a value, in the words of YAML."""
     kind, context = item["type"], item.get("ctx", {})
     if kind in ("tuple_type", "list_type"):
         return "give a list, as in [1, 2]"
@@ -86,7 +86,7 @@ def complaint(item: Mapping[str, Any]) -> str:
 
 
 def as_numbers(value: Any) -> Any:
-    """Decimal text as the number that it is, in lists too; 1 is a whole number and 1.0 is not.
+    """Return decimal text as its number, in lists too; 1 is a whole number and 1.0 is not.
 
     Other text is left as it is.
     """
@@ -102,7 +102,7 @@ def as_numbers(value: Any) -> Any:
 
 
 def as_values(value: Any) -> Any:
-    """Text as the number or truth value that it is, where no setting says what is meant."""
+    """Return text as its number or truth value, where no setting says what is meant."""
     if isinstance(value, list | tuple):
         return [as_values(one) for one in value]
     if isinstance(value, dict):

@@ -17,7 +17,7 @@ Background = Literal["white", "black"]
 
 
 def _named_options(value: Any) -> Any:
-    """A transform by its name alone is one without options; numbers and truth values are read."""
+    """Read a transform: a name alone means no options; numbers and truth values are read."""
     given = {value: None} if isinstance(value, str) else value
     if not isinstance(given, dict) or len(given) != 1:
         raise PydanticCustomError(
@@ -32,7 +32,7 @@ def _named_options(value: Any) -> Any:
 
 
 Augmentation = Annotated[dict[str, dict[str, Any]], BeforeValidator(_named_options)]
-"""One entry: the transform's name with its options."""
+"""One entry of data.augment: the transform's name with its options."""
 
 
 class DataConfig(Section):
@@ -344,14 +344,14 @@ class LocalConfig(Section):
         return self
 
     def steps_of(self, examples: int) -> int:
-        """S of a client with so many training images."""
+        """Return S for a client with so many training images."""
         if self.epochs is None:
             assert self.steps is not None
             return self.steps
         return self.epochs * -(-examples // self.batch)
 
     def batch_of(self, examples: int) -> int:
-        """The size of a client's batches, but for the last of a pass."""
+        """Return the size of a client's batches, except for the last batch of a pass."""
         return self.batch if self.epochs is None else min(self.batch, examples)
 
 

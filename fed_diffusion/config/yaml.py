@@ -20,7 +20,7 @@ _NULL = _TAG + "null"
 
 
 def expanded(path: str | Path, key: str) -> Path:
-    """The path with ``~`` resolved.
+    """Return the path with ``~`` resolved.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def expanded(path: str | Path, key: str) -> Path:
 
 
 def absolute(path: str | Path, key: str) -> Path:
-    """The path with ``~`` and links resolved, as seen from the current directory.
+    """Return the path with ``~`` and links resolved, as seen from the current directory.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def absolute(path: str | Path, key: str) -> Path:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark.
+    """Return the text of a file in UTF-8, with or without a byte order mark.
 
     Raises
     ------
@@ -76,12 +76,12 @@ def read_text(path: Path, what: str) -> str:
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file. Scalars are their text, but for null, which is None.
+    """Return the mapping in a YAML file. Scalars are their text, except null, which is None.
 
     Raises
     ------
     ConfigError
-        The file cannot be read, is empty, is no mapping, or has a key twice.
+        The file cannot be read, is empty, is not a mapping, or has a key twice.
     """
     found = parse_yaml(read_text(path, what), f"{what} {path}", str(path))
     if found is None:
@@ -92,19 +92,19 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, what: str, name: str = "the text") -> Any:
-    """A YAML document as dicts, lists, None and the text of every other scalar.
+    """Return a YAML document as dicts, lists, None and the text of every other scalar.
 
     Parameters
     ----------
     what
-        What the text is, for messages.
+        What the text is, to be shown in messages.
     name
-        How YAML's own messages call it.
+        The name of the text in YAML's own messages.
 
     Raises
     ------
     ConfigError
-        The text is no YAML document, or a mapping has a key twice.
+        The text is not a YAML document, or a mapping has a key twice.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -162,7 +162,7 @@ class _Reader:
         lines: dict[str, int] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise self._problem(key, f"{prefix or 'it'} has a key that is no word")
+                raise self._problem(key, f"{prefix or 'it'} has a key that is not a word")
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise ConfigError(

@@ -1,4 +1,4 @@
-"""Random changes of training images: transforms of torchvision's by name (data.augment)."""
+"""Random changes of training images: transforms of torchvision by name (data.augment)."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fed_diffusion.config.schema import ConfigError, DataConfig
 
 Transform = Callable[[Tensor], Tensor]
 TRIALS = 8
-"""How often a transform is tried before a run: its draws may decide what comes out of it."""
+"""How often a transform is tried before a run: its random draws may decide what it returns."""
 
 
 class Augment:
-    """Transforms applied to each image by itself, with draws that depend on `draw` alone.
+    """Transforms that are applied to each image separately, with random draws from `draw` alone.
 
     torchvision's transforms take their randomness from torch's own CPU generator, whatever the
-    device. For each batch it starts from a state drawn from `draw`, and is put back afterwards. The
-    images are changed on the CPU, so that a GPU's are the same.
+    device. For each batch the generator starts from a state drawn from `draw`, and its own state is
+    put back afterwards. The images are changed on the CPU, so that those of a GPU are the same.
     """
 
     def __init__(self, transforms: list[Transform]):
         self._transforms = transforms
 
     def __call__(self, images: Tensor, draw: np.random.Generator) -> Tensor:
-        """Changed copies of images uint8 [n, C, H, W]."""
+        """Return changed copies of images uint8 [n, C, H, W]."""
         with torch.random.fork_rng(devices=[]):
             seed_torch(int(draw.integers(2**63)), Purpose.AUGMENTATION, cuda=False)
             changed = [self._one(image) for image in images.cpu()]
@@ -45,7 +45,7 @@ class Augment:
 
 
 def augmentation(config: DataConfig, shape: tuple[int, int, int] | None = None) -> Augment | None:
-    """What data.augment says; None where it is empty.
+    """Return what data.augment says; None where it is empty.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def augmentation(config: DataConfig, shape: tuple[int, int, int] | None = None) 
     Raises
     ------
     ConfigError
-        There is no such transform, it does not take these options, or what comes out of it is no
+        There is no such transform, it does not take these options, or its result is not an
         image of the same shape.
     """
     if not config.augment:
@@ -77,7 +77,7 @@ def _made(i: int, name: str, options: dict[str, Any]) -> Transform:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(
-            f"{key} = {name!r} is no transform of torchvision.transforms.v2.{hint} There are: "
+            f"{key} = {name!r} is not a transform of torchvision.transforms.v2.{hint} There are: "
             f"{', '.join(known)}."
         )
     with blamed(key, name):
@@ -86,7 +86,7 @@ def _made(i: int, name: str, options: dict[str, Any]) -> Transform:
 
 
 def transforms_by_name() -> list[str]:
-    """The transforms that take one tensor and no other transforms."""
+    """Return the transforms that take one tensor and no other transforms."""
     from torchvision.transforms import v2
 
     return sorted(

@@ -1,6 +1,7 @@
-"""Sets of images: the embedded digits, the torchvision sets, a folder, or a function of your own.
+"""Sets of images: the embedded digits, the torchvision sets, a folder, or a function of the user.
 
-Everything is kept as uint8 [n, C, H, W]; `to_unit` brings a batch to the [-1, 1] that networks see.
+All images are kept as uint8 [n, C, H, W]; `to_unit` brings a batch to the range [-1, 1] that
+networks see.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Loader(Protocol):
 
 
 def content_hash(dataset: ImageSet) -> str:
-    """SHA-256 over the images' shape and bytes, their labels and their client folders."""
+    """Return SHA-256 over the images' shape and bytes, their labels and their client folders."""
     digest = hashlib.sha256(repr(tuple(dataset.images.shape)).encode())
     digest.update(dataset.images.contiguous().numpy().data)
     if dataset.labels is not None:
@@ -62,17 +63,17 @@ def content_hash(dataset: ImageSet) -> str:
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images as float32 in [-1, 1]: x / 127.5 - 1."""
+    """Return uint8 images as float32 in [-1, 1]: x / 127.5 - 1."""
     return images.to(torch.float32) / 127.5 - 1
 
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Values in [-1, 1] rounded to uint8, those outside clamped; undoes `to_unit` exactly."""
+    """Return values in [-1, 1] rounded to uint8 and clamped; this undoes `to_unit` exactly."""
     return ((x.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def image_shape(config: DataConfig) -> tuple[int, int, int]:
-    """(C, H, W) of the images, without loading any.
+    """Return (C, H, W) of the images, without loading any.
 
     Raises
     ------
@@ -103,7 +104,9 @@ def image_shape(config: DataConfig) -> tuple[int, int, int]:
 
 
 def class_count(config: DataConfig) -> int | None:
-    """Number of classes, without loading the images: the named set's, or what the config says."""
+    """Return the number of classes, without loading images: the named set's, or the configured
+    one.
+    """
     given = config.classes if config.class_names is None else len(config.class_names)
     known = KNOWN.get(config.name)
     if known is None:
@@ -141,7 +144,7 @@ def load_dataset(
     Raises
     ------
     ConfigError
-        Names the key, what was found, what is expected and how to fix it.
+        The message names the key, what was found, what is expected and how to fix it.
     """
     shape, classes = image_shape(config), class_count(config)
     found = resolve("data.name", config.name, LOADERS)
@@ -155,16 +158,16 @@ def load_dataset(
 
 
 def tell(dataset: ImageSet) -> ImageSet:
-    """Warn of what loading left out; for the one process of several that speaks to the user."""
+    """Warn of what loading left out; only the process that speaks to the user calls this."""
     for note in dataset.notes:
         logger.warning("%s", note)
     return dataset
 
 
 def with_class_names(config: Config, dataset: ImageSet | None) -> Config:
-    """The configuration with the names of an image folder's classes, as they are numbered.
+    """Return the configuration with the names of an image folder's classes, as they are numbered.
 
-    So a run's record says them, a resumed run finds that they are the same still, and nodes with
+    A run's record then says them, a resumed run finds that they are still the same, and nodes with
     folders of their own number their classes alike.
     """
     data = config.data
@@ -192,7 +195,7 @@ def _load_folder(
 def _load_digits(
     config: DataConfig, shape: tuple[int, int, int], split: TrainOrTest, own: bool
 ) -> ImageSet:
-    """All 1,797 digits; their 17 grey levels 0..16 are spread over 0..255."""
+    """Return all 1,797 digits; their 17 grey levels 0..16 are spread over 0..255."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -209,7 +212,9 @@ LOADERS: dict[str, Callable[[DataConfig, tuple[int, int, int], TrainOrTest, bool
     **dict.fromkeys(DOWNLOADED, load_named),
     "image_folder": _load_folder,
 }
-"""The built-in sets: (config, [C, H, W], split, whether they are one client's own) -> images."""
+"""The built-in sets: a function of (config, [C, H, W], split, whether one client owns the
+images).
+"""
 
 
 def _load_own(
@@ -224,26 +229,26 @@ def _load_own(
             fitted = fit(dataset.images.numpy(), config)
             dataset = replace(dataset, images=torch.from_numpy(np.ascontiguousarray(fitted)))
     except BadImage as error:
-        raise ConfigError(f"{key} gives images of which each {error}.") from error
+        raise ConfigError(f"{key} returns images of which each {error}.") from error
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key} gives what cannot be used: {error}.") from error
+        raise ConfigError(f"{key} returns something that cannot be used: {error}.") from error
     found = tuple(dataset.images.shape[1:])
     if found != shape:
         raise ConfigError(
-            f"{key} gives images of [C, H, W] = {list(found)}, but data.channels = {shape[0]} and "
-            f"data.size = {shape[1]}. Change one to match the other, or have the run change the "
-            f"size: {HOW}."
+            f"{key} returns images of [C, H, W] = {list(found)}, but data.channels = {shape[0]} "
+            f"and data.size = {shape[1]}. Change one to match the other, or have the run change "
+            f"the size: {HOW}."
         )
     if classes is not None and len(dataset):
         if dataset.labels is None:
             raise ConfigError(
-                f"{key} gives no labels, but data.classes = {classes}; {WITHOUT_CLASSES} and "
+                f"{key} returns no labels, but data.classes = {classes}; {WITHOUT_CLASSES} and "
                 "data.classes=null."
             )
         if int(dataset.labels.max()) >= classes:
             raise ConfigError(
-                f"{key} gives the label {int(dataset.labels.max())}, but data.classes = {classes} "
-                f"allows 0 to {classes - 1}."
+                f"{key} returns the label {int(dataset.labels.max())}, but data.classes = "
+                f"{classes} allows 0 to {classes - 1}."
             )
     return dataset
 
@@ -266,7 +271,9 @@ def _as_image_set(result: Any, name: str) -> ImageSet:
 
 
 def _as_tensor(values: Any) -> torch.Tensor:
-    """A tensor on the CPU; arrays torch cannot wrap (reversed, read-only) are copied."""
+    """Return a tensor on the CPU; arrays that torch cannot wrap (reversed, read-only) are
+    copied.
+    """
     if isinstance(values, torch.Tensor):
         return values.detach().cpu().contiguous()
     return torch.from_numpy(np.require(np.asarray(values), requirements=["C", "W"]))

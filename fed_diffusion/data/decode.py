@@ -17,7 +17,7 @@ FORMATS = {
     "WEBP": (".webp",),
     "TIFF": (".tif", ".tiff"),
 }
-"""What is read; formats whose depth, frames and transparency are not checked here are not."""
+"""The formats that are read; of others, depth, frames and transparency are not checked here."""
 EXTENSIONS = tuple(extension for group in FORMATS.values() for extension in group)
 LEVELS = {"white": 255, "black": 0}
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
@@ -67,7 +67,7 @@ def read_image(
         raise
     except Image.UnidentifiedImageError as error:
         names = ", ".join(FORMATS)
-        raise BadImage(f"cannot be read: it is damaged, or none of {names} inside") from error
+        raise BadImage(f"cannot be read: it is damaged, or it is none of {names}") from error
     except Image.DecompressionBombError as error:
         raise BadImage(f"cannot be read: it has too many pixels ({error})") from error
     except Exception as error:  # PIL: OSError, SyntaxError, ValueError, struct.error and others
@@ -75,7 +75,7 @@ def read_image(
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of an opened image as it is seen, before it is decoded."""
+    """Return (width, height) of an opened image as it is seen, before the image is decoded."""
     width, height = image.size
     # of a TIFF, Pillow gives the upright size from the start
     turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
@@ -83,7 +83,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _check(path: Path, image: Image.Image) -> int:
-    """Refuse what would be read otherwise than it is seen; the bits per channel."""
+    """Return the bits per channel; refuse an image that would be read otherwise than it is seen."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise BadImage(f"has {frames} frames or pages; save the one that is meant alone")
@@ -100,12 +100,14 @@ def _check(path: Path, image: Image.Image) -> int:
 
 
 def _depth(path: Path, image: Image.Image) -> int:
-    """Bits per channel in the file: Pillow reads several of 16 bits as 8 without a word."""
+    """Return the bits per channel in the file: Pillow silently reads several 16-bit kinds as 8
+    bits.
+    """
     if image.format == "PNG":
         with path.open("rb") as file:
             head = file.read(25)
         if head[12:16] != b"IHDR":
-            raise BadImage("cannot be read: its first chunk is not IHDR, so it is no usual PNG")
+            raise BadImage("cannot be read: its first chunk is not IHDR, so it is not a usual PNG")
         return head[24]
     tags = getattr(image, "tag_v2", None)  # TIFF; an MPO is 8 bits like any JPEG
     if tags is not None and image.format == "TIFF":
@@ -116,7 +118,7 @@ def _depth(path: Path, image: Image.Image) -> int:
 
 
 def _flat(image: Image.Image, depth: int, background: Background | None) -> Image.Image:
-    """The decoded image without transparency, as L or RGB."""
+    """Return the decoded image without transparency, as L or RGB."""
     if not image.has_transparency_data:
         return image.convert("L" if image.mode in ("1", "L") else "RGB")
     if image.format == "PNG" and image.mode == "L" and depth < 8:
@@ -137,7 +139,7 @@ def _flat(image: Image.Image, depth: int, background: Background | None) -> Imag
 
 
 def _orientation(image: Image.Image) -> object:
-    """1 to 8 in files that are sound; after decoding, a TIFF has none left."""
+    """Return 1 to 8 in files that are sound; after decoding, a TIFF has no orientation left."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except (SyntaxError, ValueError, TypeError, LookupError, struct.error):
@@ -145,7 +147,9 @@ def _orientation(image: Image.Image) -> object:
 
 
 def _upright(image: Image.Image, orientation: object) -> Image.Image:
-    """Turned; only the orientation of the EXIF data is kept, which Pillow may fail to rewrite."""
+    """Return the turned image; of the EXIF data only the orientation is kept, which Pillow can
+    write.
+    """
     if orientation == 1:
         return image
     bare = Image.fromarray(np.asarray(image))

@@ -27,7 +27,7 @@ from fed_diffusion.config.schema import ConfigError
 logger = logging.getLogger(__name__)
 LIMIT_VARIABLE = "FED_DIFFUSION_IMAGE_CACHE_GB"
 LIMIT_GB = 50.0
-"""What all cached sets may take together; those that were not used for longest are removed."""
+"""The gigabytes that all cached sets may take together; the least recently used ones go first."""
 HEADER = 4096  # bytes before the pixels: a page, so that the pixels begin on one
 PIECE = 2**24  # bytes that are looked at together
 Shape = tuple[int, ...]
@@ -35,7 +35,7 @@ Chunks = Callable[[], Iterator[np.ndarray]]
 
 
 def decoded(key: str, state: str, shape: Shape, chunks: Chunks) -> np.ndarray:
-    """The images uint8 [n, C, H, W] that `chunks` decodes, from the cache where they are there.
+    """Return the images uint8 [n, C, H, W] that `chunks` decodes, from the cache if they are there.
 
     A damaged file is decoded again, with a warning; a disk that cannot be written to costs the
     cache and nothing else. Writing to the array changes neither the file nor what others see.
@@ -83,7 +83,7 @@ def decoded(key: str, state: str, shape: Shape, chunks: Chunks) -> np.ndarray:
 
 
 def _limit() -> float:
-    """In bytes."""
+    """Return the limit in bytes."""
     given = os.environ.get(LIMIT_VARIABLE) or LIMIT_GB
     try:
         limit = float(given) * 1e9
@@ -91,7 +91,8 @@ def _limit() -> float:
         limit = -1
     if not 0 <= limit < math.inf:
         raise ConfigError(
-            f"{LIMIT_VARIABLE} = {given!r} is not allowed: give a number of gigabytes, 0 for none."
+            f"{LIMIT_VARIABLE} = {given!r} is not allowed: give a number of gigabytes, or "
+            "0 to keep nothing."
         )
     return limit
 
@@ -106,7 +107,7 @@ def _in_memory(shape: Shape, chunks: Chunks) -> np.ndarray:
 
 
 def _write(path: Path, key: str, shape: Shape, chunks: Chunks) -> None:
-    """Whole or not at all, and never more than a chunk of it in this process's memory."""
+    """Write the images whole or not at all, with at most one chunk in this process's memory."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{key}-", delete=False) as file:
         try:
             file.write(bytes(HEADER))
@@ -125,7 +126,7 @@ def _write(path: Path, key: str, shape: Shape, chunks: Chunks) -> None:
 
 
 def _mapped(path: Path, shape: Shape) -> np.ndarray | None:
-    """The images of a file that is there, whole and of this shape; else None."""
+    """Return the images of a file that is whole and of this shape; else None."""
     try:
         with path.open("rb") as file:
             header, size = _header(file), os.fstat(file.fileno()).st_size
@@ -135,7 +136,7 @@ def _mapped(path: Path, shape: Shape) -> np.ndarray | None:
         if images is not None and _checksum(images) == header["crc32"]:
             os.utime(path)  # so that those that are used stay
             return images
-        problem = "its checksum is another" if right else f"{size} bytes of {header['shape']}"
+        problem = "its checksum does not match" if right else f"{size} bytes of {header['shape']}"
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -145,7 +146,7 @@ def _mapped(path: Path, shape: Shape) -> np.ndarray | None:
 
 
 def _header(file: IO[bytes]) -> dict[str, Any]:
-    """What the file says of itself; nothing where it is damaged."""
+    """Return what the file says of itself; nothing where the file is damaged."""
     try:
         header = json.loads(file.read(HEADER).rstrip(b"\0"))
     except ValueError:
@@ -161,7 +162,7 @@ def _checksum(images: np.ndarray) -> int:
 
 
 def _bound(folder: Path, newest: Path, limit: float) -> None:
-    """Remove the sets that were not used for longest; who has one mapped keeps it."""
+    """Remove the sets that were unused for longest; a process that has one mapped keeps it."""
     total = 0
     sets = [(path.stat(), path) for path in folder.glob("*.images")]
     for stat, path in sorted(sets, key=lambda one: (one[1] != newest, -one[0].st_mtime)):

@@ -1,4 +1,4 @@
-"""Images of any size brought to the square that networks want: data.crop, data.resize, data.pad."""
+"""Images of any size become the square that networks take: data.crop, data.resize, data.pad."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ HOW = (
     "data.crop=square keeps the middle of images that are not square, data.pad=N puts them into a "
     "border of N x N pixels, and data.resize=N scales them to N pixels"
 )
-"""What mends images that are not of one square size."""
+"""The settings that help where images are not of one square size."""
 
 
 def fit(pixels: np.ndarray, config: DataConfig) -> np.ndarray:
-    """Images uint8 [..., H, W], cropped, scaled and padded as the settings say, in this order.
+    """Return images uint8 [..., H, W], cropped, scaled and padded, in this order.
 
     Raises
     ------

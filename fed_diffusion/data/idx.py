@@ -1,7 +1,7 @@
-"""MNIST's file format, IDX, and where files in it usually lie.
+"""MNIST's file format, IDX, and the places where such files usually lie.
 
-Debian's packages compress the files anew, so they have checksums of their own: what is checked is
-the structure, every byte that the header counts and none beside.
+Debian's packages compress the files anew, so their checksums differ. The structure is checked
+instead: a file must have every byte that its header counts, and no other.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import BinaryIO, cast
 import numpy as np
 
 MOST_BYTES = 2**30
-"""A header that counts more is taken for damaged."""
+"""A header that counts more bytes than this is taken for damaged."""
 SYSTEM = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
-"""Where a set lies that the system's package manager has installed."""
+"""The folder of a set that the system's package manager has installed."""
 PACKAGES = {"fashion_mnist": "dataset-fashion-mnist"}
-"""Debian's and Ubuntu's packages."""
+"""The names of Debian's and Ubuntu's packages."""
 FOLDERS = {
     "fashion_mnist": ("", "raw", "FashionMNIST/raw", "fashion-mnist", "fashion_mnist"),
     "mnist": ("", "raw", "MNIST/raw", "mnist"),
 }
-"""Below data.dir; the third is torchvision's."""
+"""The folders below data.dir that are searched; the third is torchvision's."""
 _PREFIX = {"train": "train", "test": "t10k"}
 
 
 class Damaged(ValueError):
-    """A file that is not what its name says; the message names it."""
+    """A file is not what its name says; the message names the file."""
 
 
 def find(root: Path, name: str, split: str) -> tuple[Path, Path] | None:
-    """The files of images and of labels of a split, in the first layout that has both."""
+    """Return the files of images and labels of a split, in the first layout that has both."""
     for folder in FOLDERS[name]:
         images = _file(root / folder, f"{_PREFIX[split]}-images", "idx3")
         labels = _file(root / folder, f"{_PREFIX[split]}-labels", "idx1")
@@ -48,7 +48,7 @@ def _file(folder: Path, stem: str, kind: str) -> Path | None:
 
 
 def read_pair(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [n, 28, 28] and labels uint8 [n] from 0 to 9.
+    """Return images uint8 [n, 28, 28] and labels uint8 [n] from 0 to 9.
 
     Raises
     ------
@@ -57,10 +57,10 @@ def read_pair(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     pixels, numbers = read_idx(images), read_idx(labels)
     if pixels.ndim != 3 or pixels.shape[1:] != (28, 28) or not len(pixels):
-        raise Damaged(f"{images} holds {list(pixels.shape)}, and not images [n, 28, 28]")
+        raise Damaged(f"{images} holds {list(pixels.shape)}, not images [n, 28, 28]")
     if numbers.shape != (len(pixels),):
         raise Damaged(
-            f"{labels} holds {list(numbers.shape)}, and not one label for each of the "
+            f"{labels} holds {list(numbers.shape)}, not one label for each of the "
             f"{len(pixels)} images of {images.name}"
         )
     if numbers.max() > 9:
@@ -69,7 +69,7 @@ def read_pair(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array in an IDX file, compressed with gzip or not.
+    """Return the uint8 array in an IDX file, compressed with gzip or not.
 
     Raises
     ------
@@ -91,7 +91,9 @@ def read_idx(path: Path) -> np.ndarray:
 def _array(path: Path, file: BinaryIO) -> np.ndarray:
     magic = file.read(4)
     if magic[:3] != b"\0\0\x08" or len(magic) < 4 or not 1 <= magic[3] <= 4:
-        raise Damaged(f"{path} is no IDX file of bytes: it begins with {magic.hex(' ') or 'none'}")
+        raise Damaged(
+            f"{path} is not an IDX file of bytes: it begins with {magic.hex(' ') or 'none'}"
+        )
     sizes = file.read(4 * magic[3])
     shape = np.frombuffer(sizes[: len(sizes) // 4 * 4], ">u4").tolist()
     count = math.prod(shape)

@@ -43,11 +43,11 @@ LEFT_BEHIND = frozenset(
         *("__pycache__",),
     )
 )
-"""Names, in lower case, that systems leave in folders; they and hidden ones are no data."""
+"""Names, in lower case, that systems leave in folders; they and hidden files are not data."""
 
 
 class FolderImages(NamedTuple):
-    """What a folder holds.
+    """The content of a folder of images.
 
     Attributes
     ----------
@@ -110,12 +110,15 @@ def read_folder(config: DataConfig, shape: tuple[int, int, int], own: bool = Fal
     Raises
     ------
     ConfigError
-        Names data.dir, the files, what they are, what is expected and how to fix it.
+        The message names data.dir, the files, what they are, what is expected and how to fix it.
     """
     root = _root(config)
     tree = _listed(root, config.partition == "folders")
     if not tree.files:
-        raise _bad(root, f"holds no image; looked for {', '.join(EXTENSIONS)}{_but_found(tree)}")
+        raise _bad(
+            root,
+            f"holds no image of the kinds {', '.join(EXTENSIONS)}{_but_found(tree)}",
+        )
     names = _class_names(root, config, tree, own)
     index = {name: i for i, name in enumerate(names)}
     labels = [index[file.category] for file in tree.files if file.category is not None]
@@ -132,19 +135,19 @@ def read_folder(config: DataConfig, shape: tuple[int, int, int], own: bool = Fal
 
 
 def list_folder(root: Path) -> tuple[list[Path], Counter[str]]:
-    """The image files of a folder or of its class folders, and a count of its other files by kind.
+    """Return the image files of a folder or its class folders, and a count of other files by kind.
 
     Raises
     ------
     ConfigError
-        The folder cannot be listed, or its layout is none that is read.
+        The folder cannot be listed, or its layout is not one that is read.
     """
     tree = _listed(root, by_client=False)
     return [file.path for file in tree.files], tree.skipped
 
 
 def counted(skipped: Mapping[str, int]) -> str:
-    """`40 .tiff, 2 .gif`, the most first."""
+    """Return a count as in `40 .tiff, 2 .gif`, the most frequent kind first."""
     kinds = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {kind}" for kind, count in kinds)
 
@@ -181,7 +184,7 @@ def _bad(root: Path, what: str) -> ConfigError:
 
 
 def _class_names(root: Path, config: DataConfig, tree: _Tree, own: bool) -> tuple[str, ...]:
-    """The classes in the order of their labels, after every check of them; () without classes."""
+    """Return the classes in the order of their labels, after every check; () without classes."""
     found = sorted(tree.classes)
     with_images = {file.category for file in tree.files}
     for name in found:
@@ -234,7 +237,7 @@ def _listed(root: Path, by_client: bool) -> _Tree:
 
 
 def _scan_clients(root: Path) -> _Tree:
-    """Of a folder with one folder per client."""
+    """Return the tree of a folder with one folder per client."""
     loose, folders, skipped = _entries(root)
     if loose:
         raise _bad(
@@ -265,7 +268,7 @@ def _scan_clients(root: Path) -> _Tree:
 
 
 def _scan_client(root: Path, folder: Path, client: int) -> _Tree:
-    """Of a flat folder, or of one with class sub-folders."""
+    """Return the tree of a flat folder, or of one with class sub-folders."""
     loose, folders, skipped = _entries(folder)
     if loose and folders:
         raise _bad(
@@ -294,7 +297,7 @@ def _scan_client(root: Path, folder: Path, client: int) -> _Tree:
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path], Counter[str]]:
-    """The images and the sub-folders directly in `folder` by name, and its other files by kind."""
+    """Return the images and sub-folders directly in `folder`, and a count of its other files."""
     images, folders, others = [], [], Counter[str]()
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -316,7 +319,9 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path], Counter[str]]:
 def _decode_all(
     root: Path, paths: list[Path], shape: tuple[int, int, int], config: DataConfig
 ) -> np.ndarray:
-    """The files as one array [n, C, H, W]; all that cannot be used end in one error."""
+    """Return the files as one array [n, C, H, W]; all files that cannot be used end in one
+    error.
+    """
     how = {key: getattr(config, key) for key in ("background", "crop", "resize", "pad")}
     what = [str(root.resolve()), *map(str, shape), json.dumps(how), PIL.__version__, FORMAT]
     state = _hash(f"{path}|{_stamp(path)}" for path in paths)
@@ -325,7 +330,7 @@ def _decode_all(
 
 
 def _stamp(path: Path) -> str:
-    """What changes when a file does: one that is put there with an old date has a new ctime."""
+    """Return what changes when a file does; a file with an old date still has a new ctime."""
     try:
         stat = path.stat()
     except OSError:  # to be named with the others that cannot be read
@@ -343,7 +348,7 @@ def _hash(lines: Iterable[str]) -> str:
 def _decoded(
     root: Path, paths: list[Path], shape: tuple[int, int, int], config: DataConfig
 ) -> Iterator[np.ndarray]:
-    """Decode the files in order, a chunk at a time; the error comes when all were looked at."""
+    """Decode the files in order, a chunk at a time; raise the error after all were looked at."""
     problems: list[tuple[Path, str]] = []
 
     def decode(part: list[Path]) -> np.ndarray:

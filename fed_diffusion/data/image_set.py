@@ -61,7 +61,7 @@ class ImageSet:
         return self.images.shape[0]
 
     def subset(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> ImageSet:
-        """The images at `indices` [m], in that order, with their labels; a copy."""
+        """Return a copy of the images at `indices` [m], in that order, with their labels."""
         chosen = torch.as_tensor(np.asarray(indices, dtype=np.int64))
         return replace(
             self,
@@ -71,7 +71,7 @@ class ImageSet:
         )
 
     def per_class(self) -> dict[str, int]:
-        """Class name -> number of images, by label; numbers for classes without names."""
+        """Return class name -> number of images, by label; numbers for classes without names."""
         if self.labels is None:
             return {}
         counts = torch.bincount(self.labels, minlength=len(self.class_names or ())).tolist()
@@ -79,7 +79,7 @@ class ImageSet:
         return dict(zip(names, counts, strict=True))
 
     def facts(self) -> dict[str, Any]:
-        """What results.json says of the data."""
+        """Return what results.json says of the data."""
         return {"images": len(self), "classes": self.per_class(), "notes": list(self.notes)}
 
 

@@ -30,7 +30,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class _Known(NamedTuple):
     channels: int
     sides: tuple[int, ...]
-    """Sides that data.size may ask for, the default first and the published one last."""
+    """The sides that data.size may ask for, the default first and the published one last."""
     class_names: tuple[str, ...]
 
     @property
@@ -50,16 +50,18 @@ KNOWN = {
     "mnist": _Known(1, (32, 28), _DIGITS),
 }
 DOWNLOADED = ("cifar10", "svhn", "fashion_mnist", "mnist")
-"""Sets with a test split of their own."""
+"""The sets with a separate test split."""
 
 
 def load_named(
     config: DataConfig, shape: tuple[int, int, int], split: TrainOrTest, own: bool
 ) -> ImageSet:
-    """A set of `DOWNLOADED`: from where it lies, or downloaded; in class folders as a last resort.
+    """Return a set of `DOWNLOADED`: as published or downloaded, or from class folders as a last
+    resort.
 
-    Looked for below data.dir, else $FED_DIFFUSION_DATA, else ~/.cache/fed-diffusion, and where
-    neither of the first two is set, where the system's packages put it (a note says so).
+    The set is looked for below data.dir, else $FED_DIFFUSION_DATA, else ~/.cache/fed-diffusion.
+    Where neither of the first two is set, the folder of the system's packages is searched too, and
+    a note says so.
     """
     if config.side is None:
         config = config.model_copy(update={"pad": shape[1]})  # black, as the background is
@@ -87,13 +89,15 @@ def load_named(
 
 
 def data_dir(config: DataConfig) -> Path:
-    """Where downloads go: data.dir, else $FED_DIFFUSION_DATA, else ~/.cache/fed-diffusion."""
+    """Return where downloads go: data.dir, else $FED_DIFFUSION_DATA, else
+    ~/.cache/fed-diffusion.
+    """
     chosen = config.dir or os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/fed-diffusion"
     return expanded(chosen, "data.dir")
 
 
 def _published(name: str, root: Path, split: TrainOrTest) -> Pair | None:
-    """The set in the files that it is published in; None, or an error, where they are not there."""
+    """Return the set in its published files; None, or an error, where they do not exist."""
     if name in FOLDERS:
         files = find(root, name, split)
         return None if files is None else _tensors(*read_pair(*files))
@@ -106,7 +110,7 @@ def _tensors(images: np.ndarray, labels: np.ndarray) -> Pair:
 
 
 def _of_the_system(name: str, split: TrainOrTest) -> tuple[Pair | None, tuple[str, ...]]:
-    """What a package of the system has installed, and a note that says where it was found."""
+    """Return what a package of the system has installed, and a note that says where."""
     root = SYSTEM.get(name)
     files = None if root is None else find(root, name, split)
     if files is None:
@@ -122,7 +126,7 @@ def _of_the_system(name: str, split: TrainOrTest) -> tuple[Pair | None, tuple[st
 
 
 def _torchvision(name: str, root: Path, split: TrainOrTest, download: bool) -> Pair:
-    """Files whose md5 sums are checked before anything is unpickled."""
+    """Load files whose md5 sums are checked before anything is unpickled."""
     from torchvision import datasets
 
     if name == "svhn":
@@ -140,7 +144,8 @@ def _torchvision(name: str, root: Path, split: TrainOrTest, download: bool) -> P
 
 
 def _class_folders(config: DataConfig, root: Path, split: TrainOrTest) -> Path | None:
-    """The folder whose sub-folders are the classes; without train/ and test/ all is training data.
+    """Return the folder whose sub-folders are the classes; without train/ and test/ all is
+    training.
 
     Raises
     ------
@@ -162,7 +167,7 @@ def _class_folders(config: DataConfig, root: Path, split: TrainOrTest) -> Path |
 
 
 def _names(name: str, folder: Path) -> tuple[str, ...]:
-    """The classes' names, or their numbers, whichever are the names of sub-folders here."""
+    """Return the classes' names or their numbers, whichever are the names of sub-folders here."""
     names = KNOWN[name].class_names
     numbers = tuple(map(str, range(len(names))))
     for kind in (names, numbers):
@@ -219,7 +224,7 @@ def _words(error: Exception) -> str:
 
 
 def _by_hand(config: DataConfig, root: Path, split: str, problem: str, error: Exception) -> str:
-    """What went wrong, and which files to put where without a network."""
+    """Return what went wrong, and which files to put where without a network."""
     old, wanted = _files(config.name, root, split)
     lines = "\n".join(f"  {url}  ->  {path}" for url, path in wanted)
     package = PACKAGES.get(config.name)
@@ -238,7 +243,7 @@ def _by_hand(config: DataConfig, root: Path, split: str, problem: str, error: Ex
 
 
 def _files(name: str, root: Path, split: str) -> tuple[Path, list[tuple[str, Path]]]:
-    """What to delete, and (address, file) of what to put there."""
+    """Return what to delete, and (address, file) of what to put there."""
     from torchvision import datasets
 
     if name == "svhn":
@@ -254,7 +259,7 @@ def _files(name: str, root: Path, split: str) -> tuple[Path, list[tuple[str, Pat
 
 @contextlib.contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """A silent server ends in an error; torchvision itself sets no limit."""
+    """End in an error if a server is silent; torchvision itself sets no limit."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

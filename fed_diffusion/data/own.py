@@ -1,4 +1,4 @@
-"""A node's own images: what its operator named, checked against what the run needs."""
+"""A node's own images: the folder that its operator named, checked against what the run needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ FOLDER = "image_folder"
 
 
 def load_own(config: Config, folder: str | None, name: str | None) -> ImageSet:
-    """All images of this node: one client's, never a part of a shared set.
+    """Return all images of this node: one client's, never a part of a shared set.
 
     Parameters
     ----------

@@ -44,7 +44,7 @@ class Split(Protocol):
 
 
 def splits(config: DataConfig) -> dict[str, Split]:
-    """The built-in splits by name, with the settings that they take."""
+    """Return the built-in splits by name, with the settings that they take."""
     return {
         "iid": _iid,
         "dirichlet": partial(_dirichlet, alpha=config.alpha),
@@ -95,13 +95,13 @@ def partition(dataset: ImageSet, config: Config) -> list[np.ndarray]:
 
 
 def _check_parts(parts: Sequence[np.ndarray], n: int, clients: int) -> None:
-    """Refuse parts that are none as `Split` says: `ValueError` says what is wrong."""
+    """Raise `ValueError` for parts that are not as `Split` says."""
     if len(parts) != clients:
-        raise ValueError(f"it gives {len(parts)} parts for clients = {clients}")
+        raise ValueError(f"it returns {len(parts)} parts for clients = {clients}")
     for client, part in enumerate(parts):
         if part.ndim != 1 or not len(part) or part.dtype.kind not in "iu":
             raise ValueError(
-                f"the part of client {client} is {part.dtype} {list(part.shape)}, and not a list "
+                f"the part of client {client} is {part.dtype} {list(part.shape)}, not a list "
                 "of whole numbers with one number or more"
             )
         if part.min() < 0 or part.max() >= n:
@@ -137,7 +137,7 @@ def split_holdout(
 
 
 def _labels(dataset: ImageSet, kind: str) -> np.ndarray:
-    """Labels renumbered 0..K-1 without gaps."""
+    """Return the labels renumbered 0..K-1 without gaps."""
     if dataset.labels is None:
         raise ConfigError(
             f"data.partition = {kind!r} needs class labels and {dataset.name!r} has none. Use "
@@ -167,7 +167,7 @@ def _by_folder(dataset: ImageSet, clients: int, draw: np.random.Generator) -> li
 
 
 def _group(order: np.ndarray, owner: np.ndarray, clients: int) -> list[np.ndarray]:
-    """`order` split by owner[i], each part in the order of `order`."""
+    """Return `order` split by owner[i], each part in the order of `order`."""
     by_owner = order[np.argsort(owner[order], kind="stable")]
     ends = np.cumsum(np.bincount(owner, minlength=clients))
     return np.split(by_owner, ends[:-1])
@@ -197,7 +197,7 @@ def _dirichlet(
 def _shards(
     dataset: ImageSet, clients: int, draw: np.random.Generator, *, per_client: int
 ) -> list[np.ndarray]:
-    """McMahan's pathological split, with shards that never straddle two classes.
+    """Make McMahan's pathological split, with shards that never straddle two classes.
 
     clients * per_client shards (or one per image, if that is fewer) are shared among the classes
     so that the largest shard is as small as possible; each class is shuffled and cut into its
@@ -221,7 +221,7 @@ def _shards(
 
 
 def _apportion(sizes: np.ndarray, total: int) -> list[int]:
-    """`total` shards over classes of `sizes` images: 1 each, then one by one to the largest piece.
+    """Return `total` shards over classes of `sizes` images: 1 each, then one by one to the largest.
 
     For len(sizes) <= total <= sum(sizes) no class gets more shards than it has images.
     """

@@ -1,1 +1,1 @@
-"""Several machines: bundles, certificates, checks, submission."""
+"""Runs on several machines: bundles, certificates, checks and submission."""

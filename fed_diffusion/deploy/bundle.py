@@ -32,16 +32,16 @@ from fed_diffusion.deploy.certificates import (
 )
 
 PORT_INSIDE = 8000
-"""Where the SuperLink listens, on loopback."""
+"""The port on which the SuperLink listens, on loopback only."""
 MOST_NODES = 1000
 KEPT = f"""\
     # connections are kept for the next request; for less than the 5 s that the SuperLink keeps them
     upstream kept {{ server 127.0.0.1:{PORT_INSIDE}; keepalive 16; keepalive_timeout 3s; }}"""
 RESOLVED = "    resolver 127.0.0.11 valid=5s;  # a container that is made anew has another address"
 HOME = "/etc/fed-diffusion"
-"""Where the systemd units expect a bundle."""
+"""The folder in which the systemd units expect a bundle."""
 PACKAGES = ("fed-diffusion", "flwr", "torch", "numpy")
-"""What has to be alike on all machines; Flower refuses other versions of itself."""
+"""The packages that must be alike on all machines; Flower refuses other versions of itself."""
 
 _LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _HOST_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*", re.IGNORECASE)
@@ -54,14 +54,15 @@ class Deployment:
     Attributes
     ----------
     server
-        Names and addresses of the server; nodes use the first.
+        The names and addresses of the server; nodes use the first.
     operators
         Addresses or networks (10.0.0.0/24) that may use the control interface through the proxy.
-        Without any the operator works on the server itself.
+        Without any, the operator works on the server itself.
     control
-        host:port under which the operator's `flwr` reaches the SuperLink, where it is neither.
+        host:port under which the operator's `flwr` reaches the SuperLink, if it is neither the
+        proxy nor the server itself.
     data
-        Folder of images that each node's config names at first.
+        The folder of images that each node's config names at first.
     """
 
     server: tuple[str, ...]
@@ -73,19 +74,19 @@ class Deployment:
     days: int = 365
 
     def check(self) -> None:
-        """Raise `ConfigError` on what cannot be used."""
+        """Raise `ConfigError` for a value that cannot be used."""
         for name in self.server:
             if as_address(name) is None and not _HOST_NAME.fullmatch(name):
                 raise ConfigError(f"--server {name!r} is neither a host name nor an address.")
         if not 1 <= self.nodes <= MOST_NODES:
-            raise ConfigError(f"--nodes {self.nodes} is not allowed; 1 to {MOST_NODES}.")
+            raise ConfigError(f"--nodes {self.nodes} is not allowed; give 1 to {MOST_NODES}.")
         if not 1 <= self.port <= 65535 or self.port == PORT_INSIDE:
             raise ConfigError(
-                f"--port {self.port} is not allowed; 1 to 65535, and not {PORT_INSIDE}, where the "
-                "SuperLink listens behind the proxy."
+                f"--port {self.port} is not allowed; give 1 to 65535, but not {PORT_INSIDE}, where "
+                "the SuperLink listens behind the proxy."
             )
         if not 1 <= self.days <= 3650:
-            raise ConfigError(f"--days {self.days} is not allowed; 1 to 3650.")
+            raise ConfigError(f"--days {self.days} is not allowed; give 1 to 3650.")
         for network in self.operators:
             if not is_network(network):
                 raise ConfigError(f"--operator {network!r} is neither an address nor a network.")
@@ -96,13 +97,13 @@ class Deployment:
 
     @property
     def address(self) -> str:
-        """host:port that nodes connect to."""
+        """The address, as host:port, that nodes connect to."""
         first = self.server[0]
         return f"[{first}]:{self.port}" if ":" in first else f"{first}:{self.port}"
 
     @property
     def control_address(self) -> str:
-        """host:port that the operator's `flwr` connects to."""
+        """The address, as host:port, that the operator's `flwr` connects to."""
         inside = f"127.0.0.1:{PORT_INSIDE}"
         return self.control or (self.address if self.operators else inside)
 
@@ -115,12 +116,14 @@ def init(target: Path, wanted: Deployment) -> Path:
     Raises
     ------
     ConfigError
-        Something cannot be used, or the folder is there already.
+        A value cannot be used, or the folder exists already.
     """
     wanted.check()
     target = expanded(target, "DIR").absolute()
     if target.exists() or target.is_symlink():
-        raise ConfigError(f"{target} is there already, and keys are never overwritten.")
+        raise ConfigError(
+            f"{target} exists already, and keys are never overwritten; name another folder."
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # all of it, or nothing; closed to others (0700) from the start
@@ -180,7 +183,7 @@ def _write_all(folder: Path, target: Path, wanted: Deployment) -> None:
 
 
 def _bundle(folder: Path, files: dict[str, bytes], private: dict[str, bytes]) -> None:
-    """A folder for one machine, and for nobody else on it."""
+    """Make a folder for one machine, which other users of that machine cannot read."""
     folder.mkdir(mode=0o700)
     for name, content in files.items():
         path = folder / name
@@ -200,7 +203,7 @@ def _write(path: Path, content: bytes, mode: int) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that must be alike on all machines, as they are here."""
+    """Return the versions, on this machine, of Python and the packages that must be alike."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -215,7 +218,7 @@ def _template(name: str) -> str:
 
 
 def _fill(name: str, wanted: Deployment, **more: str) -> bytes:
-    """A template with its @NAMES@ filled in; every one must be known."""
+    """Return a template with its @NAMES@ filled in; every name must be known."""
     values = {
         "ADDRESS": wanted.address,
         "PORT": str(wanted.port),
@@ -249,7 +252,7 @@ def _nginx(wanted: Deployment, upstream: str, superlink: str) -> bytes:
 
 
 def _compose(side: str) -> bytes:
-    """docker/compose.<side>.yaml: inside an installed wheel, else beside the package."""
+    """Return the text of docker/compose.<side>.yaml, from the installed wheel or the checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "docker" / f"compose.{side}.yaml"
     source = inside if inside.is_file() else package.parent / "docker" / inside.name
@@ -257,7 +260,7 @@ def _compose(side: str) -> bytes:
 
 
 def _connection(wanted: Deployment, certificate: Path) -> str:
-    """Flower's config.toml: `flwr run . deployment`."""
+    """Return Flower's config.toml, for `flwr run . deployment`."""
     return (
         '[superlink]\ndefault = "deployment"\n\n[superlink.deployment]\n'
         f"address = {json.dumps(wanted.control_address)}\n"
@@ -266,7 +269,7 @@ def _connection(wanted: Deployment, certificate: Path) -> str:
 
 
 def commands(target: Path, wanted: Deployment) -> str:
-    """The commands for every machine, in order."""
+    """Return the commands for every machine, in the order in which they are typed."""
     here, server = shlex.quote(str(target)), wanted.server[0]
     where = "here" if wanted.operators or wanted.control else "here, on the server"
     run = f"--run-config \"preset='digits' clients={wanted.nodes} run-dir='/var/tmp/digits-1'\""

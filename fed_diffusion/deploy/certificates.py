@@ -13,12 +13,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 SLACK = datetime.timedelta(hours=1)
-"""Certificates begin this much earlier, for machines whose clocks are behind."""
+"""Certificates are valid from this much earlier, for machines whose clocks are behind."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A private key and the certificate for it."""
+    """A private key and its certificate."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
@@ -37,7 +37,7 @@ class Identity:
 
 
 def make_authority(name: str, days: int) -> Identity:
-    """A CA of this deployment's own: no machine trusts it that is not told to."""
+    """Make a CA for one deployment; only machines that are given its certificate trust the CA."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = _name(f"{name} CA")
     builder = _builder(subject, subject, key.public_key(), days)
@@ -51,7 +51,7 @@ def make_authority(name: str, days: int) -> Identity:
 
 
 def make_server(authority: Identity, names: Sequence[str], days: int) -> Identity:
-    """A certificate for every name and address under which the server is reached."""
+    """Make a certificate for every name and address under which the server is reached."""
     key = ec.generate_private_key(ec.SECP384R1())
     issuer = authority.certificate
     builder = _builder(_name(names[0]), issuer.subject, key.public_key(), days)
@@ -69,7 +69,7 @@ def make_server(authority: Identity, names: Sequence[str], days: int) -> Identit
 
 
 def make_node_key() -> tuple[bytes, bytes]:
-    """A SuperNode's private and public key, in the OpenSSH formats that Flower reads."""
+    """Make a SuperNode's private and public key, in the OpenSSH formats that Flower reads."""
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(
         serialization.Encoding.PEM,
@@ -83,7 +83,7 @@ def make_node_key() -> tuple[bytes, bytes]:
 
 
 def as_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """An IP address, or None for a name."""
+    """Return an IP address, or None for a name."""
     try:
         return None if "%" in name else ipaddress.ip_address(name)  # %: a zone of this machine
     except ValueError:
@@ -91,7 +91,7 @@ def as_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
 
 
 def is_network(text: str) -> bool:
-    """Whether a text is an address or a network, as in 10.0.0.0/8."""
+    """Return whether a text is an address or a network, as in 10.0.0.0/8."""
     try:
         ipaddress.ip_network(text, strict=False)
     except ValueError:

@@ -34,18 +34,20 @@ from fed_diffusion.masks.budget import memory_allowed
 CONNECT_S = 10.0
 EXPIRES_SOON = datetime.timedelta(days=30)
 LEAST_MEMORY = 1 << 30
-"""Below this not even the digits train: torch and Flower alone take about half of it."""
+"""The memory below which not even the digits train: torch and Flower alone take half of it."""
 LEAST_DISK = 2 << 30
 MOST_ANSWER = 1 << 22
-"""Bytes that are read of an answer."""
+"""How many bytes of an answer are read at most."""
 AHEAD_S, BEHIND_S = 4.0, 300.0
-"""How far this clock may be ahead of and behind the server's: Flower refuses signatures that are
-5 s in the future, or 305 s old."""
+"""How many seconds this clock may be ahead of and behind the server's.
+
+Flower refuses signatures that are 5 s in the future, or 305 s old.
+"""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: `ok`, or what to do about it."""
+    """One line of the doctor's answer: `ok`, or what to do about a fault."""
 
     ok: bool
     name: str
@@ -54,28 +56,28 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is to be checked; what is None is left out."""
+    """What is to be checked; a part that is None is left out."""
 
     server: str | None = None
-    """host:port of the proxy, or of a SuperLink."""
+    """The proxy, or a SuperLink, as host:port."""
     root_certificates: Path | None = None
     key: Path | None = None
     data: str | None = None
     dataset: str | None = None
     config: Config | None = None
-    """A run that the data are to fit."""
+    """The settings of a run that the data are to fit."""
     versions: Mapping[str, str] | None = None
-    """Those of the machine that wrote the bundle."""
+    """The versions on the machine that wrote the bundle."""
     is_node: bool = False
 
     @classmethod
     def of_bundle(cls, folder: Path) -> Machine:
-        """What a bundle of `deploy init` names.
+        """Return the checks for a bundle that `deploy init` wrote.
 
         Raises
         ------
         ConfigError
-            It is none.
+            The folder is not such a bundle.
         """
         try:
             about = json.loads((folder / "deployment.json").read_text("utf-8"))
@@ -92,16 +94,18 @@ class Machine:
                 is_node=node.exists(),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{folder} is no bundle of fed-diffusion deploy: {error}") from error
+            raise ConfigError(
+                f"{folder} is not a bundle of fed-diffusion deploy: {error}"
+            ) from error
 
 
 def _text(config: Mapping[str, object], key: str) -> str | None:
-    """A value of a node config as the node reads it: a folder may be called 2024."""
+    """Return a value of a node config as the node reads it; a folder may be called 2024."""
     return str(config[key]) if config.get(key) else None
 
 
 def examine(machine: Machine) -> Iterator[Finding]:
-    """Every finding about this machine, as it is made."""
+    """Yield every finding about this machine, as soon as it is made."""
     yield from _packages(machine.versions)
     yield from _hardware()
     if machine.root_certificates is not None:
@@ -119,7 +123,9 @@ def _packages(expected: Mapping[str, str] | None) -> Iterator[Finding]:
     for name, here in versions().items():
         there = (expected or {}).get(name)
         if here == "not installed":
-            yield Finding(False, name, "is not installed: pip install it as the server has it")
+            yield Finding(
+                False, name, "is not installed: install the version that the server has with pip"
+            )
         elif there is None:
             yield Finding(True, name, f"{here} (the server's is not known here)")
         elif name == "torch" and here.split("+")[0] == there.split("+")[0]:
@@ -142,12 +148,12 @@ def _hardware() -> Iterator[Finding]:
     hint = "" if free >= LEAST_MEMORY else "; training needs 1 GiB at least: end something else"
     yield Finding(not hint, "memory", text + hint)
     if not torch.cuda.is_available():
-        yield Finding(True, "gpu", "none that torch sees: trains on the CPU")
+        yield Finding(True, "gpu", "torch sees none, so this machine trains on the CPU")
     for device in range(torch.cuda.device_count()):
         available, total = torch.cuda.mem_get_info(device)
         name = torch.cuda.get_device_name(device)
         text = f"{name}, {available / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-        hint = "" if available >= LEAST_MEMORY else "; end what holds its memory"
+        hint = "" if available >= LEAST_MEMORY else "; end the processes that hold its memory"
         yield Finding(not hint, f"gpu {device}", text + hint)
     disk = shutil.disk_usage(Path.cwd()).free
     hint = "" if disk >= LEAST_DISK else "; models and logs need 2 GiB: make room, or go elsewhere"
@@ -159,7 +165,7 @@ def _certificate(path: Path) -> Iterator[Finding]:
         found = x509.load_pem_x509_certificates(path.read_bytes())[0]
         constraints = found.extensions.get_extension_for_class(x509.BasicConstraints)
     except (OSError, ValueError, x509.ExtensionNotFound) as error:
-        yield Finding(False, "ca", f"{path} is no certificate of a CA ({error}): copy it again")
+        yield Finding(False, "ca", f"{path} is not a certificate of a CA ({error}): copy it again")
         return
     if not constraints.value.ca:
         yield Finding(False, "ca", f"{path} is a server's certificate; the CA's is called ca.crt")
@@ -168,7 +174,7 @@ def _certificate(path: Path) -> Iterator[Finding]:
 
 
 def _validity(name: str, found: x509.Certificate) -> Finding:
-    """Whether a certificate is valid by this machine's clock."""
+    """Return a finding about whether a certificate is valid by this machine's clock."""
     now = datetime.datetime.now(datetime.UTC)
     begins, ends = found.not_valid_before_utc, found.not_valid_after_utc
     if now < begins:
@@ -185,13 +191,15 @@ def _key(path: Path) -> Iterator[Finding]:
     try:
         mode, content = stat.S_IMODE(path.stat().st_mode), path.read_bytes()
     except OSError as error:
-        yield Finding(False, "key", f"{path} cannot be read ({error}): is this its user?")
+        yield Finding(
+            False, "key", f"{path} cannot be read ({error}): are you the user that owns it?"
+        )
         return
     if mode & 0o077:
         command = shlex.join(["chmod", "600", str(path)])
         yield Finding(False, "key", f"{path} is open to others ({mode:o}): {command}")
     elif b"OPENSSH" in content and not _is_node_key(content):
-        yield Finding(False, "key", f"{path} is no key that Flower takes: use the bundle's")
+        yield Finding(False, "key", f"{path} is not a key that Flower takes: use the bundle's")
     else:
         yield Finding(True, "key", f"{path}, closed to others")
 
@@ -228,12 +236,18 @@ def _server(address: str, machine: Machine) -> Iterator[Finding]:
         yield Finding(False, "tls", _distrust(error, host, machine.root_certificates))
     except ssl.SSLError as error:
         what = f"{address} does not speak TLS ({error.reason})"
-        yield Finding(False, "tls", f"{what}: is it the proxy's port, and is nothing --insecure?")
+        yield Finding(
+            False,
+            "tls",
+            f"{what}: is this the proxy's port, and was nothing started with --insecure?",
+        )
     except OSError as error:
         what = f"{address} cannot be reached ({error})"
-        yield Finding(False, "server", f"{what}: is it up, the name right, the port open?")
+        yield Finding(
+            False, "server", f"{what}: is the server up, its name right and its port open?"
+        )
     except http.client.HTTPException as error:
-        yield Finding(False, "server", f"{address} is no SuperLink: its answer is {error!r}")
+        yield Finding(False, "server", f"{address} is not a SuperLink: its answer is {error!r}")
     finally:
         connection.close()
 
@@ -251,7 +265,7 @@ def _tls(connection: http.client.HTTPSConnection) -> Iterator[Finding]:
     assert isinstance(sock, ssl.SSLSocket)
     raw = sock.getpeercert(binary_form=True)
     assert raw is not None
-    yield Finding(True, "tls", f"{sock.version()}, certificate and name hold")
+    yield Finding(True, "tls", f"{sock.version()}, and the certificate is valid for this name")
     yield _validity("certificate", x509.load_der_x509_certificate(raw))
 
 
@@ -262,7 +276,9 @@ def _answers(connection: http.client.HTTPSConnection, machine: Machine) -> Itera
     if status in (502, 504):
         yield Finding(False, "superlink", "the proxy answers and the SuperLink does not: start it")
     elif status != 200:
-        yield Finding(False, "superlink", f"is not what answers there (status {status})")
+        yield Finding(
+            False, "superlink", f"does not answer there; something else does (status {status})"
+        )
     else:
         yield Finding(True, "superlink", "answers")
     if date is not None:
@@ -276,7 +292,7 @@ def _answers(connection: http.client.HTTPSConnection, machine: Machine) -> Itera
     status, _, _ = _ask(connection, "POST", "/v1/control/list-nodes")
     closed = status == 403
     if machine.is_node and not closed:
-        text = "is open to this node, and with it to whoever can reach the port: use proxy.sh"
+        text = "is open to this node, and with it to anyone who can reach the port: use proxy.sh"
         yield Finding(False, "control", text)
     else:
         text = "closed to this machine" if closed else "open to this machine, as to an operator"
@@ -287,7 +303,7 @@ def _answers(connection: http.client.HTTPSConnection, machine: Machine) -> Itera
 
 
 def _flower(body: bytes) -> Iterator[Finding]:
-    """The SuperLink's own version, where no proxy is in between."""
+    """Return the SuperLink's version, where no proxy stands before it."""
     try:
         there = str(json.loads(body)["info"]["version"])
     except (ValueError, KeyError, TypeError):
@@ -331,10 +347,10 @@ def _data(machine: Machine) -> Iterator[Finding]:
 
 
 def _folder(folder: Path) -> Finding:
-    """What a folder of images holds, whatever the run: each file is decoded in full."""
+    """Return a finding about a folder of images, whatever the run: each file is decoded in full."""
     try:
         if not folder.is_dir():
-            return Finding(False, "data", f"{folder} is no folder")
+            return Finding(False, "data", f"{folder} is not a folder")
         files, skipped = list_folder(folder)
         left_out = f"; not read: {counted(skipped)}" if skipped else ""
         if not files:
@@ -348,7 +364,7 @@ def _folder(folder: Path) -> Finding:
             # whether transparency is allowed is the run's to say: --preset looks
             width, height = read_image(path, "white").size
         except BadImage as error:
-            return Finding(False, "data", f"{path} is no readable image ({error})")
+            return Finding(False, "data", f"{path} is not a readable image ({error})")
         sizes[f"{width}x{height}"] += 1
     if len(sizes) > 1:
         some = ", ".join(f"{count} of {size}" for size, count in sizes.most_common(3))

@@ -1,7 +1,8 @@
-"""Submit a run to a SuperLink on another machine, wait for its end, end it: `deploy run`, ...
+"""Submit a run to a SuperLink on another machine, wait for its end, or end it: `deploy run`, ...
 
-`flwr run` stages whatever lies in the current folder, and its exit code says "submitted"; this one
-stages this package, and its exit code is the run's. Imports no flwr: it drives Flower's command.
+`flwr run` stages whatever lies in the current folder, and its exit code says "submitted". `deploy
+run` stages this package, and its exit code is the run's. This module imports no flwr: it starts
+Flower's command.
 """
 
 from __future__ import annotations
@@ -28,27 +29,27 @@ from fed_diffusion.engines.superlink import EngineError
 
 CONNECTION = "deployment"
 LOOK_S = 3.0
-"""Between questions to Flower; each costs a second of CPU here."""
+"""The seconds between two questions to Flower; each question costs a second of CPU here."""
 LOG_LOOK_S = 20.0
-"""The same while the run's log streams, for the log ends with the run."""
+"""The seconds between two questions while the log streams; the log ends with the run anyway."""
 JOIN_S = 300.0
-"""How long to wait for nodes."""
+"""How many seconds to wait for nodes."""
 GONE_S = 600.0
-"""How long a SuperLink may be away, as when it is restarted, before the run is given up."""
+"""How many seconds a SuperLink may be away, as for a restart, before the run is given up."""
 ANSWER_S = 60.0
 UNKNOWN_RUN = re.compile(r"\brun\b.*\bnot found\b", re.IGNORECASE)
-"""What Flower says of a run that it does not know."""
+"""What Flower says about a run that it does not know."""
 
 
 class Operator:
-    """The operator's bundle: Flower's command with the connection `deployment`."""
+    """An operator's bundle: it holds the connection `deployment` for Flower's command."""
 
     def __init__(self, bundle: Path):
         self.bundle = expanded(bundle, "OPERATOR").absolute()
         if not (self.bundle / "config.toml").is_file():
             raise ConfigError(
-                f"{self.bundle} is no operator's bundle: it has no config.toml. Give the folder "
-                "`operator` that fed-diffusion deploy init wrote."
+                f"{self.bundle} is not an operator's bundle: it has no config.toml. Give the "
+                "folder `operator` that fed-diffusion deploy init wrote."
             )
         program = shutil.which("flwr", path=os.pathsep.join(bin_dirs()))
         if program is None:
@@ -62,12 +63,12 @@ class Operator:
         }
 
     def ask(self, *arguments: str) -> dict[str, Any]:
-        """One of Flower's commands with a JSON answer.
+        """Run one of Flower's commands, and return its JSON answer.
 
         Raises
         ------
         EngineError
-            It failed; the message is Flower's.
+            The command failed; the message is Flower's.
         """
         command = [self._program, *arguments, "--format", "json"]
         try:
@@ -84,7 +85,7 @@ class Operator:
         return answer
 
     def follow(self, run_id: str) -> subprocess.Popen[bytes]:
-        """A process that writes the run's log, until either ends."""
+        """Start a process that writes the run's log until the log or the process ends."""
         command = [self._program, "log", run_id, CONNECTION, "--stream"]
         return subprocess.Popen(
             command,
@@ -95,12 +96,14 @@ class Operator:
         )
 
     def online(self) -> int:
-        """How many nodes the SuperLink holds to be there."""
+        """Return how many nodes the SuperLink regards as online."""
         nodes = self.ask("supernode", "list", CONNECTION)["nodes"]
         return sum(node["status"] == "online" for node in nodes)
 
     def status(self, run_id: str) -> tuple[str, str]:
-        """A run's status (running, finished:completed, ...) and what Flower says of it."""
+        """Return a run's status (running, finished:completed, ...) and what Flower says of the
+        run.
+        """
         (run,) = self.ask("ls", CONNECTION, "--run-id", run_id)["runs"]
         return str(run["status"]), str(run.get("status-details") or "")
 
@@ -111,16 +114,16 @@ def submit(operator: Operator, config: Config | None, run_dir: Path, nodes: int)
     Parameters
     ----------
     config
-        A new run; None: the one that is in `run_dir` goes on.
+        The settings of a new run; None goes on with the run that is in `run_dir`.
     run_dir
-        Where the ServerApp writes, on the server.
+        The run directory, on the server.
     nodes
-        Wait until so many are online.
+        How many nodes must be online before the run is submitted.
 
     Raises
     ------
     EngineError
-        It was not accepted, or there are too few nodes.
+        The run was not accepted, or there are too few nodes.
     """
     _wait_for_nodes(operator, nodes)
     with short_temp_dir() as home:
@@ -139,7 +142,7 @@ def attach(operator: Operator, run_id: str) -> None:
     Raises
     ------
     EngineError
-        It failed, or the SuperLink is gone for good, or does not know the run.
+        The run failed, or the SuperLink is gone for good or does not know the run.
     KeyboardInterrupt
         The run goes on; see `how_to_go_on`.
     """
@@ -156,12 +159,12 @@ def attach(operator: Operator, run_id: str) -> None:
 
 
 def stop(operator: Operator, run_id: str) -> None:
-    """End a run; it writes its last checkpoint first, where it has one to write."""
+    """End a run; the run writes its last checkpoint first, if there is one to write."""
     operator.ask("stop", run_id, CONNECTION)
 
 
 def how_to_go_on(operator: Operator, run_id: str) -> str:
-    """What to tell who has interrupted the command that waits for a run."""
+    """Return what to tell an operator who has interrupted the command that waits for a run."""
     where = shlex.join([str(operator.bundle), run_id])
     return (
         f"run {run_id} goes on. Show its log and wait for its end: fed-diffusion deploy attach "
@@ -172,8 +175,8 @@ def how_to_go_on(operator: Operator, run_id: str) -> str:
 class Log:
     """A run's log on this process's standard output, as far as Flower can be asked for it.
 
-    Flower sends the whole log again to who asks again, as after a restart of the SuperLink: what
-    was shown is not shown twice.
+    Flower sends the whole log again to a process that asks again, as after a restart of the
+    SuperLink; what was shown is not shown twice.
     """
 
     def __init__(self, operator: Operator, run_id: str):
@@ -199,11 +202,11 @@ class Log:
                 sys.stdout.flush()
 
     def wait(self, seconds: float) -> None:
-        """Until the log ends, so long at most."""
+        """Wait until the log ends, but no longer than this."""
         self._reader.join(seconds)
 
     def end(self) -> None:
-        """Show no more of it."""
+        """Stop showing the log."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -219,7 +222,7 @@ def _wait_for_nodes(operator: Operator, wanted: int) -> None:
 
 
 def _wait_for_end(operator: Operator, run_id: str, log: Log) -> tuple[str, str]:
-    """The run's last status; a SuperLink that is away for a while is waited for."""
+    """Return the run's last status; a SuperLink that is away for a while is waited for."""
     heard = time.monotonic()
     while True:
         log.wait(LOG_LOOK_S)
@@ -232,10 +235,12 @@ def _wait_for_end(operator: Operator, run_id: str, log: Log) -> tuple[str, str]:
         except EngineError as error:
             if UNKNOWN_RUN.search(str(error)):
                 raise EngineError(
-                    f"the SuperLink does not know run {run_id}: was it started without its "
-                    "database? What the run had written is in its directory, and deploy run "
+                    f"the SuperLink does not know run {run_id}: was the SuperLink started without "
+                    "its database? What the run had written is in its directory, and deploy run "
                     "--resume goes on with it"
                 ) from error
             if time.monotonic() - heard > GONE_S:
-                raise EngineError(f"the SuperLink is gone for {GONE_S:g} s: {error}") from error
+                raise EngineError(
+                    f"the SuperLink has been away for {GONE_S:g} s: {error}"
+                ) from error
             time.sleep(LOOK_S)

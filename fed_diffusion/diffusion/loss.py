@@ -13,7 +13,7 @@ from fed_diffusion.diffusion.partitions import loss_weights
 from fed_diffusion.diffusion.process import diffuse
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""eps_theta(x_u [n, C, H, W], u [n], labels [n] or None) -> noise estimate, shaped like x_u."""
+"""A network: eps_theta(x_u [n, C, H, W], u [n], labels [n] or None) -> noise, shaped like x_u."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class NoisyBatch:
     labels: Tensor | None = None
 
     def loss(self, network: Network) -> Tensor:
-        """The simple loss, a scalar."""
+        """Return the simple loss, a scalar."""
         x = diffuse(self.x0, self.eps, self.u)
         return (network(x, self.u, self.labels) - self.eps).square().mean()
 
     def split(self, images: int) -> list[NoisyBatch]:
-        """The same batch in parts of at most so many images: times are not drawn again."""
+        """Yield the batch in parts of at most so many images, without drawing times again."""
         cuts = range(0, len(self.x0), images)
         return [self[start : start + images] for start in cuts]
 
@@ -76,10 +76,10 @@ class DSMLoss:
 
     @cached_property
     def _tables(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
-        """u and the cumulated weights on each device that has asked for them.
+        """Return u and the cumulated weights on each device that has asked for them.
 
-        They are summed on the CPU, in a fixed order, and copied once: a copy in every step would
-        have a GPU's host wait.
+        They are summed on the CPU, in a fixed order, and copied once: with a copy in every step, a
+        GPU's host would wait.
         """
         return {}
 
@@ -91,7 +91,7 @@ class DSMLoss:
         return self._tables[device]
 
     def draw_times(self, n: int, generator: torch.Generator) -> Tensor:
-        """n times u_k, stratified: one draw in each n-th of the distribution, in random order.
+        """Draw n times u_k, stratified: one in each n-th of the distribution, in random order.
 
         The order is drawn independently of the data, so each image sees each stratum equally often.
         """
@@ -117,5 +117,5 @@ class DSMLoss:
         generator: torch.Generator,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """The simple loss of one batch, a scalar; multiply by Z d for F_n."""
+        """Return the simple loss of one batch, a scalar; multiply by Z d for F_n."""
         return self.draw(x0, generator, labels).loss(network)

@@ -40,22 +40,22 @@ class TimeGrid(Protocol):
 
 
 def gammas(u: Tensor) -> Tensor:
-    """Step lengths gamma_k = u_k - u_{k+1}, shape [K]."""
+    """Return the step lengths gamma_k = u_k - u_{k+1}, shape [K]."""
     return u[:-1] - u[1:]
 
 
 def kappa(u: Tensor) -> float:
-    """The smallest kappa with gamma_k <= kappa min{1, u_{k+1}} for every k (Lemma 4.5)."""
+    """Return the smallest kappa with gamma_k <= kappa min{1, u_{k+1}} for every k (Lemma 4.5)."""
     return float((gammas(u) / u[1:].clamp(max=1.0)).max())
 
 
 def loss_weights(u: Tensor) -> Tensor:
-    """gamma_k / sigma_k^2 for k = 0..K-1: the weights of (5) on the noise prediction, shape [K]."""
+    """Return gamma_k / sigma_k^2, k = 0..K-1: the weights of (5) on the noise prediction, [K]."""
     return gammas(u) / -torch.expm1(-2 * u[:-1])
 
 
 def kappa_minimal(T: float, delta: float, K: int) -> Tensor:
-    """The partition with the smallest kappa that any K steps from T to delta can have.
+    """Return the partition with the smallest kappa that K steps from T to delta can have.
 
     Every step takes equality, u_{k+1} = max(u_k - kappa, u_k / (1 + kappa)), which no admissible
     partition of the same kappa can outrun.
@@ -91,7 +91,7 @@ def _steps_needed(T: float, delta: float, kappa: float) -> int:
 
 
 def half_half(T: float, delta: float, K: int) -> Tensor:
-    """floor(K/2) even steps from T to 1, the rest geometric to delta (Benton et al. 2024)."""
+    """Take floor(K/2) even steps from T to 1, the rest geometric to delta (Benton et al. 2024)."""
     _check(T, delta, K)
     if T <= 1 or K < 2:
         raise ValueError(f"half_half needs T > 1 and K >= 2; T = {T}, K = {K}")
@@ -101,7 +101,7 @@ def half_half(T: float, delta: float, K: int) -> Tensor:
 
 
 def geometric(T: float, delta: float, K: int) -> Tensor:
-    """Equal ratios u_{k+1} / u_k."""
+    """Take steps with equal ratios u_{k+1} / u_k."""
     _check(T, delta, K)
     u = torch.exp(torch.linspace(math.log(T), math.log(delta), K + 1, dtype=torch.float64))
     u[0], u[-1] = T, delta
@@ -109,7 +109,7 @@ def geometric(T: float, delta: float, K: int) -> Tensor:
 
 
 def uniform(T: float, delta: float, K: int) -> Tensor:
-    """Equal steps."""
+    """Take equal steps."""
     _check(T, delta, K)
     u = torch.linspace(T, delta, K + 1, dtype=torch.float64)
     u[0], u[-1] = T, delta
@@ -117,19 +117,19 @@ def uniform(T: float, delta: float, K: int) -> Tensor:
 
 
 def ddpm_linear(T: float, delta: float, K: int) -> Tensor:
-    """The times of DDPM's linear betas, 1e-4 to 0.02 over 1000 levels (Ho et al. 2020)."""
+    """Return the times of DDPM's linear betas, 1e-4 to 0.02 over 1000 levels (Ho et al. 2020)."""
     return _ddpm(np.linspace(1e-4, 0.02, 1000), T, delta, K)
 
 
 def ddpm_cosine(T: float, delta: float, K: int) -> Tensor:
-    """The times of the cosine schedule, betas clipped at 0.999 (Nichol & Dhariwal 2021)."""
+    """Return the times of the cosine schedule, betas clipped at 0.999 (Nichol & Dhariwal 2021)."""
     j = np.arange(1001) / 1000
     f = np.cos((j + 0.008) / 1.008 * np.pi / 2) ** 2
     return _ddpm(np.clip(1 - f[1:] / f[:-1], 0, 0.999), T, delta, K)
 
 
 def _ddpm(betas: np.ndarray, T: float, delta: float, K: int) -> Tensor:
-    """u(j) = -1/2 log alpha_bar_j from u(j) = T to u(j) = delta, equally spaced in j."""
+    """Return u(j) = -1/2 log alpha_bar_j from T to delta, equally spaced in j."""
     _check(T, delta, K)
     levels = np.concatenate([[0.0], -0.5 * np.cumsum(np.log1p(-betas))])
     if levels[-1] * (1 + 1e-9) < T:
@@ -152,16 +152,16 @@ PARTITIONS: dict[str, TimeGrid] = {
 
 
 def check_times(u: Tensor, T: float, delta: float, K: int) -> None:
-    """Refuse times that are no partition as `TimeGrid` says.
+    """Refuse times that are not a partition as `TimeGrid` says.
 
     Raises
     ------
     ValueError
-        Says what is wrong.
+        The message says what is wrong.
     """
     if not isinstance(u, Tensor) or u.dtype != torch.float64 or u.shape != (K + 1,):
         got = f"{u.dtype} {list(u.shape)}" if isinstance(u, Tensor) else type(u).__name__
-        raise ValueError(f"it gives {got}, and not float64 [{K + 1}], the K + 1 = {K + 1} times")
+        raise ValueError(f"it returns {got}, not float64 [{K + 1}], the K + 1 = {K + 1} times")
     if float(u[0]) != T or float(u[-1]) != delta or not bool((gammas(u) > 0).all()):
         raise ValueError(
             f"its times do not fall strictly from T = {T:g} to delta = {delta:g}: they go from "

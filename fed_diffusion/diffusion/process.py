@@ -18,22 +18,24 @@ class Score(Protocol):
 
 
 def alpha(u: Tensor) -> Tensor:
-    """Signal scale e^{-u}, in u's dtype."""
+    """Return the signal scale e^{-u}, in u's dtype."""
     return torch.exp(-u)
 
 
 def sigma(u: Tensor) -> Tensor:
-    """Noise scale sqrt(1 - e^{-2u}), through expm1 so that small u loses no digits."""
+    """Return the noise scale sqrt(1 - e^{-2u}), by expm1, so that a small u loses no digits."""
     return torch.sqrt(-torch.expm1(-2 * u))
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """Shape [n] as [n, 1, 1, ...], in `like`'s dtype, so that it multiplies a batch of images."""
+    """Return shape [n] as [n, 1, 1, ...], in `like`'s dtype, so that it multiplies a batch of
+    images.
+    """
     return values.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
 
 
 def diffuse(x0: Tensor, eps: Tensor, u: Tensor) -> Tensor:
-    """X_u = alpha_u x0 + sigma_u eps.
+    """Return X_u = alpha_u x0 + sigma_u eps.
 
     Parameters
     ----------

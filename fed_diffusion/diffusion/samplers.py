@@ -28,7 +28,7 @@ from fed_diffusion.diffusion.process import Score, sigma
 Callback = Callable[[int, Tensor], None]
 
 FEW_STEPS = 15
-"""Below so many steps `second_order` ends with a first-order one (Lu et al. 2022, section 4)."""
+"""With fewer steps than this, `second_order` ends with a first-order step (Lu et al. 2022, 4)."""
 
 
 class Solver(Protocol):
@@ -48,7 +48,7 @@ class Solver(Protocol):
         End with the Tweedie mean (Y + sigma_delta^2 s(Y, delta)) / e^{-delta}: K + 1 evaluations.
         The theory covers the output without it.
     callback
-        Called as callback(k, Y) after every step.
+        A function that is called as callback(k, Y) after every step.
 
     Returns
     -------
@@ -161,7 +161,7 @@ def second_order_sde(
 
 
 class _Noise(NamedTuple):
-    """amount 1: the reverse process; 0: its probability-flow ODE."""
+    """The amount of noise: 1 is the reverse process, 0 its probability-flow ODE."""
 
     amount: int
     generator: torch.Generator | None = None
@@ -170,7 +170,7 @@ class _Noise(NamedTuple):
 def _multistep(
     score: Score, y: Tensor, u: Tensor, noise: _Noise, denoise: bool, callback: Callback | None
 ) -> Tensor:
-    """DPM-Solver++(2M), with the noise of the reverse process or without."""
+    """Solve by DPM-Solver++(2M), with the noise of the reverse process or without."""
     K = len(u) - 1
     scales, log_ratio = sigma(u).tolist(), (-0.5 * torch.log(torch.expm1(2 * u))).tolist()
     before: Tensor | None = None
@@ -201,11 +201,11 @@ SAMPLERS: dict[str, Solver] = {
 
 
 def _at(score: Score, y: Tensor, u: Tensor) -> Tensor:
-    """The score of a whole batch at one time."""
+    """Return the score of a whole batch at one time."""
     return score(y, u.expand(len(y)).to(y.device))
 
 
 def _tweedie(score: Score, y: Tensor, u: Tensor) -> Tensor:
-    """x0 = (Y + sigma_u^2 s(Y, u)) / e^{-u}, the mean of the image given Y."""
+    """Return x0 = (Y + sigma_u^2 s(Y, u)) / e^{-u}, the mean of the image given Y."""
     time = float(u)
     return (y - math.expm1(-2 * time) * _at(score, y, u)) * math.exp(time)

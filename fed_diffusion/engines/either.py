@@ -1,6 +1,6 @@
-"""A run on the engine of one's choice: what the command line and the public API share.
+"""A run on either engine: what the command line and the public API share.
 
-torch and Flower take seconds to import, so both are imported where they are needed.
+torch and Flower take seconds to import, so both are imported only where they are needed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def run(
     engine: Engine = "local",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train, sample, evaluate and write the report; returns what results.json holds.
+    """Train, sample, evaluate and write the report; return what results.json holds.
 
     Parameters
     ----------
     config
-        As `load_config` makes it.
+        The settings of the run, as `load_config` returns them.
     out
         The run directory, which must not exist yet; default: a new one under runs/.
     engine
@@ -38,12 +38,12 @@ def run(
         flower: Flower's simulation engine, in a SuperLink that ends with the run. Both end with the
         same parameters, bit for bit.
     progress
-        Called with each round's line of metrics.jsonl, as soon as the round is done.
+        A function that is called with each round's line of metrics.jsonl when the round is done.
 
     Raises
     ------
     ConfigError
-        Something cannot be as it is set; nothing was computed.
+        A setting cannot be used; nothing was computed.
     RuntimeError
         The run ended early; the message says why, and how to resume.
 
@@ -77,7 +77,7 @@ def resume(
     run
         The run directory.
     engine, progress
-        As for `run`.
+        See `run`.
     accept_changes
         Let through rounds, trackers, evaluation.* and worker.* that were changed in its
         config.yaml.
@@ -88,7 +88,7 @@ def resume(
     Raises
     ------
     ConfigError
-        There is no run, or nothing is left to do, or it is no longer what it was.
+        There is no run, or nothing is left to do, or the run's files are not what they were.
     RuntimeError
         The run ended early again.
     """
@@ -120,7 +120,7 @@ def begin_again(
     accept_changes: bool,
     overrides: Mapping[str, Any] | None = None,
 ) -> tuple[Experiment | RunDir, Config]:
-    """Check everything and claim the directory of a run that is there; its settings, too."""
+    """Check everything and claim the directory of an existing run; return its settings too."""
     from fed_diffusion.checks import check_resume
     from fed_diffusion.experiment import Experiment
     from fed_diffusion.store.rundir import RunDir
@@ -150,7 +150,7 @@ def carry(
     resumed: bool = False,
     accept_changes: bool = False,
 ) -> dict[str, Any]:
-    """Bring a run that has been claimed to its end; returns its results.
+    """Bring a run that has been claimed to its end, and return its results.
 
     Parameters
     ----------

@@ -38,10 +38,10 @@ Values = Mapping[str, str | int | float | bool]
 
 PACKAGES = ("fed_diffusion", "server_app", "client_app")
 PRESET = "resolved"
-"""The staged preset: every setting, as resolved from the user's preset and overrides."""
+"""The name of the staged preset, which holds every setting of the run."""
 
 POLL_S = 0.2
-"""Between looks at the run directory: a stat of two files and of three processes."""
+"""The seconds between looks at the run directory, at two files and three processes."""
 
 
 def run_on_flower(
@@ -52,7 +52,7 @@ def run_on_flower(
     resume: bool = False,
     accept_changes: bool = False,
 ) -> int:
-    """Run the whole experiment on Flower's simulation engine, in a SuperLink of its own.
+    """Run the whole experiment on Flower's simulation engine, in a private SuperLink.
 
     This process holds the run directory's lock to the end, and the ServerApp joins it.
 
@@ -62,23 +62,23 @@ def run_on_flower(
         Where the ServerApp writes: a path, made if it is not there, or a directory that is locked
         already.
     resume
-        Go on with the run that is there.
+        Whether to go on with the run that is there.
     accept_changes
         See `fed_diffusion.store.origin.standing`.
     progress
-        Called with each round's line of metrics.jsonl as it appears.
+        A function that is called with each round's line of metrics.jsonl as it appears.
 
     Returns
     -------
     int
-        0: the run finished.
+        0, since the run finished.
 
     Raises
     ------
     EngineError
         The run failed; the message says why and where the full log is.
     KeyboardInterrupt
-        SIGINT, SIGTERM or SIGHUP; as in every other case nothing is left running.
+        SIGINT, SIGTERM or SIGHUP came; as in every other case nothing is left running.
     """
     from fed_diffusion.store.origin import resume_command  # torch takes seconds to import
     from fed_diffusion.store.rundir import LOCK_TOKEN, RunDir
@@ -219,7 +219,7 @@ class MetricsTail:
 
 
 def _objects(lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    """The JSON objects; a damaged line is nothing to show, and the record says what it lacks."""
+    """Yield the JSON objects; a damaged line is left out, and the record says what is missing."""
     for line in lines:
         with suppress(ValueError):
             found = json.loads(line)
@@ -257,7 +257,7 @@ def _copy(source: Path, target: Path, pattern: str) -> None:
 
 
 def _app_toml(package: Path) -> str:
-    """What Flower needs of our pyproject.toml; not fab-include, whose every entry must match."""
+    """Return what Flower needs of our pyproject.toml, without fab-include."""
     shipped = package / "app.toml"  # in a wheel
     source = shipped if shipped.is_file() else package.parent / "pyproject.toml"
     try:
@@ -275,14 +275,14 @@ def _app_toml(package: Path) -> str:
 
 
 def to_toml(values: Values) -> str:
-    """Plain values as TOML: JSON's notation of them is TOML's."""
+    """Return plain values as TOML: JSON's notation of them is TOML's."""
     return "".join(
         f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()
     )
 
 
 def _federation(config: Config) -> dict[str, int | float]:
-    """Flower's settings for this run; no more Ray workers than clients that can be busy at once."""
+    """Return Flower's settings for this run, with no more Ray workers than clients at once."""
     threads = config.worker.threads
     clients = math.ceil(config.clients * config.round.fraction)
     workers = max(1, min(usable_cores() // threads, clients))
@@ -297,7 +297,7 @@ def _federation(config: Config) -> dict[str, int | float]:
 
 
 def _gpus_per_client(config: Config) -> float:
-    """flower.gpus, or one for each client at once where clients train on GPUs."""
+    """Return flower.gpus, or one for each client at once where clients train on GPUs."""
     if config.flower.gpus is not None:
         return config.flower.gpus
     if config.worker.device == "cpu":
@@ -309,7 +309,7 @@ def _gpus_per_client(config: Config) -> float:
 
 @contextmanager
 def short_temp_dir() -> Iterator[Path]:
-    """A private directory whose path leaves room for Ray's sockets (AF_UNIX: 103 bytes)."""
+    """Yield a private directory whose path leaves room for Ray's sockets (AF_UNIX: 103 bytes)."""
     parent = tempfile.gettempdir()
     if len(parent) > 20 and os.path.isdir("/tmp"):
         parent = "/tmp"

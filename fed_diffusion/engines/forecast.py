@@ -32,20 +32,20 @@ from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.server.coordinator import Coordinator
 
 START_S = {"local": 8.0, "flower": 22.0}
-"""From the command to the first round, and to end the workers, on two quiet cores."""
+"""The seconds to the first round and to end the workers, for each engine, on two quiet cores."""
 ROUND_S = 0.2
-"""Of the server at the end of each round: the checkpoint on disk above all."""
+"""The seconds of the server at the end of a round, mostly for the checkpoint on disk."""
 SIDE_BY_SIDE = 1.1
-"""Workers at once share memory and caches: each is this much slower than one alone."""
+"""The factor by which workers that share memory and caches are slower than one alone."""
 MOST_GROUPS = 6
-"""Different keep ratios that are timed; the others lie between them."""
+"""The number of different keep ratios that are timed; the others lie between them."""
 TIMED_S = 1.5
-"""What the timed steps of one keep ratio may take, beyond two."""
+"""The seconds that the timed steps of one keep ratio may take, beyond two steps."""
 MOST_STEPS = 8
 INCEPTION_MACS = 5.7e9
-"""Multiply-adds of the Inception network for one image."""
+"""The multiply-adds of the Inception network for one image."""
 FIGURES_S = {"classifier": 4.0, "inception": 90.0}
-"""FID's floor, the intervals and the others from features, for a thousand images."""
+"""The seconds for all figures from features, for a thousand images."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Client:
 
 @dataclass(frozen=True)
 class Size:
-    """What a run is, by arithmetic alone.
+    """The size of a run, by arithmetic alone.
 
     Attributes
     ----------
     parameters
-        Of the whole network.
+        The number of parameters of the whole network.
     macs
         Multiply-adds of the network for one image, forwards; None where they cannot be counted.
     memory
@@ -91,9 +91,9 @@ class Forecast:
     seconds
         Part of the run -> seconds on this machine.
     bytes_down, bytes_up
-        Of one round, all clients together.
+        The bytes of one round, of all clients together.
     processes
-        Clients at once.
+        The number of clients at once.
     keeps
         Keep ratio -> how many clients of a round have it.
     step
@@ -113,7 +113,7 @@ class Forecast:
 
 
 def size_of(config: Config, dataset: ImageSet) -> Size:
-    """Everything about a run that needs no training step."""
+    """Return everything about a run that needs no training step."""
     network = skeleton(config)
     return Size(
         parameters=sum(value.numel() for value in network.parameters()),
@@ -147,7 +147,7 @@ def _clients(config: Config, dataset: ImageSet) -> list[Client]:
 def forecast(
     config: Config, dataset: ImageSet, *, engine: str = "local", done: int = 0
 ) -> Forecast:
-    """Time a few steps of each part of a run, and say what the whole would take.
+    """Time a few steps of each part of a run, and return what the whole would take.
 
     Nothing is written, and what is computed for it is a few seconds' worth.
 
@@ -174,7 +174,7 @@ def forecast(
 
 
 def makespan(jobs: Sequence[float], processes: int) -> float:
-    """When the last of these jobs ends that so many processes take in turn."""
+    """Return when the last of these jobs ends that so many processes take in turn."""
     ends = [0.0] * max(1, processes)
     for job in jobs:
         first = min(range(len(ends)), key=ends.__getitem__)
@@ -228,13 +228,13 @@ class _Timed:
         self.server = made + received * len(tasks)
 
     def seconds(self, client: int, steps: int) -> float:
-        """What a client's task of so many steps takes a worker."""
+        """Return what a client's task of so many steps takes a worker, in seconds."""
         keep = self.keep[client]
         fixed, step = (float(np.interp(keep, self._at, y)) for y in (self._fixed, self._step))
         return fixed + steps * step
 
     def _time(self, task: Task) -> tuple[float, float, Update]:
-        """Seconds of what a task takes beside its steps, and of a step."""
+        """Return the seconds that a task takes beside its steps, and those of a step."""
         self._worker.config = self._config
         self._worker.run(task)  # the first call loads what later ones share
         update, one = _took(lambda: self._worker.run(task))
@@ -245,7 +245,7 @@ class _Timed:
 
 
 def _with_steps(config: Config, steps: int) -> Config:
-    """The run with so few steps a round, and nothing measured beside them."""
+    """Return the run with so few steps a round, and nothing measured beside them."""
     return config.model_copy(
         update={
             "local": config.local.model_copy(update={"steps": steps, "epochs": None}),
@@ -255,7 +255,9 @@ def _with_steps(config: Config, steps: int) -> Config:
 
 
 def _announce(config: Config, coordinator: Coordinator, worker: Worker) -> None:
-    """Keep ratios that nodes would say: what this machine carries, or the whole network."""
+    """Announce keep ratios that nodes would say: what this machine carries, or the whole
+    network.
+    """
     if config.pruning.budget == "level":
         return
     keep = worker.budget().keep if config.pruning.budget == "auto" else 1.0
@@ -264,7 +266,9 @@ def _announce(config: Config, coordinator: Coordinator, worker: Worker) -> None:
 
 
 def _diagnostics(config: Config, timed: _Timed, clients: list[Client], done: int) -> float:
-    """Seconds of all workers in the diagnostic rounds that are left, beside their training."""
+    """Return the seconds of all workers in the remaining diagnostic rounds, beside their
+    training.
+    """
     due = sum(is_due(config, round) for round in range(done + 1, config.rounds + 1))
     whole = [n for n in timed.asked if timed.keep[n] == 1]
     if not due or not whole:
@@ -277,7 +281,7 @@ def _diagnostics(config: Config, timed: _Timed, clients: list[Client], done: int
 def evaluation_seconds(
     config: Config, dataset: ImageSet | None, rounds: int = 0
 ) -> dict[str, float]:
-    """What sampling and measuring take, from one timed call of the network.
+    """Return the seconds of sampling and measuring, from one timed call of the network.
 
     Parameters
     ----------
@@ -304,7 +308,7 @@ def evaluation_seconds(
 
 
 def _score_seconds(sampler: Sampler, batch: int) -> float:
-    """Seconds of one call of the score, for each image of a batch."""
+    """Return the seconds of one call of the score, for each image of a batch."""
     noise = torch.Generator(sampler.device).manual_seed(0)
     labels = None
     if sampler.classes is not None:
@@ -329,7 +333,7 @@ def _score_seconds(sampler: Sampler, batch: int) -> float:
 
 
 def _figures_seconds(config: Config, dataset: ImageSet | None, images: int, rate: float) -> float:
-    """Seconds of the extractor and of the figures; `rate` is the network's multiply-adds/s."""
+    """Return the seconds of extractor and figures; `rate` is the network's multiply-adds/s."""
     reference = reference_set(config, dataset)
     if reference is None:
         return 0.0

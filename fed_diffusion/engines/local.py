@@ -33,7 +33,7 @@ from fed_diffusion.experiment import Experiment, Progress
 from fed_diffusion.protocol.messages import Task, Update
 
 Arrival = tuple[float, int, Task, Update | Exception]
-"""When an answer comes on the simulated clock, its client, the task and what came of it."""
+"""When an answer comes on the simulated clock, its client, the task and the outcome."""
 
 
 def simulate(
@@ -53,7 +53,7 @@ def simulate(
         Clients at once; default: cores / worker.threads on the CPU, one on each GPU. The parameters
         that come out do not depend on it.
     progress
-        Called with each round's line of metrics.
+        A function that is called with each round's line of metrics.
     """
     return run_in_process(Experiment(config, out), processes=processes, progress=progress)
 
@@ -63,7 +63,7 @@ def run_in_process(
 ) -> dict[str, Any]:
     """Train a new or resumed experiment to its end; see `simulate`.
 
-    The deadline of a round is for real machines: clients in turn would miss it all.
+    The deadline of a round is for real machines: clients that train in turn would all miss it.
     """
     config = experiment.config
     assert experiment.dataset is not None
@@ -75,7 +75,7 @@ def run_in_process(
 
 
 def processes_of(config: Config) -> int:
-    """Clients at once: cores / worker.threads on the CPU, one on each GPU."""
+    """Return the number of clients at once: cores / worker.threads on the CPU, one on each GPU."""
     processes = max(1, usable_cores() // config.worker.threads)
     if (device := device_of(config)).type == "cuda":
         processes = 1 if device.index is not None else torch.cuda.device_count()
@@ -104,7 +104,7 @@ class Exchange:
             self._send([self._coordinator.again(client)], sent_at)
 
     def __call__(self, round: int) -> None:
-        """One round's tasks out, and answers in until there are enough."""
+        """Send one round's tasks, and take answers until there are enough."""
         coordinator = self._coordinator
         for arrives, _, task, outcome in self._arrivals(self._experiment.tasks(round)):
             coordinator.clock = max(coordinator.clock, arrives)
@@ -130,7 +130,7 @@ class Exchange:
             heapq.heappush(self._out, arrival)
 
     def _answers(self, tasks: Iterable[Task], now: float) -> Iterator[Arrival]:
-        """What the runner makes of tasks that are sent now."""
+        """Return what the runner makes of tasks that are sent now."""
         pace = self._experiment.config.round.pace
         # a clock that nobody has set stands still, but for the order of overlapping tasks
         usual = 1.0 if self._overlapping else 0.0
@@ -149,12 +149,12 @@ class Exchange:
 
 
 def announce_budgets(experiment: Experiment) -> None:
-    """All clients of a simulation live on this machine: it measures once, for all of them.
+    """Measure this machine once, for all clients of the simulation.
 
     Raises
     ------
     ConfigError
-        pruning.budget is `node`, and here are no nodes.
+        pruning.budget is `node`, but in one process there are no nodes.
     """
     config = experiment.config
     if config.pruning.budget == "node":

@@ -36,7 +36,7 @@ class Runner(Protocol):
 
 @contextmanager
 def task_runner(config: Config, dataset: ImageSet, processes: int) -> Iterator[Runner]:
-    """Runs tasks in this process, or in a pool of the standard library's processes."""
+    """Yield a runner of tasks in this process, or in a pool of the standard library's processes."""
     if processes == 1:
         yield _InTurn(Worker(config, dataset))
         return
@@ -50,7 +50,7 @@ def task_runner(config: Config, dataset: ImageSet, processes: int) -> Iterator[R
 
 
 class _InTurn:
-    """One resident model, clients one after another."""
+    """One resident model, for one client after another."""
 
     def __init__(self, worker: Worker):
         self._worker = worker
@@ -64,7 +64,7 @@ class _InTurn:
 
 
 class _InProcesses:
-    """A pool of processes, each with its resident model; at most one task ahead of each.
+    """A pool of processes, each with its resident model and at most one task ahead.
 
     When one of them is killed (the system is out of memory, as a rule), the pool is useless; a new
     one does the lost tasks again, once in a round, and comes to the same bits.
@@ -111,8 +111,8 @@ class _InProcesses:
     def abandon(self) -> None:
         """End the workers at once: nobody wants what they compute any more.
 
-        To wait for their tasks takes minutes, and a second signal meanwhile would leave them and
-        this process waiting for each other for ever.
+        It would take minutes to wait for their tasks, and a second signal meanwhile would leave
+        them and this process waiting for each other for ever.
         """
         with signals_held():
             for process in list((self._pool._processes or {}).values()):
@@ -165,7 +165,9 @@ _worker: Worker | None = None
 
 
 def _device_of_process(config: Config, process: int) -> str:
-    """Several GPUs share the clients; a device that is named by its number is meant alone."""
+    """Return the device of a process: several GPUs share the clients, unless one is named by
+    number.
+    """
     if device_of(config) != torch.device("cuda"):
         return config.worker.device
     return f"cuda:{process % torch.cuda.device_count()}"
@@ -179,7 +181,7 @@ def _start_process(settings: dict[str, Any], devices: SimpleQueue[str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end its workers, which would wait for a task for ever."""
+    """End this worker with its parent: a killed parent cannot end its workers."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,8 +1,8 @@
 """The processes of a run of Flower's: how they are found and ended, wherever they have re-parented.
 
-All of them inherit one environment variable with a value of the run's own, and stand in its private
-directory. Run as a script, this file is the watch: it waits until whoever started it is gone, and
-then ends the run.
+All of them inherit an environment variable whose value only this run has, and their working folder
+is in the run's private directory. Run as a script, this file is the watch: it waits until the
+process that started it is gone, and then ends the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import psutil
 
 MARK = "FED_DIFFUSION_ENGINE"
 KILL_S = 20.0
-"""Ending is a matter of milliseconds, but for a process that hangs in a device driver."""
+"""The seconds until an end is given up: only a process in a device driver takes longer."""
 
 
 def kill_run(mark: str, home: Path) -> None:
@@ -34,9 +34,10 @@ def kill_run(mark: str, home: Path) -> None:
 
 
 def marked(mark: str, home: Path) -> list[psutil.Process]:
-    """Every process of a run; a zombie has neither environment nor directory and does not count.
+    """Return every process of a run; a zombie has neither environment nor directory, and is left
+    out.
 
-    Some of Ray's write their title over their environment: those stand in `home` all the same.
+    Some of Ray's processes write their title over their environment; those still stand in `home`.
     """
     found = []
     for process in psutil.process_iter():
@@ -47,7 +48,7 @@ def marked(mark: str, home: Path) -> list[psutil.Process]:
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether a process is there, and more than a zombie."""
+    """Return whether a process is there, and more than a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -55,7 +56,7 @@ def lives(process: psutil.Process) -> bool:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """Return a port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -63,7 +64,9 @@ def free_port() -> int:
 
 
 def bin_dirs() -> list[str]:
-    """Where this Python's executables are (its own link in a virtual environment: not resolved)."""
+    """Return the folders of this Python's executables, without resolving a virtual environment's
+    link.
+    """
     return list(dict.fromkeys([str(Path(sys.executable).parent), sysconfig.get_path("scripts")]))
 
 

@@ -1,4 +1,4 @@
-"""Signals that end a run: all of them interrupt it, and a clean-up is not interrupted."""
+"""Signals that end a run: all of them interrupt the run, and a clean-up is not interrupted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STOP_SIGNALS = [signal.SIGTERM] if sys.platform == "win32" else [signal.SIGTERM,
 
 @contextmanager
 def stop_signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt too, so that the same clean-up follows."""
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt too, so that the same clean-up follows."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
@@ -25,7 +25,7 @@ def stop_signals_interrupt() -> Iterator[None]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Signals that would interrupt take effect afterwards."""
+    """Let signals that would interrupt take effect after the block."""
     held: list[int] = []
     with _handled([signal.SIGINT, *STOP_SIGNALS], lambda number, frame: held.append(number)):
         yield

@@ -27,9 +27,9 @@ from fed_diffusion.engines.signals import signals_held
 from fed_diffusion.engines.watching import Watcher, read_log
 
 START_S = 120.0
-"""How long the SuperLink may take to listen; about 2 s where nothing else runs."""
+"""The seconds that the SuperLink may take to listen; about 2 s where nothing else runs."""
 PATIENCE_S = 3.0
-"""For a ServerApp that is interrupted: it may be in the middle of a checkpoint."""
+"""The seconds for an interrupted ServerApp, which may be in the middle of a checkpoint."""
 
 
 class EngineError(RuntimeError):
@@ -37,7 +37,7 @@ class EngineError(RuntimeError):
 
 
 class SuperLink:
-    """A SuperLink in simulation mode on a port of its own, with one run.
+    """A SuperLink in simulation mode on a separate port, with one run.
 
     Use it as a context: leaving it ends the SuperLink, its superexec, the simulation with the
     ServerApp, and Ray with all its workers.
@@ -124,17 +124,17 @@ class SuperLink:
         self._fill(pipe, run_config)
 
     def why_ended(self) -> str | None:
-        """See `Watcher.why_ended`."""
+        """Return why the run is over; see `Watcher.why_ended`."""
         assert self._watcher is not None
         return self._watcher.why_ended()
 
     def wait_for_log(self) -> None:
-        """See `Watcher.wait_for_log`."""
+        """Wait for the last lines of the log; see `Watcher.wait_for_log`."""
         if self._watcher is not None:
             self._watcher.wait_for_log()
 
     def keep_log(self, target: Path) -> Path:
-        """Both logs in one file that outlives the engine."""
+        """Write both logs into one file that outlives the engine."""
         parts = [("The run", "flwr"), ("The SuperLink", "flower-superlink")]
         text = "\n".join(f"--- {title} ---\n{read_log(self.home, name)}" for title, name in parts)
         target.write_text(text, "utf-8")
@@ -204,7 +204,7 @@ class SuperLink:
 
 
 def _environment(home: Path, mark: str, modules: Path | None) -> dict[str, str]:
-    """That of every process of a run."""
+    """Return the environment of every process of a run."""
     env = dict(os.environ)
     # OMP_NUM_THREADS is left to Ray, which sets it to the CPUs of each client
     for name in ("RAY_ADDRESS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -230,7 +230,9 @@ def _environment(home: Path, mark: str, modules: Path | None) -> dict[str, str]:
 
 
 def _ray(home: Path, address: str | None) -> dict[str, str]:
-    """For a Ray of this run's own, or one that is there, whose token our environment has."""
+    """Return settings for a Ray of this run, or for one that exists, whose token is in our
+    environment.
+    """
     if address is not None:
         return {"RAY_ADDRESS": address}
     return {

@@ -17,20 +17,20 @@ import psutil
 from fed_diffusion.engines.processes import bin_dirs, lives
 
 QUESTION_S = 20.0
-"""Between questions to Flower, where there is no cheaper sign of life."""
+"""The seconds between questions to Flower, where there is no cheaper sign of life."""
 LOG_S = 8.0
-"""For the last lines of the log of a run that failed."""
+"""The seconds to wait for the last lines of the log of a run that failed."""
 
 
 class Watcher:
-    """Looks at a run that was submitted.
+    """A watcher looks at a run that was submitted.
 
     Parameters
     ----------
     home
         The run's private directory.
     environment
-        That of the run's processes, to ask Flower with.
+        The environment of the run's processes, to ask Flower with.
     process
         The SuperLink.
     client
@@ -52,7 +52,10 @@ class Watcher:
         self._next_look = self._next_question = 0.0
 
     def why_ended(self) -> str | None:
-        """Why the run is over, as seen from outside; None while it goes on. Cheap to call."""
+        """Return why the run is over, as seen from outside; None while the run goes on.
+
+        The call is cheap.
+        """
         if self._process.poll() is not None:
             return f"The SuperLink ended (exit code {self._process.returncode})."
         simulation = self.simulation()
@@ -87,7 +90,7 @@ class Watcher:
         return self._simulation
 
     def _reason(self, otherwise: str | None) -> str | None:
-        """What Flower says of a run that is over, or `otherwise`."""
+        """Return what Flower says of a run that is over, or `otherwise`."""
         run_id = re.search(r"started run (\d+)", read_log(self._home, "flwr"))
         status, details = self._ask(run_id[1]) if run_id else ("", "")
         if status == "finished:completed":
@@ -102,7 +105,7 @@ class Watcher:
         return otherwise
 
     def _ask(self, run_id: str) -> tuple[str, str]:
-        """Status and details by `flwr ls`, which costs a second and a half of CPU."""
+        """Return status and details by `flwr ls`, which costs a second and a half of CPU."""
         program = shutil.which("flwr", path=os.pathsep.join(bin_dirs()))
         command = [str(program), "ls", "private", "--run-id", run_id, "--format", "json"]
         try:
@@ -116,20 +119,20 @@ class Watcher:
 
 
 def read_log(home: Path, name: str) -> str:
-    """What a program of the run has written, without its colours."""
+    """Return what a program of the run has written, without its colours."""
     path = home / f"{name}.log"
     text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def _last_exception(log: str) -> str:
-    """The last line of a traceback, such as 'ModuleNotFoundError: No module named ...'."""
+    """Return the last line of a traceback, such as 'ModuleNotFoundError: No module named ...'."""
     found = re.findall(r"^\s*((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+)$", log, re.MULTILINE)
     return found[-1] if found else ""
 
 
 def _unbox(text: str) -> str:
-    """What `flwr run` says at its end, out of its box."""
+    """Return what `flwr run` says at its end, without the box around it."""
     lines = [line.strip("│╭╰─╮╯ ") for line in text.strip().splitlines()]
     start = max(
         (i for i, line in enumerate(lines, 1) if line.startswith("Using SuperLink")), default=0

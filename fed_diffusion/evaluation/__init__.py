@@ -1,6 +1,7 @@
-"""Quality figures of generated images: Inception Score, FID and KID, through torch-fidelity.
+"""Quality figures of generated images: FID, KID and Inception Score, computed by torch-fidelity.
 
-`checks` is cheap to import, `quality` imports torch-fidelity (3 s): import it where it is needed.
+The module `checks` is cheap to import. The module `quality` imports torch-fidelity, which takes 3
+s: import it where figures are needed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Features of reference sets on disk, so that 50,000 images pass an extractor once.
+"""Features of reference sets on disk, so that 50,000 images pass an extractor only once.
 
-They are in the folder `features` of the caches; see `fed_diffusion.common.caches`.
+They are kept in the folder `features` of the caches; see `fed_diffusion.common.caches`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
-    """Where the features are kept; `ConfigError` where that is in a home that is not known."""
+    """Return the folder of the features; raise `ConfigError` if the home directory is unknown."""
     return cache_root() / "features"
 
 
 def cached(key: str, n: int, compute: Callable[[], Tensor]) -> Tensor:
-    """What `compute` gives, [n, d], from the disk where it is there under `key`.
+    """Return what `compute` gives, [n, d]; read it from the disk if it is there under `key`.
 
     A file that cannot be read is computed again, with a warning; a disk that cannot be written to
     costs the cache and nothing else, as does a system that knows no home directory.
@@ -43,7 +43,7 @@ def cached(key: str, n: int, compute: Callable[[], Tensor]) -> Tensor:
             found = load_file(path)["features"]
             if found.ndim == 2 and len(found) == n and bool(torch.isfinite(found).all()):
                 return found
-            problem = f"it holds {list(found.shape)}"
+            problem = f"their shape is {list(found.shape)}"
         except (OSError, SafetensorError, KeyError) as error:
             problem = f"{type(error).__name__}: {error}"
         logger.warning("the cached features %s are damaged (%s): computed again", path, problem)
@@ -56,7 +56,7 @@ def cached(key: str, n: int, compute: Callable[[], Tensor]) -> Tensor:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all, also where several processes write the same file."""
+    """Write the content whole or not at all, also where several processes write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file, fresh = fresh_file(path.parent, "features")
     try:

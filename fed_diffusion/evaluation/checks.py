@@ -1,4 +1,4 @@
-"""What can be known about an evaluation before there are images, and the record of one without."""
+"""What can be known about an evaluation before there are images, and the record without figures."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fed_diffusion.evaluation.weights import check_features
 logger = logging.getLogger(__name__)
 FEWEST_IMAGES = 2
 OWN_DATA = ("data", "train", "test")
-"""Words for evaluation.reference that mean the run's own data set, or a part of it."""
+"""The words of evaluation.reference that mean the run's own data set, or a part of it."""
 
 
 def check_evaluation(config: Config) -> None:
     """Refuse, before training, an evaluation that is bound to fail after it.
 
-    Of a judge that evaluation.extractor leaves open it says which one is taken, and why.
+    Where evaluation.extractor is auto, a log line says which judge is taken, and why.
 
     Raises
     ------
     ConfigError
-        Names the key under `evaluation`, the value and what is allowed.
+    The message names the key under `evaluation`, the value and what is allowed.
     """
     settings = config.evaluation
     if settings.samples == 0 or settings.reference == "none":
@@ -85,12 +85,12 @@ def _check_class_folders(folder: Path) -> None:
 
 
 def check_weights(weights: str) -> Path:
-    """The Inception weights file, once it is known to hold a state dict and no code.
+    """Return the Inception weights file, once it is known to hold a state dict and no code.
 
     Raises
     ------
     ConfigError
-        `evaluation.weights` does not exist, or is something else.
+    `evaluation.weights` does not exist, or is another kind of file.
     """
     path = expanded(weights, "evaluation.weights")
     if not path.is_file():
@@ -101,7 +101,9 @@ def check_weights(weights: str) -> Path:
     try:
         # torch-fidelity itself unpickles whatever it is given: let nothing but tensors reach it
         state = torch.load(path, map_location="cpu", weights_only=True)
-        problem = None if isinstance(state, dict) and "fc.weight" in state else "no such weights"
+        problem = (
+            None if isinstance(state, dict) and "fc.weight" in state else "some weights are missing"
+        )
     except Exception as error:  # a damaged file raises whatever its bytes happen to mean
         problem = f"{type(error).__name__} on reading it"
     if problem is not None:
@@ -128,7 +130,7 @@ def no_quality(
     guidance: float | None = None,
     memorisation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The keys of `quality.evaluate` without figures: nulls, and the reason for them."""
+    """Return the keys of `quality.evaluate` without figures: nulls, and the reason for them."""
     return {
         "fid": None,
         "fid_floor": None,

@@ -1,4 +1,4 @@
-"""Which judges evaluation.extractor names, each with its own file of weights."""
+"""Which judges evaluation.extractor names, each with its file of weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fed_diffusion.evaluation.public import EFFICIENTNET, INSTALL, RESNET56, ins
 
 AUTO, INCEPTION = "auto", "inception"
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
-"""What torch-fidelity downloads for Inception."""
+"""The file that torch-fidelity downloads for Inception."""
 
 
 class Choice(NamedTuple):
-    """One judge.
+    """One judge that evaluation.extractor names.
 
     Attributes
     ----------
@@ -24,7 +24,7 @@ class Choice(NamedTuple):
         The section `evaluation`, as if this were its only judge: `extractor` is a name and
         `weights` this judge's file.
     because
-        Why this judge was taken in Inception's place; else None.
+        Why this judge was taken in place of Inception; None if it was named.
     """
 
     settings: EvaluationConfig
@@ -32,18 +32,18 @@ class Choice(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What evaluation.extractor calls the judge."""
+        """The name of the judge in evaluation.extractor."""
         return str(self.settings.extractor)
 
 
 def choices(config: EvaluationConfig, shape: tuple[int, ...]) -> tuple[Choice, ...]:
-    """The judges of images [C, H, W] = shape, in the order in which they are named.
+    """Return the judges of images [C, H, W] = shape, in the order in which they are named.
 
     Raises
     ------
     ConfigError
-        evaluation.weights is not clear about whose file it is; or `auto` would take a judge that
-        is not installed.
+        evaluation.weights does not say whose file it is, or `auto` would take a judge that is
+        not installed.
     """
     found: dict[str, str | None] = {}
     for word in names_of(config):
@@ -57,13 +57,13 @@ def choices(config: EvaluationConfig, shape: tuple[int, ...]) -> tuple[Choice, .
 
 
 def names_of(config: EvaluationConfig) -> tuple[str, ...]:
-    """What evaluation.extractor says, as a list."""
+    """Return what evaluation.extractor says, as a list."""
     named = config.extractor
     return (named,) if isinstance(named, str) else named
 
 
 def _auto(config: EvaluationConfig, shape: tuple[int, ...]) -> tuple[str, str | None]:
-    """What `auto` takes, and why if that is not Inception; it waits for no network."""
+    """Return what `auto` takes, and why if that is not Inception, without a look at the network."""
     weights = config.weights
     others = set(names_of(config)) - {AUTO, EFFICIENTNET}  # a file may be meant for one of those
     given = not others if isinstance(weights, str) else INCEPTION in (weights or {})
@@ -85,7 +85,7 @@ def _auto(config: EvaluationConfig, shape: tuple[int, ...]) -> tuple[str, str | 
 
 
 def _weights(config: EvaluationConfig, names: tuple[str, ...]) -> dict[str, str]:
-    """The file of each judge that has one."""
+    """Return the file of each judge that has one."""
     given = config.weights
     if given is None:
         return {}
@@ -93,7 +93,7 @@ def _weights(config: EvaluationConfig, names: tuple[str, ...]) -> dict[str, str]
     if isinstance(given, dict):
         if strange := [name for name in given if name not in takers]:
             raise ConfigError(
-                f"evaluation.weights has a file for {strange[0]!r}, which is no judge of "
+                f"evaluation.weights has a file for {strange[0]!r}, which is not a judge of "
                 f"evaluation.extractor that takes one. There are: {', '.join(takers) or 'none'}."
             )
         return given

@@ -46,13 +46,13 @@ LAYERS = {
     RESNET: (str(WIDTH), "logits"),
     INCEPTION: ("2048", "logits_unbiased"),
 }
-"""Per extractor: what FID and KID compare, what the Inception Score reads."""
+"""For each extractor: what FID and KID compare, and what the Inception Score reads."""
 BATCH = {CLASSIFIER: 512, RESNET: 512, INCEPTION: 64}
 DOWNLOAD_TIMEOUT_S = 30.0  # per connection and read; torch.hub waits for ever
 
 
 class Unavailable(Exception):
-    """There can be no quality figures; the message says why and what to do."""
+    """There can be no quality figures; the message says why, and what to do."""
 
 
 class Eyes(Protocol):
@@ -61,12 +61,12 @@ class Eyes(Protocol):
     Attributes
     ----------
     shown
-        Its name in the results.
+        The extractor's name in the results.
     sha256
         The hash of its weights.
     kept
-        Whether what it sees of a reference set is kept on disk: not where making it takes longer
-        than looking, and not of a judge of the user's own, whose code may change under its name.
+        Whether the features of a reference set are kept on disk. They are not if it takes longer to
+        make the extractor than to compute them, nor for a user's judge, whose code may change.
     """
 
     shown: str
@@ -74,7 +74,7 @@ class Eyes(Protocol):
     kept: bool
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [n, d] and logits [n, classes] of uint8 [n, C, H, W], on the CPU."""
+        """Return features [n, d] and logits [n, classes] of uint8 [n, C, H, W], on the CPU."""
         ...
 
     @property
@@ -85,18 +85,18 @@ class Eyes(Protocol):
 
 @dataclass(frozen=True)
 class Extractor:
-    """Which extractor, as a cache key: two of one kind and identity see the same features.
+    """An extractor by its name, as a cache key: two of one kind and identity give equal features.
 
     Attributes
     ----------
     kind
-        Its name with torch-fidelity, a key of `LAYERS`, or `JUDGE`, or `OWN`.
+        The extractor's name with torch-fidelity, a key of `LAYERS`, or `JUDGE`, or `OWN`.
     identity
-        What its weights come from.
+        Where the weights come from.
     shown
-        Its name in the results.
+        The extractor's name in the results.
     make
-        Makes it on a device; `Unavailable` where that cannot be done.
+        A function that makes the extractor on a device; it raises `Unavailable` if it cannot.
     """
 
     kind: str
@@ -106,7 +106,7 @@ class Extractor:
 
 
 def extractor_of(config: EvaluationConfig, teacher: ImageSet, seed: int) -> Extractor:
-    """The extractor that the settings of one judge (`choice.Choice`) name."""
+    """Return the extractor that the settings of one judge (`choice.Choice`) name."""
     name, file = str(config.extractor), None if config.weights is None else str(config.weights)
     if name not in (INCEPTION_NAME, "classifier"):
         kind = JUDGE if name in PUBLIC else OWN
@@ -162,12 +162,12 @@ class _Fidelity:
 
 
 class _Judged:
-    """A `Judge`, public or the user's; see `Eyes`. What goes wrong costs its figures, not the run.
+    """A `Judge`, public or the user's; see `Eyes`. An error in it costs its figures, not the run.
 
     Raises
     ------
     Unavailable
-        It cannot be made, or gives something else than `Judge` says.
+    The judge cannot be made, or does not return what `Judge` says.
     """
 
     def __init__(self, config: EvaluationConfig, device: torch.device) -> None:
@@ -200,7 +200,7 @@ def _unavailable() -> Iterator[None]:
 
 
 def _wrapped(kind: str, shown: str, network: torch.nn.Module, device: torch.device) -> Eyes:
-    """A classifier through torch-fidelity; one that is trained on the spot leaves no cache."""
+    """Wrap a classifier for torch-fidelity; one that is trained on the spot leaves no cache."""
     extractor = create_feature_extractor(
         kind, list(LAYERS[kind]), cuda=device.type == "cuda", verbose=False, classifier=network
     )

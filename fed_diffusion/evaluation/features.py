@@ -33,7 +33,7 @@ LEARNING_RATE = 5e-3
 EPOCHS = 8
 FEWEST_STEPS = 200
 SMALL = 16
-"""Side in pixels up to which a training step is too little work to share between threads."""
+"""The side in pixels up to which a training step is too little work for several threads."""
 
 
 class FeatureNet(nn.Module):
@@ -43,13 +43,13 @@ class FeatureNet(nn.Module):
     logits: nn.Linear
 
     def features(self, x: Tensor) -> Tensor:
-        """[n, C, H, W] floats in [-1, 1] to [n, features]."""
+        """Return features [n, features] of floats [n, C, H, W] in [-1, 1]."""
         # a mean, not adaptive_avg_pool2d: that one's gradient is not deterministic on CUDA
         out: Tensor = self.layers(x).mean(dim=(2, 3))
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, C, H, W] floats in [-1, 1] to logits [n, classes]."""
+        """Return logits [n, classes] of floats [n, C, H, W] in [-1, 1]."""
         out: Tensor = self.logits(self.features(x))
         return out
 
@@ -87,11 +87,11 @@ def convolution(channels: int, width: int, stride: int) -> list[nn.Module]:
 
 
 def labels_missing(reference: ImageSet) -> str | None:
-    """Why no classifier can be trained on `reference`; None if one can."""
+    """Return why no classifier can be trained on `reference`; None if one can."""
     if reference.labels is None:
         return f"extractor = classifier needs labels, and {reference.name} has none"
     if len(reference.labels) == 0 or bool((reference.labels == reference.labels[0]).all()):
-        return f"extractor = classifier needs two classes or more, and {reference.name} has not"
+        return f"extractor = classifier needs two classes or more, and {reference.name} has fewer"
     return None
 
 
@@ -131,7 +131,7 @@ Net = TypeVar("Net", bound=FeatureNet)
 
 
 def seeded(make: Callable[[], Net], seed: int) -> Net:
-    """What `make` makes with start values from the seed."""
+    """Return what `make` makes, with start values from the seed."""
     with torch.random.fork_rng(devices=[]):
         seed_torch(seed, Purpose.EVALUATION, cuda=False)
         return make()
@@ -180,7 +180,7 @@ def _step(network: FeatureNet, optimizer: Any, images: Tensor, labels: Tensor) -
 
 @contextlib.contextmanager
 def _threads_worth(size: int) -> Iterator[None]:
-    """One CPU thread for small images; more gain little, and lose tenfold on busy cores."""
+    """Return one CPU thread for small images; more gain little, and lose tenfold on busy cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if size <= SMALL else min(before, usable_cores()))
     try:
@@ -190,7 +190,7 @@ def _threads_worth(size: int) -> Iterator[None]:
 
 
 def reproducible() -> Any:
-    """A context in which cuDNN uses deterministic full-precision kernels; nothing on the CPU."""
+    """Return a context in which cuDNN uses deterministic full-precision kernels."""
     return torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
     )
@@ -200,8 +200,8 @@ def reproducible() -> Any:
 class Fingerprinted:
     """A reference set as a cache key: two sets of the same content are equal.
 
-    Sweeps load the same data for each run; what depends on the content alone is then computed once
-    per process.
+    A sweep loads the same data for each run; what depends on the content alone is then computed
+    once per process.
     """
 
     fingerprint: str
@@ -209,12 +209,12 @@ class Fingerprinted:
 
 
 def fingerprint(reference: ImageSet) -> Fingerprinted:
-    """The key of a reference set: the hash of what is in it."""
+    """Return the key of a reference set: the hash of its content."""
     return Fingerprinted(content_hash(reference), reference)
 
 
 def weights_hash(network: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of the weights, whatever file they come from."""
+    """Return SHA-256 over names, types, shapes and bytes of the weights, not of their file."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -225,7 +225,7 @@ def weights_hash(network: nn.Module) -> str:
 def trained_classifier(
     key: Fingerprinted, seed: int, device: torch.device | str = "cpu"
 ) -> Classifier:
-    """`train_classifier`, remembered for the process."""
+    """Call `train_classifier`, and remember the result for the process."""
     return _trained(key, seed, str(device))
 
 
@@ -249,7 +249,7 @@ class ClassifierFeatures(FeatureExtractorBase):
         self.classifier = classifier
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """uint8 [n, C, H, W] to the requested features, in the order they were asked for.
+        """Return the requested features of uint8 [n, C, H, W], in the order they were asked for.
 
         Raises
         ------
@@ -285,7 +285,7 @@ def require_images(images: object) -> None:
     Raises
     ------
     TypeError
-        Says what was given and what to do.
+    The message says what was given and what to do.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"images are a uint8 tensor [n, C, H, W], not a {type(images).__name__}")

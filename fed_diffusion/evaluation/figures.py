@@ -25,14 +25,17 @@ from fed_diffusion.evaluation.pairs import kernel_sums, kernel_sums_within, reca
 
 FLOOR_SPLITS = 10
 GROUPS, FEWEST_GROUPS = 10, 3
-"""Of an interval: over two groups, recall's covered 0.81 to 0.86."""
+"""The number of groups behind an interval, and the fewest of them.
+
+Over two groups, the interval of recall covered only 0.81 to 0.86.
+"""
 SUBSETS = 100
-"""Of KID, whose mean over random subsets of at most 1000 images is the figure."""
+"""The number of random subsets, of at most 1000 images, whose mean KID is the figure."""
 LEVEL = 0.95
 LEAST_LOGIT = -700.0
-"""Below the largest: float64 has exp(-700), but not exp(-750)."""
+"""How far below the largest logit one may lie: float64 has exp(-700), but not exp(-750)."""
 NEIGHBOURS = 3
-"""Precision and recall: the radius around an image reaches its third neighbour."""
+"""For precision and recall, the radius around an image reaches its third neighbour."""
 HOW = (
     "95 %; fid: jackknife over 10 groups of the generated images, the reference held fixed; kid: "
     "jackknife over 10 groups of the generated and 10 of the real images, and the spread of its "
@@ -49,16 +52,16 @@ _Interval = list[float] | None
 def figures(
     generated: Tensor, logits: Tensor, real: Tensor, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """torch-fidelity's FID, KID, Inception Score, precision and recall, and their intervals.
+    """Return torch-fidelity's FID, KID, Inception Score, precision and recall, with intervals.
 
     Parameters
     ----------
     generated, real
         Features, [n, d] and [m, d].
     logits
-        Of the generated images, [n, classes].
+        Logits of the generated images, [n, classes].
     seed
-        Of the groups behind the intervals.
+        The seed of the groups behind the intervals.
     device
         Where distances between all pairs of images are computed.
     """
@@ -106,13 +109,13 @@ def figures(
 
 
 def _without_zeros(logits: Tensor) -> Tensor:
-    """Logits of the same probabilities, none rounded to 0: the score would be NaN."""
+    """Return logits of the same probabilities, none rounded to 0: the score would be NaN."""
     logits = logits.double()
     return (logits - logits.amax(1, keepdim=True)).clamp(min=LEAST_LOGIT)
 
 
 def fid_interval(fid: float, generated: Tensor, real: Tensor, seed: int) -> _Interval:
-    """fid -+ t SE of a jackknife over the generated images; None of fewer than six.
+    """Return fid -+ t SE of a jackknife over the generated images; None below six images.
 
     Leaving out a tenth shifts all values by much the same bias, which their differences do not
     see; FIDs of the groups themselves would be biased several times as much as the figure they are
@@ -137,7 +140,7 @@ def fid_interval(fid: float, generated: Tensor, real: Tensor, seed: int) -> _Int
 def kid_interval(
     kid: float, by_subset: float, generated: Tensor, real: Tensor, seed: int
 ) -> _Interval:
-    """kid -+ t SE of a jackknife over both sets; None where one has fewer than six images.
+    """Return kid -+ t SE of a jackknife over both sets; None where one has fewer than six images.
 
     A mean over random subsets has the same expectation, given the images, as the unbiased estimate
     from all pairs of them, and `by_subset` is its standard error around that.
@@ -156,7 +159,7 @@ def kid_interval(
 
 
 def _mmd2_without(groups: list[Tensor], between: Tensor, others: int) -> Tensor:
-    """Unbiased MMD^2 without each group of a set, less the other set's own term: [groups].
+    """Return the unbiased MMD^2 without each group of a set, less the other set's term: [groups].
 
     Parameters
     ----------
@@ -173,7 +176,7 @@ def _mmd2_without(groups: list[Tensor], between: Tensor, others: int) -> Tensor:
 
 
 def recall_interval(recall: float, generated: Tensor, real: Tensor, seed: int) -> _Interval:
-    """recall -+ t SE of a jackknife over the generated images, or Wilson's where that is wider.
+    """Return recall -+ t SE of a jackknife over the generated images, or Wilson's if that is wider.
 
     Wilson's interval alone takes each real image for a trial, but one generated image recalls
     several of them, and which ones depends on the others. The jackknife alone has no width where no
@@ -189,7 +192,7 @@ def recall_interval(recall: float, generated: Tensor, real: Tensor, seed: int) -
 
 
 def score_interval(score: float, spread: float, splits: int) -> _Interval:
-    """Student's interval of the mean over disjoint splits; None of fewer than three."""
+    """Return Student's interval of the mean over disjoint splits; None for fewer than three."""
     if splits < FEWEST_GROUPS:
         return None
     # torch-fidelity's spread divides by the number of splits
@@ -198,7 +201,7 @@ def score_interval(score: float, spread: float, splits: int) -> _Interval:
 
 
 def wilson(share: float, n: int) -> list[float]:
-    """Wilson's score interval of a share of n independent trials."""
+    """Return Wilson's score interval of a share of n independent trials."""
     z2 = float(special.ndtri((1 + LEVEL) / 2)) ** 2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     reach = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2))) / (1 + z2 / n)
@@ -207,17 +210,17 @@ def wilson(share: float, n: int) -> list[float]:
 
 
 def _jackknife(without: Tensor) -> tuple[float, int]:
-    """Variance of a figure from its values without each group, and its degrees of freedom.
+    """Return a figure's variance from its values without each group, and its degrees of freedom.
 
-    With F_(j) of all images but those of group j of g, the variance is
-    (g - 1) / g sum_j (F_(j) - mean_i F_(i))^2.
+    With F_(j) of all images but those of group j of g, the variance is (g - 1) / g sum_j (F_(j) -
+    mean_i F_(i))^2.
     """
     freedom = len(without) - 1
     return freedom * float(without.double().var(correction=0)), freedom
 
 
 def _t_interval(middle: float, variances: Sequence[tuple[float, int]]) -> list[float]:
-    """middle -+ t SE, SE^2 a sum of independent estimates (variance, degrees of freedom).
+    """Return middle -+ t SE; SE^2 is a sum of independent estimates (variance, degrees of freedom).
 
     The sum's degrees of freedom are Welch's and Satterthwaite's.
     """
@@ -229,7 +232,7 @@ def _t_interval(middle: float, variances: Sequence[tuple[float, int]]) -> list[f
 
 
 def _groups(n: int, seed: int, fewest: int, which: int = 0) -> Sequence[Tensor]:
-    """0..n-1 in at most 10 random groups of `fewest` or more, equal in size but for one.
+    """Return 0..n-1 in at most 10 random groups of `fewest` or more, equal in size but for one.
 
     The groups are random because images come sorted by class.
     """
@@ -238,12 +241,12 @@ def _groups(n: int, seed: int, fewest: int, which: int = 0) -> Sequence[Tensor]:
 
 
 def fid_floor(features: Tensor, side: int, seed: int) -> float:
-    """What real images score against real images: the mean FID over 10 random splits.
+    """Return how real images score against real ones: the mean FID over 10 random splits.
 
     Parameters
     ----------
     features
-        Of the reference set, [m, d].
+        Features of the reference set, [m, d].
     side
         Images on each side of a split, at most m // 2.
     """
@@ -255,11 +258,11 @@ def fid_floor(features: Tensor, side: int, seed: int) -> float:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """FID of features [n, d] and [m, d], in float64.
+    """Return the FID of features [n, d] and [m, d], in float64.
 
     torch-fidelity's `fid_statistics_to_metric` takes the eigenvalues of a non-symmetric d x d
-    matrix, 14 to 33 s for one of Inception's 2048 on two cores, and the floor needs ten. With
-    S_a = A^T A and S_b = B^T B, tr sqrt(S_a S_b) is the sum of the singular values of A B^T.
+    matrix, 14 to 33 s for one of Inception's 2048 on two cores, and the floor needs ten. With S_a =
+    A^T A and S_b = B^T B, tr sqrt(S_a S_b) is the sum of the singular values of A B^T.
     """
     mean_a, rows_a = _centred(a)
     mean_b, rows_b = _centred(b)
@@ -267,19 +270,19 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d] of features [n, d], and A [n, d] with A^T A their covariance; float64."""
+    """Return the mean [d] of features [n, d], and A [n, d] with A^T A their covariance; float64."""
     x = x.double()
     mean = x.mean(0)
     return mean, (x - mean) / math.sqrt(len(x) - 1)
 
 
 def _triangle(rows: Tensor) -> Tensor:
-    """Rows of the same covariance, at most d of them."""
+    """Return rows of the same covariance, at most d of them."""
     return torch.linalg.qr(rows, mode="r").R if rows.shape[0] > rows.shape[1] else rows
 
 
 def _distance(apart: Tensor, a: Tensor, b: Tensor) -> float:
-    """The Frechet distance of Gaussians with covariances a^T a and b^T b."""
+    """Return the Frechet distance of Gaussians with covariances a^T a and b^T b."""
     cross = _triangle(a) @ b.T
     gram = cross @ cross.T if cross.shape[0] <= cross.shape[1] else cross.T @ cross
     overlap = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()

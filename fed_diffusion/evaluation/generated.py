@@ -19,11 +19,11 @@ from fed_diffusion.generate import Sampler
 
 UNFINISHED = "the evaluation did not finish; fed-diffusion evaluate RUN does it again"
 Told = Callable[[str, float, int], None]
-"""Called with what is done now, and with how much of how much is done where that is known."""
+"""A function that is called with what is done now, and how much of how much is done if known."""
 
 
 def images_needed(config: Config) -> int:
-    """How many images the figures are of: none where there is nothing to compare them with."""
+    """Return how many images the figures are of: 0 where there is nothing to compare them with."""
     settings = config.evaluation
     return 0 if settings.reference == "none" else settings.samples
 
@@ -42,10 +42,10 @@ def evaluate(
     dataset
         The run's own data, where the server has it.
     grid
-        Called with the first evaluation.grid images as soon as they are there, before the others
-        are drawn. Without it, none are drawn but for the figures.
+        A function that is called with the first evaluation.grid images as soon as they are drawn,
+        before the others are. Without this function, images are drawn only for the figures.
     told
-        Told how far it is.
+        A function that is told how far the work is.
     """
     config = sampler.config
     shown = config.evaluation.grid if grid is not None else 0
@@ -64,7 +64,9 @@ def evaluate(
 
 
 def evaluation_entry(config: Config, round: int, quality: dict[str, Any]) -> dict[str, Any]:
-    """A line of evaluations.jsonl: the figures of a model, and how and when they came about."""
+    """Return a line of evaluations.jsonl: a model's figures, and how and when they were
+    measured.
+    """
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "round": round,
@@ -74,7 +76,7 @@ def evaluation_entry(config: Config, round: int, quality: dict[str, Any]) -> dic
 
 
 def measure(sampler: Sampler, images: torch.Tensor, dataset: ImageSet | None) -> dict[str, Any]:
-    """Quality figures of generated images against the configured reference, or why there are none.
+    """Return quality figures of generated images against the reference, or why there are none.
 
     Parameters
     ----------

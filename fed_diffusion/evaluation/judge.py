@@ -12,14 +12,13 @@ from fed_diffusion.config.schema import EvaluationConfig
 from fed_diffusion.evaluation.public import PUBLIC
 
 BUILT_IN: dict[str, Any] = {"auto": None, "inception": None, "classifier": None, **PUBLIC}
-"""By name; `choice` says what auto is, and `extractors` makes the two after it: torch-fidelity's
-network and those trained here."""
+"""The built-in judges by name; `choice` says what auto is, and `extractors` makes the others."""
 KEY = "evaluation.extractor"
 BATCH = 64
 
 
 class Judge(Protocol):
-    """What sees images for the quality figures.
+    """A judge turns images into features and logits, from which the quality figures are computed.
 
     FID, KID, precision and recall compare its features of generated and of real images; the
     Inception Score reads its logits. Figures compare only with others of the same judge.
@@ -27,7 +26,7 @@ class Judge(Protocol):
     Attributes
     ----------
     name
-        What its figures are called.
+        The name under which the figures are shown.
     sha256
         The hash of its weights, for the record: other weights are another judge.
     """
@@ -67,29 +66,29 @@ class JudgeFactory(Protocol):
 
 
 def factory_of(config: EvaluationConfig) -> JudgeFactory:
-    """The public judge, or that of the user's own, that evaluation.extractor names."""
+    """Return the judge, public or the user's own, that evaluation.extractor names."""
     factory: JudgeFactory = resolve(KEY, str(config.extractor), BUILT_IN)
     return factory
 
 
 def made(config: EvaluationConfig, device: torch.device) -> Judge:
-    """What `factory_of` makes; `ConfigError` where it cannot be made."""
+    """Return what `factory_of` makes; raise `ConfigError` where it cannot be made."""
     factory = factory_of(config)
     with blamed(KEY, str(config.extractor)):
         judge = factory(config, device)
         for key in ("name", "sha256"):
             if not (isinstance(value := getattr(judge, key, None), str) and value):
-                raise TypeError(f"its {key} is {value!r}, and not a text")
+                raise TypeError(f"its {key} is {value!r}, not a text")
     return judge
 
 
 def look(judge: Judge, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A judge's features and logits of any number of images, on the CPU as float32.
+    """Return a judge's features and logits of any number of images, on the CPU as float32.
 
     Raises
     ------
     TypeError
-        It gives something else than `Judge` says.
+    The judge does not return what `Judge` says.
     """
     seen = [_looked(judge, some.to(device)) for some in images.split(BATCH)]
     features, logits = zip(*seen, strict=True)
@@ -100,12 +99,12 @@ def look(judge: Judge, images: Tensor, device: torch.device) -> tuple[Tensor, Te
 def _looked(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
     given = judge(images)
     if not (isinstance(given, tuple) and len(given) == 2):
-        raise TypeError(f"it gives a {type(given).__name__}, and not (features, logits)")
+        raise TypeError(f"it returns a {type(given).__name__} instead of (features, logits)")
     for what, layer in zip(("features", "logits"), given, strict=True):
         good = isinstance(layer, Tensor) and layer.is_floating_point() and layer.ndim == 2
         if not good or len(layer) != len(images):
             got = f"{layer.dtype} {list(layer.shape)}" if isinstance(layer, Tensor) else type(layer)
-            raise TypeError(f"its {what} of {len(images)} images are {got}, and not [n, d] floats")
+            raise TypeError(f"its {what} of {len(images)} images are {got}, not [n, d] floats")
     features, logits = (layer.detach().float().cpu() for layer in given)
     return features, logits
 
@@ -116,7 +115,7 @@ def check_judge(config: EvaluationConfig, shape: tuple[int, ...], device: torch.
     Raises
     ------
     ConfigError
-        Names evaluation.extractor and what went wrong.
+    The message names evaluation.extractor and what went wrong.
     """
     judge = made(config, device)
     with blamed(KEY, str(config.extractor)):

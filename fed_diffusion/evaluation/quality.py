@@ -51,7 +51,7 @@ __all__ = [
 
 FEWEST_REFERENCE = 2 * FEWEST_IMAGES  # the floor halves it
 LARGEST = 1e5
-"""Of a feature: KID's kernel takes the sixth power, and float32 ends at 3e38."""
+"""The largest feature: KID's kernel takes the sixth power, and float32 ends at 3e38."""
 
 
 def evaluate(
@@ -76,8 +76,8 @@ def evaluate(
     config
         Which extractors, and the files of their weights.
     seed
-        Of the classifier, of the floor's splits and of the intervals' groups: figures compare at
-        the same seed.
+        The seed of the classifier, of the floor's splits and of the intervals' groups. Figures
+        compare only at the same seed.
     nfe
         Network evaluations per image, for the record.
     device
@@ -95,7 +95,7 @@ def evaluate(
         intervals (95 %, and how), memorisation (see there), samples, reference, split, extractor,
         extractor_sha256, extractor_because (why it was taken in Inception's place), nfe, seed, why.
         Where there can be no figures they are None and `why` is the reason; else `why` is None.
-        All that is of the first extractor; `others` has `JUDGED` of each further one, by its name.
+        These figures are the first extractor's; `others` has `JUDGED` of each further one by name.
 
     Raises
     ------
@@ -132,7 +132,7 @@ JUDGED = (
     *("fid", "fid_floor", "inception_score", "kid", "precision", "recall", "intervals"),
     *("extractor", "extractor_sha256", "extractor_because", "why"),
 )
-"""What is a judge's own among the keys of `evaluate`."""
+"""The keys of `evaluate` that belong to one judge."""
 
 
 def _judged(
@@ -143,7 +143,7 @@ def _judged(
     seed: int,
     device: str,
 ) -> dict[str, Any]:
-    """`JUDGED` of one judge: its figures, or why there are none."""
+    """Return `JUDGED` of one judge: its figures, or why there are none."""
     found: dict[str, Any] = dict.fromkeys(JUDGED)
     found |= {"extractor": extractor.shown, "extractor_because": choice.because}
     try:
@@ -170,13 +170,13 @@ def _check_comparable(images: Tensor, reference: ImageSet, extractor: Extractor)
     if extractor.kind not in RESIZING and images.shape[1:] != reference.images.shape[1:]:
         raise Unavailable(
             f"generated images are {list(images.shape[1:])} and the reference's "
-            f"{list(reference.images.shape[1:])}; a classifier compares images of one shape, "
+            f"{list(reference.images.shape[1:])}; a classifier compares only images of one shape; "
             "evaluation.extractor=inception or efficientnet_lite0 resizes them"
         )
 
 
 class Comparison:
-    """An extractor together with what it sees in a reference set."""
+    """An extractor together with its features of a reference set."""
 
     def __init__(self, eyes: Eyes, key: Fingerprinted, device: torch.device) -> None:
         self.eyes = eyes
@@ -191,12 +191,12 @@ class Comparison:
         self._floors: dict[tuple[int, int], float] = {}
 
     def seen(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [n, d] and logits [n, classes] of uint8 [n, C, H, W], on the CPU.
+        """Return features [n, d] and logits [n, classes] of uint8 [n, C, H, W], on the CPU.
 
         Raises
         ------
         Unavailable
-            They are not finite, or too large for the figures to be.
+            The features are not finite, or so large that the figures would not be.
         """
         with _current(self.device), reproducible():
             found = self.eyes.look(images)
@@ -210,11 +210,11 @@ class Comparison:
         return found
 
     def figures(self, images: Tensor, seed: int) -> dict[str, Any]:
-        """`figures` of uint8 [n, C, H, W] against the reference."""
+        """Return `figures` of uint8 [n, C, H, W] against the reference."""
         return figures(*self.seen(images), self.real, seed, self.device)
 
     def floor(self, side: int, seed: int) -> float:
-        """`fid_floor` of the reference, remembered."""
+        """Return `fid_floor` of the reference, and remember it."""
         if (side, seed) not in self._floors:
             self._floors[side, seed] = fid_floor(self.real, side, seed)
         return self._floors[side, seed]
@@ -228,5 +228,5 @@ def _judge(key: Fingerprinted, extractor: Extractor, device: str) -> Comparison:
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """torch-fidelity knows "cuda" only: make the device asked for the current one."""
+    """Make the device the current one: torch-fidelity knows only "cuda"."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -14,10 +14,11 @@ from fed_diffusion.evaluation.memorisation import Holdings, holdings
 
 
 class Reference(NamedTuple):
-    """What generated images are compared with.
+    """The real images that generated images are compared with.
 
-    `teacher` has the labels that a classifier trained on the spot learns: the training images
-    where the reference is the test split, so that the two splits are seen with the same eyes.
+    `teacher` has the labels that a classifier trained on the spot learns. Where the reference is
+    the test split, these are the training images, so that the figures of both splits come from the
+    same classifier.
     """
 
     images: ImageSet
@@ -26,7 +27,7 @@ class Reference(NamedTuple):
 
 
 def reference_set(config: Config, dataset: ImageSet | None) -> Reference | None:
-    """The images that evaluation.reference names: the run's own, a part of them, a folder, or none.
+    """Return the images that evaluation.reference names: the run's own, a part, a folder, or none.
 
     Parameters
     ----------

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 WIDTHS = (16, 32, 64)
 BLOCKS = 9
-"""Of each width: 6 BLOCKS + 2 = 56 layers."""
+"""The number of blocks of each width: 6 BLOCKS + 2 = 56 layers."""
 CLASSES = 10
 
 
 class ResNet56(nn.Module):
-    """853,018 parameters; 64 features, the spatial means behind the last block."""
+    """A network of 853,018 parameters; its 64 features are spatial means after the last block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,13 +29,13 @@ class ResNet56(nn.Module):
         self.linear = nn.Linear(WIDTHS[2], CLASSES)
 
     def features(self, x: Tensor) -> Tensor:
-        """Normalised images [n, 3, H, W] to [n, 64]."""
+        """Return [n, 64] features of normalised images [n, 3, H, W]."""
         x = F.relu(self.bn1(self.conv1(x)))
         out: Tensor = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images [n, 3, H, W] to logits [n, 10]."""
+        """Return [n, 10] logits of normalised images [n, 3, H, W]."""
         out: Tensor = self.linear(self.features(x))
         return out
 

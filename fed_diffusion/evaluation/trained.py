@@ -1,6 +1,6 @@
-"""A classifier trained once on a labelled set of CIFAR's kind, kept in a file as an extractor.
+"""A classifier that is trained once on a labelled data set, and kept in a file as an extractor.
 
-Figures made with it compare with others of the same file, by its hash, and with nothing else.
+Its figures compare only with figures of the same file, known by its hash.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ _STREAM = 20  # the first of EVALUATION's streams that is free
 
 
 class ResNet(FeatureNet):
-    """Residual blocks that halve the side until 4 pixels or fewer are left, 24 to 96 channels.
+    """A classifier of residual blocks, 24 to 96 channels, that halve the side until 4 pixels are
+    left.
 
     At 32x32 it has three blocks, 339,010 parameters and 96 features.
     """
@@ -96,7 +97,7 @@ def train_features(
     Raises
     ------
     ConfigError
-        The set cannot be loaded, or has no two classes.
+    The set cannot be loaded, or has fewer than two classes.
     """
     train, test, held_out = _split(data, seed)
     missing = labels_missing(train)
@@ -129,7 +130,7 @@ def train_features(
 
 
 def _split(data: DataConfig, seed: int) -> tuple[ImageSet, ImageSet, str]:
-    """What is trained on, what is not, and what to call that."""
+    """Return what is trained on, what is held out, and the name of the held-out part."""
     dataset = tell(load_dataset(data))
     if data.name in DOWNLOADED:
         test = load_dataset(data, "test")
@@ -140,7 +141,9 @@ def _split(data: DataConfig, seed: int) -> tuple[ImageSet, ImageSet, str]:
 
 
 def shifted(images: Tensor, most: int, flip: bool, draw: torch.Generator) -> Tensor:
-    """Each image [C, H, W] moved by up to `most` pixels either way, and mirrored at random."""
+    """Return each image [C, H, W] moved by up to `most` pixels either way, and mirrored at
+    random.
+    """
     n, _, height, width = images.shape
     down, right = torch.randint(0, 2 * most + 1, (2, n, 1), generator=draw)
     rows, columns = torch.arange(height) + down, torch.arange(width) + right
@@ -172,12 +175,12 @@ def save_features(path: Path, network: ResNet, header: Header) -> None:
 
 
 def load_features(weights: str, shape: tuple[int, ...]) -> tuple[ResNet, Header]:
-    """The network in a file and its header, for images of [C, H, W] = shape.
+    """Return the network in a file and its header, for images of [C, H, W] = shape.
 
     Raises
     ------
     ConfigError
-        There is no such file, it is damaged, or for images of another shape.
+    The file is missing, damaged, or for images of another shape.
     """
     header = check_features(weights, shape)
     network = ResNet(header.channels, header.size, header.classes)
@@ -187,5 +190,8 @@ def load_features(weights: str, shape: tuple[int, ...]) -> tuple[ResNet, Header]
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"evaluation.weights = {weights!r} does not fit ({error}).") from error
     if not whole:
-        raise ConfigError(f"evaluation.weights = {weights!r} is damaged: its hash is another.")
+        raise ConfigError(
+            f"evaluation.weights = {weights!r} is damaged: its content does not have "
+            "the hash in its header."
+        )
     return network.requires_grad_(False).eval(), header

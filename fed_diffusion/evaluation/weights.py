@@ -1,4 +1,6 @@
-"""The header of a file of a trained classifier: all that can be known without loading it."""
+"""The header of a file of a trained classifier: all that can be known without loading the
+network.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ KEY = "fed-diffusion-features"
 
 @dataclass(frozen=True)
 class Header:
-    """What a classifier was trained on and how well it does; in the file as JSON.
+    """What a classifier was trained on and how well it does; the file holds this as JSON.
 
     Attributes
     ----------
@@ -26,9 +28,9 @@ class Header:
     channels, size, classes
         What the network takes and tells apart.
     accuracy, held_out
-        On images it was not trained on, and which those are.
+        The accuracy on images that the classifier was not trained on, and which those are.
     epochs, seed
-        Of the training.
+        The passes over the images and the seed of the training.
     sha256
         `features.weights_hash` of the weights.
     """
@@ -49,12 +51,12 @@ class Header:
 
 
 def read_header(weights: str | Path) -> Header:
-    """The header of a file that `fed-diffusion features train` wrote.
+    """Return the header of a file that `fed-diffusion features train` wrote.
 
     Raises
     ------
     ConfigError
-        `evaluation.weights` does not exist, or is something else.
+    `evaluation.weights` does not exist, or is another kind of file.
     """
     path = expanded(weights, "evaluation.weights")
     how = "Make one with: fed-diffusion features train DATASET --out FILE."
@@ -65,13 +67,13 @@ def read_header(weights: str | Path) -> Header:
             return Header(**json.loads((file.metadata() or {})[KEY]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"evaluation.weights = {str(weights)!r} is no file of a trained classifier "
+            f"evaluation.weights = {str(weights)!r} is not a file of a trained classifier "
             f"({type(error).__name__}: {error}). {how}"
         ) from error
 
 
 def check_features(weights: str | Path, shape: tuple[int, ...]) -> Header:
-    """`read_header`, refused where the classifier is for other images than [C, H, W] = shape."""
+    """Return `read_header`, or refuse a classifier of other images than [C, H, W] = shape."""
     header = read_header(weights)
     takes = (header.channels, header.size, header.size)
     if tuple(shape) != takes:

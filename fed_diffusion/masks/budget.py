@@ -1,4 +1,4 @@
-"""From a machine's resources to a keep ratio: what it may use, what a sub-network takes."""
+"""From a machine's resources to a keep ratio: what the machine allows, what a sub-network takes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import psutil
 from fed_diffusion.common.hardware import control_groups
 
 MARGIN = 1.15
-"""A prediction counts as this much more than it says: it is extrapolated from smaller networks."""
+"""Predictions are multiplied by this, since they are extrapolated from smaller networks."""
 TRAINING_SHARE = 0.8
-"""Of the round's deadline; the rest is for messages and the server."""
+"""The share of the round's deadline for training; the rest is for messages and the server."""
 BYTES_PER_PARAMETER = 20
-"""Value, gradient, two moments of Adam, and the values as they arrived: five float32."""
+"""The bytes of five float32: value, gradient, two moments of Adam, and the value on arrival."""
 LIMITS = ("none", "memory", "time", "memory and time")
 MB = 1e6
 
@@ -50,7 +50,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a few steps took: bytes above the idle process at the peak, seconds of one step."""
+    """What a few steps took: bytes above the idle process at the peak, and seconds of one step."""
 
     memory: float
     seconds: float
@@ -80,7 +80,7 @@ class Budget:
     seconds_cap: float
 
     def to_metrics(self) -> dict[str, int | float]:
-        """As numbers, the way a node's answer carries it."""
+        """Return the budget as numbers, as a node's answer carries it."""
         return {
             "keep": self.keep,
             "budget.limit": LIMITS.index(self.limit),
@@ -98,7 +98,7 @@ def choose(
     steps: int,
     deadline_s: float,
 ) -> Budget:
-    """The largest ratio whose predicted peak and time fit.
+    """Return the largest ratio whose predicted peak and time fit.
 
     Memory and time are linear in the demand's bytes and multiply-adds, through the probes of the
     two smallest ratios (proportional where there is one; the demand alone where there is none).
@@ -115,7 +115,7 @@ def choose(
     Raises
     ------
     BudgetError
-        Nothing fits; the message has the figures.
+        No ratio fits; the message has the figures.
     """
     seconds_cap = TRAINING_SHARE * deadline_s
     a, b = _line([(demands[keep].work, probe.seconds) for keep, probe in probes.items()])
@@ -138,16 +138,17 @@ def choose(
 def expected_memory(
     demands: Mapping[float, Demand], probes: Mapping[float, Probe], keep: float
 ) -> float:
-    """The predicted peak of a ratio, bytes above the idle process.
+    """Return the predicted peak of a ratio, in bytes above the idle process.
 
-    Never less than the demand: a probe may have found memory that the process held before.
+    The result is never less than the demand: a probe may have found memory that the process held
+    before.
     """
     a, b = _line([(demands[k].memory, probe.memory) for k, probe in probes.items()])
     return max(MARGIN * (a + b * demands[keep].memory), demands[keep].memory)
 
 
 def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """a and b of y = a + b x through the points, neither below 0; both 0 without points."""
+    """Return a and b of y = a + b x through the points, neither below 0; both 0 without points."""
     if not points:
         return 0.0, 0.0
     (x0, y0), (x1, y1) = min(points), max(points)
@@ -158,10 +159,10 @@ def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def memory_allowed(stated_mb: float | None = None) -> float:
-    """Bytes that this process may use beyond what it uses now.
+    """Return the bytes that this process may use beyond what it uses now.
 
-    The least of: the stated cap on its resident memory, the limits of its control groups, its
-    limits on data and address space, and the machine's available memory.
+    This is the least of the stated cap on its resident memory, the limits of its control groups,
+    its limits on data and address space, and the machine's available memory.
     """
     process = psutil.Process()
     used = process.memory_info()
@@ -174,7 +175,7 @@ def memory_allowed(stated_mb: float | None = None) -> float:
 
 
 def _process_limits(used: object) -> Iterator[tuple[float, float]]:
-    """(limit, used) of the process's own limits, where the system has them."""
+    """Yield (limit, used) of the process's limits, where the system has such limits."""
     try:
         import resource
     except ImportError:  # Windows
@@ -186,7 +187,7 @@ def _process_limits(used: object) -> Iterator[tuple[float, float]]:
 
 
 def _memory_limits() -> Iterator[tuple[float, float]]:
-    """(limit, used) of every control group that this process is in, version 1 or 2."""
+    """Yield (limit, used) of every control group of this process, version 1 or 2."""
     for folder, version in control_groups("memory"):
         names = ("memory.max", "memory.current")
         if version == 1:
@@ -206,7 +207,7 @@ def _number(path: Path) -> float | None:
 
 
 def _reclaimable(path: Path) -> float:
-    """File pages that the kernel gives back before it calls memory short."""
+    """Return the file pages that the kernel gives back before it calls memory short."""
     try:
         fields = dict(line.split() for line in path.read_text().splitlines())
     except OSError:

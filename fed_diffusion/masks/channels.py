@@ -12,17 +12,21 @@ from fed_diffusion.common.rng import Purpose, philox
 from fed_diffusion.masks.spaces import Channels, Layout
 
 CHOICES = ("ordered", "rolling", "random", "magnitude")
-"""ordered: the first groups (HeteroFL, FjORD); rolling: a window that moves by one group each
-round (FedRolex); random: drawn per client and round; magnitude: the largest norm in theta_r."""
+"""The ways to choose the groups that a worker keeps.
+
+ordered takes the first groups (HeteroFL, FjORD); rolling a window that moves by one group each
+round (FedRolex); random draws groups per client and round; magnitude takes the groups of largest
+norm in theta_r.
+"""
 
 
 def ordered(layout: Layout, counts: Mapping[str, int]) -> Channels:
-    """The first groups of every space: smaller networks are nested in larger ones."""
+    """Choose the first groups of every space: smaller networks are nested in larger ones."""
     return {name: tuple(range(counts[name])) for name in layout.spaces}
 
 
 def rolling(layout: Layout, counts: Mapping[str, int], round: int) -> Channels:
-    """A window that starts at group round - 1 and wraps around."""
+    """Choose a window that starts at group round - 1 and wraps around."""
     return {
         name: tuple(sorted((round - 1 + i) % space.groups for i in range(counts[name])))
         for name, space in layout.spaces.items()
@@ -32,7 +36,7 @@ def rolling(layout: Layout, counts: Mapping[str, int], round: int) -> Channels:
 def random(
     layout: Layout, counts: Mapping[str, int], seed: int, round: int, client: int
 ) -> Channels:
-    """The groups with the smallest raw words, one word per group, space by space."""
+    """Choose the groups with the smallest raw words, one word per group, space by space."""
     stream = philox(seed, Purpose.MASK, round, client)
     kept = {}
     for name, space in layout.spaces.items():
@@ -42,7 +46,7 @@ def random(
 
 
 def magnitude(layout: Layout, counts: Mapping[str, int], theta: Mapping[str, Tensor]) -> Channels:
-    """The groups of largest norm over everything that goes with them; ties to the lower index."""
+    """Choose the groups of largest norm over all their values; ties go to the lower index."""
     norms = group_norms(layout, theta)
     kept = {}
     for name in layout.spaces:
@@ -57,12 +61,12 @@ def balanced(
     round: int,
     theta: Mapping[str, Tensor],
 ) -> dict[int, Channels]:
-    """The groups of every client of a round, such that no group is dropped much more than others.
+    """Choose every client's groups so that no group is dropped much more often than others.
 
     Every space's groups stand in a circle, smallest norm first, and the clients' dropped parts lie
-    end to end around it: a group is dropped floor or ceil of (all drops / groups) times, and once
-    more only if it is small. The clients' order moves by one each round, so that what they drop
-    goes round.
+    end to end around the circle. So a group is dropped floor or ceil of (all drops / groups) times,
+    and once more only if it is small. The clients' order moves by one each round, so that the drops
+    move around the circle.
     """
     norms = group_norms(layout, theta)
     clients = list(keeps)
@@ -81,7 +85,9 @@ def balanced(
 
 
 def group_norms(layout: Layout, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The squared norm of every group: all rows and columns that go when it is dropped, float64."""
+    """Return the squared norm of every group, over all rows and columns that it takes along;
+    float64.
+    """
     norms = {
         name: torch.zeros(space.groups, dtype=torch.float64)
         for name, space in layout.spaces.items()
@@ -104,12 +110,12 @@ def group_norms(layout: Layout, theta: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def flatten(layout: Layout, channels: Channels) -> tuple[int, ...]:
-    """The kept groups of all spaces one after another; the layout's counts say where each ends."""
+    """Return the kept groups of all spaces one after another; the layout says where each ends."""
     return tuple(group for name in layout.spaces for group in channels[name])
 
 
 def unflatten(layout: Layout, counts: Mapping[str, int], flat: tuple[int, ...]) -> Channels:
-    """The inverse of `flatten`.
+    """Undo `flatten`.
 
     Raises
     ------
@@ -117,7 +123,9 @@ def unflatten(layout: Layout, counts: Mapping[str, int], flat: tuple[int, ...]) 
         A wrong number of groups, a group that the model lacks, or groups out of order.
     """
     if len(flat) != sum(counts.values()):
-        raise ValueError(f"{len(flat)} groups are named; the ratio means {sum(counts.values())}")
+        raise ValueError(
+            f"{len(flat)} groups are named, but the ratio means {sum(counts.values())}"
+        )
     channels, offset = {}, 0
     for name, space in layout.spaces.items():
         groups = flat[offset : offset + counts[name]]

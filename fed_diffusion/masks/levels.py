@@ -12,11 +12,11 @@ SHARES: dict[str, dict[str, str]] = {
     "M": {"1": "0.6", "0.80": "0.2", "0.75": "0.2"},
     "S": {"1": "0.6", "0.75": "0.4"},
 }
-"""Level -> {keep ratio: share of the workers}, as decimals that `Fraction` reads exactly."""
+"""For each level, the share of the workers by keep ratio, as decimals for `Fraction`."""
 
 
 def level_ratios(level: str, clients: int) -> tuple[float, ...]:
-    """The keep ratio of every worker, largest first.
+    """Return the keep ratio of every worker, largest first.
 
     The shares are scaled to `clients` by largest remainder in exact fractions; a tie goes to the
     larger keep ratio.
@@ -31,7 +31,7 @@ def level_ratios(level: str, clients: int) -> tuple[float, ...]:
 
 
 def keep_ratios(config: Config) -> tuple[float, ...]:
-    """The keep ratio of every client under this configuration."""
+    """Return the keep ratio of every client under this configuration."""
     pruning = config.pruning
     if pruning.kind == "full":
         return (1.0,) * config.clients

@@ -53,16 +53,16 @@ class Mask(ABC):
         """The shape of the kept values."""
 
     def count(self) -> int:
-        """How many values are kept."""
+        """Return how many values are kept."""
         return math.prod(self.kept)
 
     @abstractmethod
     def take(self, whole: Tensor) -> Tensor:
-        """The kept values of a whole tensor, shaped like `kept`."""
+        """Return the kept values of a whole tensor, shaped like `kept`."""
 
     @abstractmethod
     def put(self, kept: Tensor, whole: Tensor) -> Tensor:
-        """Write kept values to their place in a whole tensor, which is returned."""
+        """Write kept values to their place in a whole tensor, and return that tensor."""
 
     @abstractmethod
     def add(self, kept: Tensor, whole: Tensor) -> None:
@@ -74,14 +74,14 @@ class Mask(ABC):
 
     @abstractmethod
     def drop(self, whole: Tensor) -> Tensor:
-        """What the mask drops of a whole tensor: a copy with zeros where it keeps."""
+        """Return what the mask drops of a whole tensor: a copy with zeros where the mask keeps."""
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The mask as bools, shaped like the whole tensor."""
+        """Return the mask as bools, shaped like the whole tensor."""
 
     def rows(self, values: Tensor) -> Tensor:
-        """The entries that belong to kept rows, of one entry for each row of the whole tensor.
+        """Return the entries of kept rows, of one entry for each row of the whole tensor.
 
         Raises
         ------
@@ -91,28 +91,28 @@ class Mask(ABC):
         return values
 
     def hold(self, kept: Tensor) -> Tensor:
-        """The tensor that a worker computes with, of kept values."""
+        """Return the tensor that a worker computes with, made of the kept values."""
         return kept
 
     def release(self, held: Tensor) -> Tensor:
-        """The kept values of the tensor that a worker has computed with."""
+        """Return the kept values of the tensor that a worker has computed with."""
         return held
 
 
 Masks = Mapping[str, Mask]
-"""Tensor name -> what is kept of it. Of a tensor that is not named everything is kept."""
+"""Tensor name -> what is kept of it; a tensor that is not named is kept whole."""
 
 
 @dataclass(frozen=True)
 class Whole(Mask):
-    """The whole tensor is kept."""
+    """All of a tensor is kept."""
 
     whole: ClassVar[bool] = True
     shape: tuple[int, ...]
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The whole shape."""
+        """The shape of the whole tensor."""
         return self.shape
 
     def take(self, whole: Tensor) -> Tensor:
@@ -164,12 +164,12 @@ class Scattered(Mask):
 
     @cached_property
     def kept(self) -> tuple[int, ...]:
-        """One dimension."""
+        """The shape of the kept values, which has one dimension."""
         # NumPy counts 40 times as fast as torch sums
         return (int(np.count_nonzero(self.bools.numpy())),)
 
     def take(self, whole: Tensor) -> Tensor:
-        """On the CPU, and five times as fast as torch's whole[bools]."""
+        """Return the kept values on the CPU, five times as fast as torch's whole[bools]."""
         raw = whole.contiguous().view(torch.int16) if whole.dtype == torch.bfloat16 else whole
         kept = torch.from_numpy(np.compress(self.bools.numpy().ravel(), raw.numpy().ravel()))
         return kept.view(whole.dtype)
@@ -196,7 +196,7 @@ class Scattered(Mask):
         raise ValueError("single values of scaled rows cannot be taken: use one scale")
 
     def hold(self, kept: Tensor) -> Tensor:
-        """The whole shape, with zeros where the mask drops."""
+        """Return a tensor of the whole shape, with zeros where the mask drops."""
         whole = np.zeros(self.bools.numel(), np.float32)
         whole[np.flatnonzero(self.bools.numpy())] = kept.numpy()
         return torch.from_numpy(whole).view(self.shape)
@@ -207,7 +207,7 @@ class Scattered(Mask):
 
 @dataclass(frozen=True)
 class Block(Mask):
-    """The sub-block of a tensor that is left when whole channels are dropped.
+    """The part of a tensor that is left when whole channels are dropped.
 
     Attributes
     ----------
@@ -223,11 +223,11 @@ class Block(Mask):
 
     @cached_property
     def kept(self) -> tuple[int, ...]:
-        """The block's own shape."""
+        """The shape of the block."""
         return tuple(sum(stop - start for start, stop in runs) for runs in self.runs)
 
     def pieces(self) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-        """Matching slices of the whole tensor and of the block."""
+        """Return matching slices of the whole tensor and of the block."""
         per_dimension = []
         for runs in self.runs:
             here, pairs = 0, []
@@ -271,7 +271,7 @@ class Block(Mask):
 
 
 def mask_of(masks: Masks, name: str, whole: Tensor) -> Mask:
-    """The mask of one tensor: `Whole` where the masks do not name it.
+    """Return the mask of one tensor: `Whole` where the masks do not name it.
 
     Parameters
     ----------
@@ -283,19 +283,19 @@ def mask_of(masks: Masks, name: str, whole: Tensor) -> Mask:
 
 
 def kept_values(theta: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
-    """What masks keep of every tensor, by name."""
+    """Return what the masks keep of every tensor, by name."""
     return {name: mask_of(masks, name, whole).take(whole) for name, whole in theta.items()}
 
 
 def kept_fraction(masks: Masks, theta: Mapping[str, Tensor]) -> float:
-    """The fraction of all coordinates that masks keep."""
+    """Return the fraction of all coordinates that the masks keep."""
     total = sum(value.numel() for value in theta.values())
     dropped = sum(theta[name].numel() - mask.count() for name, mask in masks.items())
     return 1 - dropped / total
 
 
 def pruning_error(masks: Masks, theta: Mapping[str, Tensor]) -> float:
-    """w^2 = ||theta - theta * m||^2 of Assumption 4.2, summed in float64."""
+    """Return w^2 = ||theta - theta * m||^2 of Assumption 4.2, summed in float64."""
     norms = (
         float(torch.linalg.vector_norm(mask.drop(theta[name]), dtype=torch.float64))
         for name, mask in masks.items()

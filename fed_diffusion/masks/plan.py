@@ -1,4 +1,4 @@
-"""Who keeps what in a round: every participant's recipe, given the participants' keep ratios."""
+"""The recipe of every participant of a round, given the participants' keep ratios."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fed_diffusion.masks.spaces import Layout
 
 
 def known_ratios(config: Config) -> dict[int, float]:
-    """Client -> keep ratio, as far as the configuration knows it; else the nodes say it."""
+    """Return client -> keep ratio, as far as the configuration knows it; nodes say the others."""
     if config.pruning.budget != "level":
         return {}
     if config.pruning.baseline == "small":  # everyone trains the whole of a small network
@@ -29,7 +29,8 @@ def known_ratios(config: Config) -> dict[int, float]:
 
 
 def able(config: Config, keeps: Mapping[int, float]) -> list[int]:
-    """The clients that may train: all, or under the baseline `exclusive` those that keep it all.
+    """Return the clients that may train: all or, with the baseline `exclusive`, those that keep
+    all.
 
     Parameters
     ----------
@@ -46,7 +47,7 @@ def check_pruning(config: Config, layout: Layout | None) -> None:
     Raises
     ------
     ConfigError
-        A ratio below the smallest sub-network; a baseline with nobody weak or nobody strong.
+        A ratio is below the smallest sub-network, or a baseline has no weak or no strong worker.
     """
     pruning = config.pruning
     known = {"level": keep_ratios(config), "node": (), "auto": pruning.ladder}
@@ -72,7 +73,7 @@ def check_pruning(config: Config, layout: Layout | None) -> None:
 def check_own_family(
     config: Config, parameters: Mapping[str, Tensor], layout: Layout | None
 ) -> None:
-    """Try a mask family of the user's own on values of the network's shapes, or refuse it.
+    """Try a user's mask family on values of the network's shapes, or refuse the family.
 
     Parameters
     ----------
@@ -82,7 +83,7 @@ def check_own_family(
     Raises
     ------
     ConfigError
-        It breaks the contract; the message says how.
+        The family breaks the contract; the message says how.
     """
     pruning = config.pruning
     if not is_own(pruning.kind):
@@ -110,7 +111,7 @@ def plan_round(
     theta: Mapping[str, Tensor],
     layout: Layout | None = None,
 ) -> dict[int, Recipe]:
-    """The recipe of every participant; a keep ratio of 1 is the whole network, whatever the kind.
+    """Return the recipe of every participant; a keep ratio of 1 means the whole network.
 
     Parameters
     ----------
@@ -124,7 +125,7 @@ def plan_round(
     Raises
     ------
     ConfigError
-        A family of the user's own has failed, or planned something else than it was asked for.
+        A user's family has failed, or has planned for other clients than those it was given.
     """
     whole = {client: Recipe(round=round, client=client) for client in keeps}
     weak = {client: keep for client, keep in keeps.items() if keep != 1}

@@ -8,29 +8,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Value = int | float | str | tuple[int, ...]
-"""What an option of a recipe may be."""
+"""The types that an option of a recipe may have."""
 Numbers = dict[str, int | float | str | list[int]]
-"""What a message carries beside tensors."""
+"""The numbers and names that a message carries beside tensors."""
 
 VERSION = 1
-"""Of a recipe's wire form; another one is refused."""
+"""The version of a recipe's wire form; another version is refused."""
 PREFIX = "recipe."
-"""What a recipe's names begin with in a message."""
+"""The prefix of a recipe's names in a message."""
 WHOLE = "full"
 """The kind of a recipe that keeps everything."""
 MOST_OPTIONS = 32
 MOST_TEXT = 200
 MOST_GROUPS = 1 << 20
-"""Above any number of options, of letters in a name, and of groups that a network has."""
+"""A limit above any number of options, of letters in a name, and of groups that a network has."""
 
 
 class RecipeError(ValueError):
-    """A recipe that came over the network and describes no legal mask."""
+    """A recipe that came over the network does not describe a legal mask."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one client's mask m_{r,n} of one round comes about.
+    """A recipe describes one client's mask m_{r,n} of one round.
 
     Attributes
     ----------
@@ -67,11 +67,11 @@ class Recipe:
             _check_value(name, value)
 
     def whole(self) -> bool:
-        """Whether everything is kept."""
+        """Return whether everything is kept."""
         return self.kind == WHOLE
 
     def read(self, **legal: Collection[Any]) -> tuple[Any, ...]:
-        """The options' values in the order in which they are named here.
+        """Return the options' values in the order in which they are named here.
 
         Parameters
         ----------
@@ -85,7 +85,9 @@ class Recipe:
             The recipe has other options than these, or a value that is not legal.
         """
         if odd := sorted(legal.keys() ^ self.options.keys()):
-            raise RecipeError(f"recipe: {self.kind} has the options {sorted(legal)}; see {odd}")
+            raise RecipeError(
+                f"recipe: {self.kind} has the options {sorted(legal)}; these differ: {odd}"
+            )
         for name, allowed in legal.items():
             value = self.options[name]
             fits = value in allowed if len(allowed) else isinstance(value, tuple)
@@ -94,7 +96,7 @@ class Recipe:
         return tuple(self.options[name] for name in legal)
 
     def to_metrics(self) -> Numbers:
-        """The recipe as numbers and names, the way a task and a reply carry it."""
+        """Return the recipe as numbers and names, as a task and a reply carry it."""
         numbers: Numbers = {
             "recipe.version": VERSION,
             "recipe.kind": self.kind,
@@ -110,10 +112,10 @@ class Recipe:
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> Recipe:
-        """The inverse of `to_metrics`; refuses what it could not have written.
+        """Undo `to_metrics`, and refuse numbers that it could not have written.
 
-        What an option may be is the family's to say, and the family is the configuration's: a
-        message names none that is not known already, and no module.
+        What an option may be is for the family to say, and the family is the configuration's: a
+        message cannot name an option that is not known already, nor a module.
         """
         mine = {k.removeprefix(PREFIX): v for k, v in metrics.items() if k.startswith(PREFIX)}
         if (version := mine.pop("version", None)) != VERSION:
@@ -135,7 +137,7 @@ class Recipe:
         return cls(kind, keep, seed, round, client, options, bool(bits))
 
     def differences(self, other: Recipe) -> str:
-        """Where two recipes differ, for an error message."""
+        """Return where two recipes differ, for an error message."""
         mine, theirs = self._flat(), other._flat()
         names = dict.fromkeys([*mine, *theirs])
         pairs = ((name, mine.get(name), theirs.get(name)) for name in names)

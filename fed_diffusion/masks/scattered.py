@@ -16,7 +16,7 @@ WORD = 1 << 32
 def random_mask(
     theta: Mapping[str, Tensor], keep: float, stream: np.random.Philox
 ) -> dict[str, Tensor]:
-    """Coordinate i is kept if the top 32 bits of the i-th raw word are below floor(p 2^32)."""
+    """Keep coordinate i if the top 32 bits of the i-th raw word are below floor(p 2^32)."""
     # comparing whole words with floor(p 2^32) 2^32 is the same, and one pass less
     below = math.floor(keep * WORD) << 32
     if below == 1 << 64:
@@ -30,7 +30,7 @@ def random_mask(
 
 
 def top_k_mask(theta: Mapping[str, Tensor], keep: float, per: str) -> dict[str, Tensor]:
-    """The largest |theta|, of each tensor or of all together (`per` global)."""
+    """Keep the largest |theta|, of each tensor or of all together (`per` global)."""
     if per == "global":
         flat = torch.cat([value.detach().abs().flatten() for value in theta.values()])
         kept = top_k(flat, keep).split([value.numel() for value in theta.values()])
@@ -42,12 +42,14 @@ def top_k_mask(theta: Mapping[str, Tensor], keep: float, per: str) -> dict[str, 
 
 
 def rounded(keep: float, n: int) -> int:
-    """How many of n a ratio keeps: keep * n, halves rounded up."""
+    """Return how many of n a ratio keeps: keep * n, halves rounded up."""
     return math.floor(keep * n + 0.5)
 
 
 def top_k(magnitude: Tensor, keep: float) -> Tensor:
-    """The round-half-up(keep n) largest of n values as a bool mask; ties go to the lower index."""
+    """Return the round-half-up(keep n) largest of n values as a bool mask; ties to the lower
+    index.
+    """
     n = magnitude.numel()
     k = rounded(keep, n)
     if k in (0, n):
@@ -60,7 +62,7 @@ def top_k(magnitude: Tensor, keep: float) -> Tensor:
 
 
 def balanced_starts(keeps: Mapping[int, float]) -> tuple[dict[int, int], int]:
-    """Where each client's dropped interval starts on the circle of positions, and where they end.
+    """Return where each client's dropped interval starts on the circle, and where they all end.
 
     The intervals of length 1 - keep lie end to end around a circle of length 2^32. With D their
     total length, a position is dropped by ceil(D) clients below the returned end (D's fractional
@@ -75,7 +77,7 @@ def balanced_starts(keeps: Mapping[int, float]) -> tuple[dict[int, int], int]:
 
 
 def dropped_length(keep: float) -> int:
-    """1 - keep as a part of 2^32, never more than the ratio says."""
+    """Return 1 - keep as a part of 2^32, never more than the ratio says."""
     return WORD - math.ceil(keep * WORD)
 
 
@@ -109,6 +111,6 @@ def balanced_mask(
 def _words(
     theta: Mapping[str, Tensor], stream: np.random.Philox
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The top 32 bits of one raw word per coordinate, tensor by tensor."""
+    """Return the top 32 bits of one raw word per coordinate, tensor by tensor."""
     for name, value in theta.items():
         yield name, np.asarray(stream.random_raw(value.numel())) >> np.uint64(32)

@@ -19,7 +19,7 @@ from fed_diffusion.masks.mask import Block, Runs
 from fed_diffusion.models.unet import Attention, ResBlock, Stage, UNet
 
 Channels = dict[str, tuple[int, ...]]
-"""space -> the groups that are kept, ascending."""
+"""Space -> the groups that are kept, ascending."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Layout:
     Attributes
     ----------
     spaces
-        By name, in the order of the forward pass.
+        The spaces by name, in the order of the forward pass.
     shapes
-        Of every parameter.
+        The shape of every parameter.
     axes
-        For every parameter and dimension the spaces it concatenates; () for one that stays whole.
+        For every parameter and dimension, the spaces that it concatenates; () if it stays whole.
     """
 
     spaces: dict[str, Space]
@@ -53,7 +53,7 @@ class Layout:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def kept(self, counts: Mapping[str, int]) -> int:
-        """How many parameters are left with so many groups of each space."""
+        """Return how many parameters are left with so many groups of each space."""
         width = {name: space.size * counts[name] for name, space in self.spaces.items()}
         return sum(
             math.prod(
@@ -65,7 +65,9 @@ class Layout:
 
     @cached_property
     def _growth(self) -> list[str]:
-        """From one group everywhere to all: the space that gets its next group, most even first."""
+        """Yield the space that gets its next group, from one group everywhere to all, most even
+        first.
+        """
         steps = [
             (count / space.groups, index, name)
             for index, (name, space) in enumerate(self.spaces.items())
@@ -78,7 +80,8 @@ class Layout:
         return {}
 
     def counts(self, keep: float) -> dict[str, int]:
-        """Groups per space of the largest sub-network with at most `keep` of all parameters.
+        """Return the groups per space of the largest sub-network with at most `keep` of all
+        parameters.
 
         All spaces shrink by the same fraction, as nearly as whole groups allow. A smaller ratio
         never has more groups of any space.
@@ -86,7 +89,7 @@ class Layout:
         Raises
         ------
         ValueError
-            Even one group per space is more than `keep`.
+            One group per space has more than `keep` of the parameters.
         """
         if keep not in self._counts:
             self._counts[keep] = self._search(keep)
@@ -114,7 +117,7 @@ class Layout:
         return after(low)
 
     def blocks(self, channels: Channels) -> dict[str, Block]:
-        """The block of every tensor that loses anything when only these groups are kept."""
+        """Return the block of every tensor that loses anything when only these groups are kept."""
         blocks = {}
         for name, axes in self.axes.items():
             shape = self.shapes[name]
@@ -128,7 +131,7 @@ class Layout:
         return blocks
 
     def shapes_of(self, blocks: Mapping[str, Block]) -> dict[str, tuple[int, ...]]:
-        """The parameters' shapes in the network that keeps these blocks."""
+        """Return the parameters' shapes in the network that keeps these blocks."""
         return {n: blocks[n].kept if n in blocks else shape for n, shape in self.shapes.items()}
 
     def _runs(self, axis: tuple[str, ...], channels: Channels) -> Runs:
@@ -147,12 +150,12 @@ class Layout:
 
 
 def layout_of(network: nn.Module) -> Layout:
-    """The channel spaces of a `UNet`; image channels and the time and label embeddings stay whole.
+    """Return the channel spaces of a `UNet`; image channels and the embeddings stay whole.
 
     Raises
     ------
     TypeError
-        Another network: which of its channels belong together is not known.
+        For another network, it is not known which channels belong together.
     """
     if not isinstance(network, UNet):
         raise TypeError(
@@ -166,7 +169,7 @@ def layout_of(network: nn.Module) -> Layout:
 
 
 class _Trace:
-    """Follows the forward pass and notes the spaces that each tensor runs over."""
+    """A trace follows the forward pass and notes the spaces that each tensor runs over."""
 
     def __init__(self, network: UNet):
         self.spaces: dict[str, Space] = {}

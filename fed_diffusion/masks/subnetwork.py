@@ -17,7 +17,7 @@ from fed_diffusion.models.unet import UNet
 
 
 def extract(network: UNet, channels: Channels) -> UNet:
-    """The sub-network that keeps these groups, with their values.
+    """Return the sub-network that keeps these groups, with their values.
 
     Parameters
     ----------
@@ -42,12 +42,12 @@ def extract(network: UNet, channels: Channels) -> UNet:
 def scatter(
     values: Mapping[str, Tensor], channels: Channels, whole: Mapping[str, Tensor], network: UNet
 ) -> dict[str, Tensor]:
-    """The inverse of `extract`: a small network's values (or gradients) in the whole tensors.
+    """Undo `extract`: put a small network's values (or gradients) into the whole tensors.
 
     Parameters
     ----------
     values
-        By parameter name, shaped as in the small network.
+        The values by parameter name, shaped as in the small network.
     whole
         Tensors shaped as in `network`, which what was dropped is taken from.
     """
@@ -63,9 +63,9 @@ def scatter(
 def resized(
     network: UNet, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str = "cpu"
 ) -> UNet:
-    """A copy of the network's structure with parameters of these shapes, not initialised.
+    """Copy the network's structure with parameters of these shapes, not initialised.
 
-    `network` may be on the meta device: then nothing but the copy takes memory.
+    `network` may be on the meta device; then only the copy takes memory.
     """
     blank = nn.Parameter(torch.empty(0))  # the structure is copied, no tensor is
     memo = {id(parameter): blank for parameter in network.parameters()}

@@ -35,24 +35,24 @@ import torch
 from torch import Tensor
 
 BLOCKS = 64
-"""Blocks of equal rank in each tensor."""
+"""The number of blocks of equal rank in each tensor."""
 FINEST = 10**6
-"""Ratios are fractions of denominators up to this: 0.8 is 4/5, whatever its bits are."""
+"""Ratios are fractions with denominators up to this: 0.8 is 4/5, whatever its bits are."""
 
 
 def as_fraction(keep: float) -> Fraction:
-    """A keep ratio as it is meant."""
+    """Return a keep ratio as the fraction that was meant."""
     return Fraction(repr(float(keep))).limit_denominator(FINEST)
 
 
 def dropped_count(keep: Fraction, size: int) -> int:
-    """k_n: how many of so many weights a worker drops; never more than its ratio says."""
+    """Return k_n, how many of so many weights a worker drops; never more than its ratio says."""
     return math.floor((1 - keep) * size)
 
 
 @dataclass(frozen=True)
 class Deal:
-    """Who drops which weights of one tensor, or of several laid end to end.
+    """A deal says which worker drops which weights of one tensor, or of several laid end to end.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ class Deal:
     lengths: np.ndarray
 
     def mask(self, worker: int) -> np.ndarray:
-        """What a worker keeps: true or false for every weight."""
+        """Return what a worker keeps: true or false for every weight."""
         dropped = np.zeros(len(self.order), bool)  # by rank
         for block, (low, high) in enumerate(zip(self.edges, self.edges[1:], strict=False)):
             here, size = low + int(self.starts[block, worker]), high - low
@@ -114,7 +114,7 @@ def deal(magnitude: np.ndarray, keeps: Sequence[Fraction], lost: np.ndarray) -> 
 
 
 def _edges(counts: np.ndarray, size: int) -> tuple[list[int], Callable[[int], int]]:
-    """Where blocks begin and end, and P."""
+    """Return where blocks begin and end, and P."""
     times = -(-int(counts.sum()) // max(size, 1))
 
     def by_workers(rank: int) -> int:
@@ -137,7 +137,7 @@ def _edges(counts: np.ndarray, size: int) -> tuple[list[int], Callable[[int], in
 
 
 def _share(left: np.ndarray, low: int, high: int, wanted: int, level: np.ndarray) -> np.ndarray:
-    """How many weights of a block each worker drops; those of the lowest level take most."""
+    """Return how many weights of a block each worker drops; those of the lowest level take most."""
     taken = np.maximum(0, left - low)
     room = np.minimum(high - low, left) - taken
     wanted -= int(taken.sum())
@@ -153,8 +153,8 @@ def _share(left: np.ndarray, low: int, high: int, wanted: int, level: np.ndarray
 def deal_all(theta: Mapping[str, Tensor], keeps: Sequence[Fraction], per: str) -> dict[str, Deal]:
     """Deal out every tensor, or with `per` global all of them as one, under the name "".
 
-    What a worker loses in one tensor counts in the next, so that it is shared out evenly over the
-    whole network.
+    What a worker loses in one tensor counts in the next, so that the loss is shared out evenly over
+    the whole network.
     """
     flat = {n: v.detach().abs().flatten().numpy() for n, v in theta.items()}
     if per == "global":
@@ -166,7 +166,7 @@ def deal_all(theta: Mapping[str, Tensor], keeps: Sequence[Fraction], per: str) -
 def masks_of(
     deals: Mapping[str, Deal], theta: Mapping[str, Tensor], worker: int
 ) -> dict[str, Tensor]:
-    """A worker's masks, as bools shaped like theta's tensors."""
+    """Return a worker's masks, as bools shaped like theta's tensors."""
     kept = {name: torch.from_numpy(found.mask(worker)) for name, found in deals.items()}
     if "" in kept:
         parts = kept[""].split([value.numel() for value in theta.values()])

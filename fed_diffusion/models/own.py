@@ -18,7 +18,7 @@ class NetworkFactory(Protocol):
     model
         The section `model` of the configuration.
     channels, size
-        Of the images: 1 or 3, and the side in pixels.
+        The channels of the images, 1 or 3, and their side in pixels.
     classes
         How many labels to condition on; None for a network without labels. With
         model.label_dropout the label `classes` means "no label".
@@ -26,11 +26,11 @@ class NetworkFactory(Protocol):
     Returns
     -------
     nn.Module
-        Called as network(x, u, labels): x_u float32 [n, C, H, W], times to data u float64 [n],
-        labels int64 [n] or None. It returns an estimate of the noise eps, shaped like x. Start
-        values are drawn from torch's global generator, which is seeded by the run. Every parameter
-        is trained and travels; buffers do not travel, so what must be the same on all machines is
-        a parameter.
+        The network is called as network(x, u, labels): x_u float32 [n, C, H, W], times to data u
+        float64 [n], labels int64 [n] or None. It returns an estimate of the noise eps,
+        shaped like x. Start values are drawn from torch's global generator, which is seeded by the
+        run. Every parameter is trained and travels. Buffers do not travel, so what must be the same
+        on all machines has to be a parameter.
     """
 
     def __call__(
@@ -39,12 +39,12 @@ class NetworkFactory(Protocol):
 
 
 def check_network(network: nn.Module, channels: int, size: int, classes: int | None) -> None:
-    """Let a network see two black images, and refuse one that gives no noise estimate.
+    """Let a network see two black images, and refuse one that does not return a noise estimate.
 
     Raises
     ------
     TypeError, ValueError
-        It has no parameters, or what it gives is not shaped like the images.
+        The network has no parameters, or its result is not shaped like the images.
     """
     if next(network.parameters(), None) is None:
         raise ValueError("the network has no parameters, so there is nothing to train")
@@ -53,9 +53,9 @@ def check_network(network: nn.Module, channels: int, size: int, classes: int | N
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         eps = network.eval()(x, u, labels)
     if not isinstance(eps, Tensor):
-        raise TypeError(f"the network gives a {type(eps).__name__}, and not a tensor")
+        raise TypeError(f"the network returns a {type(eps).__name__}, not a tensor")
     if eps.shape != x.shape:
         raise ValueError(
-            f"the network gives {list(eps.shape)} for images of {list(x.shape)}; its estimate of "
+            f"the network returns {list(eps.shape)} for images of {list(x.shape)}; its estimate of "
             "the noise is shaped like the images"
         )

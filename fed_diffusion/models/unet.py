@@ -24,7 +24,7 @@ def _start_at_zero(layer: nn.Module) -> None:
 
 
 def reset(network: UNet) -> UNet:
-    """Draw all parameters anew, as a fresh network has them."""
+    """Draw all parameters again, as in a new network."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.Embedding)):
             module.reset_parameters()
@@ -38,7 +38,7 @@ def reset(network: UNet) -> UNet:
 
 
 class ResBlock(nn.Module):
-    """norm-SiLU-conv, plus the time embedding, norm-SiLU-dropout-conv, plus a shortcut."""
+    """A block: norm-SiLU-conv, plus the time embedding, norm-SiLU-dropout-conv, plus a shortcut."""
 
     def __init__(
         self, inputs: int, outputs: int, time: int, group: int, dropout: float, shortcut: bool
@@ -61,7 +61,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels, in heads of a fixed size, added to its input."""
+    """Self-attention over pixels, in heads of a fixed size, is added to its input."""
 
     def __init__(self, channels: int, heads: int, head: int, group: int):
         super().__init__()
@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block and, at the chosen resolutions, attention."""
+    """A stage is a residual block and, at the chosen resolutions, attention."""
 
     def __init__(self, block: ResBlock, attention: Attention | None):
         super().__init__()
@@ -105,7 +105,7 @@ class UNet(nn.Module):
     Parameters
     ----------
     channels, size
-        Of the images; size must halve len(widths) - 1 times.
+        The channels and the side of the images; the side must halve len(widths) - 1 times.
     widths
         Channels per level, each a multiple of `group`.
     blocks
@@ -178,7 +178,7 @@ class UNet(nn.Module):
         _start_at_zero(self.leave)
 
     def forward(self, x: Tensor, u: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The noise estimate eps_theta(x, u).
+        """Return the noise estimate eps_theta(x, u).
 
         Parameters
         ----------
@@ -197,7 +197,9 @@ class UNet(nn.Module):
         return out
 
     def _embed(self, u: Tensor, labels: Tensor | None) -> Tensor:
-        """Sines and cosines of the log noise-to-signal ratio, then a two-layer network."""
+        """Return the embedding of the log noise-to-signal ratio: sines and cosines, then two
+        layers.
+        """
         half = self.frequencies // 2
         log_ratio = 0.5 * torch.log(torch.expm1(2 * u))  # log(sigma / alpha)
         scale = torch.exp(

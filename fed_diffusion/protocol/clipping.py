@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 ROOM = 1 - 1e-6
-"""Of the clip: what rounding to fixed point and to float32 may add stays below it."""
+"""The part of the clip that is used: rounding to fixed point and float32 then stays below it."""
 
 
 def clipped(
     end: Mapping[str, Tensor], start: Mapping[str, Tensor], clip: float
 ) -> dict[str, Tensor]:
-    """A client's parameters, no further than `clip` from where they started (Euclidean, fp32).
+    """Return a client's parameters, at most `clip` from where they started (Euclidean, fp32).
 
-    A difference of zero stays; one that is not finite becomes zero: it would not count anyway, and
-    what a server may see of it is nothing.
+    A difference of zero stays zero. A difference that is not finite becomes zero: it would not
+    count anyway, and the server must see nothing of it.
     """
     changes = {n: v.detach().to("cpu", torch.float32) - start[n] for n, v in end.items()}
     norms = [float(torch.linalg.vector_norm(c, dtype=torch.float64)) for c in changes.values()]
@@ -30,5 +30,5 @@ def clipped(
 
 
 def factor_of(norm: float, clip: float) -> float:
-    """What a difference of this norm is multiplied by, so that it is no longer than the clip."""
+    """Return the factor that makes a difference of this norm no longer than the clip."""
     return 1.0 if norm <= clip * ROOM else clip * ROOM / norm

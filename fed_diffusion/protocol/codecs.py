@@ -24,7 +24,7 @@ NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8
 """The names of the types on the wire."""
 LEVELS = 127
 CHUNK = 1 << 18
-"""Values rounded at once: the temporaries stay in cache."""
+"""The number of values that are rounded at once: the temporaries then stay in cache."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Cast:
     Attributes
     ----------
     codes
-        Of the type's torch dtype.
+        The values in the type's torch dtype.
     scales
         For int8: float32, one per row (`codes[i] * scales[i]` are the values) or a single one.
     """
@@ -53,14 +53,16 @@ class Cast:
     scales: Tensor | None = None
 
     def take(self, mask: Mask) -> Cast:
-        """Only what a mask keeps: a block's rows with their scales, or single values in order."""
+        """Return only what a mask keeps: a block's rows with their scales, or single values in
+        order.
+        """
         scales = self.scales
         if scales is not None and len(scales) > 1:
             scales = mask.rows(scales)
         return Cast(self.dtype, mask.take(self.codes), scales)
 
     def pack(self) -> Packed:
-        """The bytes that travel, little-endian."""
+        """Return the bytes that travel, little-endian."""
         codes = self.codes.contiguous()
         raw = codes.view(torch.int16) if self.dtype == "bf16" else codes  # NumPy has no bfloat16
         data = raw.numpy().tobytes()
@@ -70,7 +72,7 @@ class Cast:
 
 
 def cast(values: Tensor, dtype: str, per_row: bool, stream: np.random.Philox | None) -> Cast:
-    """Values in the type `dtype`; int8 rounds up or down at random so that the mean is exact.
+    """Return values in the type `dtype`; int8 rounds up or down at random, exact on average.
 
     Parameters
     ----------
@@ -101,7 +103,7 @@ def cast(values: Tensor, dtype: str, per_row: bool, stream: np.random.Philox | N
 def round_at_random(
     scaled: Tensor, out: Tensor, stream: np.random.Philox, levels: int = LEVELS
 ) -> None:
-    """floor(x + U) with U uniform in 65,536 steps: x on average. `scaled` is used up."""
+    """Write floor(x + U) with U uniform in 65,536 steps: x on average. `scaled` is used up."""
     words = np.asarray(stream.random_raw(-(-len(scaled) // 4)))
     uniform = torch.from_numpy(words.view(np.uint16)[: len(scaled)].astype(np.float32))
     out.copy_(scaled.add_(uniform, alpha=2.0**-16).floor_().clamp_(-levels, levels))
@@ -110,7 +112,7 @@ def round_at_random(
 def unpack(
     name: str, packed: Packed, dtype: str, expected: tuple[int, ...], per_row: bool
 ) -> Tensor:
-    """The float32 values of a tensor that came over the network.
+    """Return the float32 values of a tensor that came over the network.
 
     Parameters
     ----------
@@ -124,7 +126,7 @@ def unpack(
     Raises
     ------
     UpdateError
-        A type, shape or length that is not as agreed on, or a scale that is none.
+        A type, shape or length is not as agreed on, or a scale is negative or not finite.
     """
     if packed.dtype != NAMES[dtype]:
         raise UpdateError(f"{name} is sent as {packed.dtype!r}, not {NAMES[dtype]}")
@@ -147,7 +149,7 @@ def unpack(
 
 
 def from_bytes(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
-    """The values that bytes hold, where they lie: not to be written to."""
+    """Return the values that bytes hold, without a copy; do not write to them."""
     if len(data) == 0:
         return torch.empty(0, dtype=dtype)
     with warnings.catch_warnings():  # read-only memory is fine: decoded values are only read
@@ -158,7 +160,9 @@ def from_bytes(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
 def difference(
     values: Mapping[str, Tensor], theta: Mapping[str, Tensor], masks: Masks
 ) -> tuple[float, int]:
-    """The squared norm of kept values - theta over what the mask keeps, and how many they are."""
+    """Return the squared norm of kept values - theta where the mask keeps, and how many there
+    are.
+    """
     square, count = 0.0, 0
     for name, value in values.items():
         change = value - mask_of(masks, name, theta[name]).take(theta[name])

@@ -12,10 +12,10 @@ L, L_ERROR = "diagnostic.L", "diagnostic.L_error"
 
 
 def is_due(config: Config, round: int) -> bool:
-    """Whether a round (1-based) is a diagnostic one.
+    """Return whether a round (1-based) is a diagnostic one.
 
-    Never under privacy, where a gradient would leave its client unclipped, and never in buffered
-    rounds, whose workers train on different theta.
+    It never is under privacy, where a gradient would leave its client unclipped, and never in
+    buffered rounds, whose workers train on different theta.
     """
     every = config.theory.every
     if every == 0 or config.privacy.clip is not None or config.round.mode != "synchronous":

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Literal
 
 Fault = Literal["node", "server", "network", "nobody"]
-"""Whose fault it is that an update does not count. A node's counts towards round.ban_after: what
-it sent is wrong, or its ClientApp fails where others' work. The server's is a limit of its own.
-The network's is what did not come or was lost on its way. Nobody's is an update that came after
-enough others."""
+"""Whose fault it is that an update does not count.
+
+A node's fault counts towards round.ban_after: what the node sent is wrong, or its ClientApp fails
+where others' work. The server's fault is a limit of its own. The network's fault is a reply that
+did not come or was lost on its way. It is nobody's fault that an update came after enough others.
+"""
 
 
 class UpdateError(ValueError):
-    """An update that must not count; the message says what is wrong with it.
+    """The update must not count; the message says what is wrong with it.
 
     Attributes
     ----------
@@ -27,19 +29,21 @@ class UpdateError(ValueError):
 
 
 class LimitError(UpdateError):
-    """An update that is refused for a limit of the server's, which its client cannot know."""
+    """The update is refused for a limit of the server's, which its client cannot know."""
 
     strike = False
 
 
 class RangeError(LimitError):
-    """Values beyond an update's share of the sums' range, which a lone client could have sent."""
+    """Values are beyond an update's share of the sums' range, which a lone client could have
+    sent.
+    """
 
     diverged = True
 
 
 class DivergedError(UpdateError):
-    """An update whose values or losses are not finite, or so large that training has diverged.
+    """Values or losses are not finite, or so large that training has diverged.
 
     Attributes
     ----------

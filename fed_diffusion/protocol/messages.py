@@ -12,13 +12,13 @@ from fed_diffusion.protocol.errors import DivergedError, UpdateError
 from fed_diffusion.protocol.wire import Payload
 
 MEASURED_LIMIT = 2.0**53
-"""Above any loss, time or count that a worker can have measured."""
+"""A number above any loss, time or count that a worker can have measured."""
 EXAMPLES_LIMIT = 2**24
-"""The most images of one client by which it can be weighted: the exact sums allow for it."""
+"""The most images of one client by which it can be weighted: the exact sums allow for this."""
 MOST_EXAMPLES = 2**32
-"""Above any number of images that a client can have trained on."""
+"""A number above any number of images that a client can have trained on."""
 PRECISION, PRECISIONS = "precision", ("fp32", "tf32", "bf16")
-"""What a worker's network computed in travels as its place in this list."""
+"""What a worker's network computed in; it travels as its place in this list."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Update:
 
 
 def measurements(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """The worker's measurements, checked: they end in the record of the run."""
+    """Return the worker's measurements, checked, since they end in the record of the run."""
     try:
         measured: dict[str, Any] = {
             "loss": float(numbers["loss"]),

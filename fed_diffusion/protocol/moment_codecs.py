@@ -1,11 +1,12 @@
 """Moments as bytes: in fp32, or in four bits a value and less (wire.state).
 
-Bits are saved where that does least harm. The first moment is noise for the most part, as it is
-that of minibatches, and rounding at random adds little to it: it takes four bits, with a scale for
+Bits are saved where that does least harm. The first moment is mostly noise, since it is that of
+minibatches, and rounding at random adds little to the noise. It takes four bits, with a scale for
 each GROUP of kept values in their order (eight bits trained no better). The second moment is only a
-step size, and neighbours have much the same one: its mean over each BLOCK of kept values, in bf16.
-Biases and norms, which are few, keep one for each value. Values are grouped after the mask has been
-applied, so that groups are full under any mask.
+step size, and neighbours have much the same one: its mean over each BLOCK of kept values travels,
+in bf16. Biases and norms, which are few, keep one second moment for each value.
+
+Values are grouped after the mask has been applied, so that groups are full under any mask.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from fed_diffusion.protocol.codecs import Packed, from_bytes, round_at_random
 from fed_diffusion.protocol.errors import DivergedError, UpdateError
 
 LEVELS = 7
-"""Of four bits, on either side of 0."""
+"""The largest level of four bits, on either side of 0."""
 GROUP = 64
-"""Values that share a scale of the first moment: 2 bytes for each group."""
+"""The number of values that share a scale of the first moment, at 2 bytes for each group."""
 BLOCK = 8
-"""Values that share a second moment: 2 bytes for each block."""
+"""The number of values that share a second moment, at 2 bytes for each block."""
 BOUND = 7.3
-"""|m| <= 7.27 sqrt(v) for any gradients, by Cauchy and Schwarz with Adam's betas; rounding must not
-undo that, or a first moment stands over a second one of nearly 0."""
+"""The bound on |m| / sqrt(v), which is 7.27 for any gradients.
+
+It follows from Cauchy and Schwarz with Adam's betas. Rounding must not undo it, or a first moment
+would stand over a second moment of nearly 0.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,13 @@ class Moment:
     wide: bool
 
     def take(self, mask: Mask) -> Moment:
-        """Only what a mask keeps."""
+        """Return only what a mask keeps."""
         return replace(self, codes=mask.take(self.codes))
 
     def pack(self, stream: np.random.Philox) -> Packed:
-        """The bytes that travel; a first moment of few bits draws its rounding from the stream."""
+        """Return the bytes that travel; a first moment of few bits draws its rounding from the
+        stream.
+        """
         shape, values = tuple(self.codes.shape), self.codes.contiguous().view(-1)
         if self.form == "fp32":
             return Packed("float32", shape, values.numpy().tobytes())
@@ -71,12 +77,12 @@ class Moment:
 def unpack_moment(
     name: str, packed: Packed, form: str, second: bool, wide: bool, expected: tuple[int, ...]
 ) -> Tensor:
-    """The inverse of `Moment.pack`: float32 values.
+    """Undo `Moment.pack`: return float32 values.
 
     Raises
     ------
     UpdateError
-        A type, shape or length that is not as agreed on, or a second moment or a scale that is
+        A type, shape or length is not as agreed on, or a second moment or a scale is
         negative or, as `DivergedError`, not finite.
     """
     count = math.prod(expected)
@@ -99,7 +105,7 @@ def unpack_moment(
 
 
 def _layout(count: int, form: str, second: bool, wide: bool) -> tuple[str, int]:
-    """The type and the number of bytes in which so many values travel."""
+    """Return the type and the number of bytes in which so many values travel."""
     if form == "fp32":
         return "float32", 4 * count
     if second:
@@ -115,7 +121,7 @@ def _first_of(name: str, data: bytes | memoryview, count: int) -> Tensor:
 
 
 def bounded(first: Tensor, second: Tensor) -> Tensor:
-    """A first moment within what its second moment allows."""
+    """Return a first moment within what its second moment allows."""
     most = second.sqrt() * BOUND
     return torch.minimum(torch.maximum(first, -most), most)
 
@@ -137,7 +143,7 @@ def _first_bytes(values: Tensor, stream: np.random.Philox) -> bytes:
 
 
 def _code_bytes(codes: Tensor) -> bytes:
-    """Two codes to a byte."""
+    """Return two codes to a byte."""
     halves = torch.nn.functional.pad(codes, (0, len(codes) % 2)).numpy().view(np.uint8) & 15
     return bytes(halves[0::2] | halves[1::2] << 4)
 
@@ -149,13 +155,15 @@ def _codes_of(data: bytes | memoryview, count: int) -> Tensor:
 
 
 def _up_to_bf16(values: Tensor) -> Tensor:
-    """The next larger values that bf16 holds, so that nothing is beyond the largest level."""
+    """Return the next larger values that bf16 holds, so that no value is beyond the largest
+    level.
+    """
     bits = values.contiguous().view(torch.int32) + 0xFFFF
     return torch.bitwise_and(bits, -0x10000).view(torch.float32)
 
 
 def _block_means(values: Tensor) -> Tensor:
-    """Means over blocks; of the last block over what there is."""
+    """Return means over blocks; the last block may be shorter."""
     blocks = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
     counts = torch.full((len(blocks),), BLOCK, dtype=torch.float32)
     if rest := len(values) % BLOCK:

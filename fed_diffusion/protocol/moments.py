@@ -26,53 +26,53 @@ from fed_diffusion.protocol.moment_codecs import Moment, bounded, unpack_moment
 FIRST, SECOND, STEPS = "moment1:", "moment2:", "steps:"
 PREFIXES = (FIRST, SECOND, STEPS)
 MOST_STEPS = 2.0**24
-"""Above it float32 no longer counts by ones; both bias corrections are 1 long before."""
+"""Above this float32 no longer counts by ones; both bias corrections are 1 long before."""
 TABLE = 256
-"""Different counts of one tensor up to which each coordinate's is sent as one byte."""
+"""The number of different counts of a tensor up to which each count is sent as one byte."""
 
 
 def is_shared(config: Config) -> bool:
-    """Whether the optimiser's state outlives the round."""
+    """Return whether the optimiser's state outlives the round."""
     return config.local.state == "shared"
 
 
 def blank(theta: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The state before the first round; nothing where every round begins with a fresh one."""
+    """Return the state before the first round; empty where every round begins with a fresh one."""
     if not is_shared(config):
         return {}
     return {p + n: torch.zeros(v.shape) for p in PREFIXES for n, v in theta.items()}
 
 
 def parameter_of(name: str) -> str:
-    """The tensor of theta that a tensor of the state belongs to; of one of theta itself, that."""
+    """Return the tensor of theta that a tensor of the state belongs to; theta's own name stays."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
 
 
 def spread(masks: Masks, names: Mapping[str, Tensor]) -> dict[str, Mask]:
-    """Masks of theta, and by the names of the state also as its masks."""
+    """Return masks of theta, with the same masks under the names of the state."""
     return {n: masks[parameter_of(n)] for n in names if parameter_of(n) in masks}
 
 
 def group(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """One kind of state, by theta's names."""
+    """Return one kind of state, by theta's names."""
     return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
 
 
 def parted(whole: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Theta, and the state, of a mapping that holds both."""
+    """Return theta and the state of a mapping that holds both."""
     state = {n: v for n, v in whole.items() if n.startswith(PREFIXES)}
     return {n: v for n, v in whole.items() if n not in state}, state
 
 
 def grouped(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The state as a checkpoint holds it: a file of each kind."""
+    """Return the state as a checkpoint holds it: a file of each kind."""
     return {p.removesuffix(":"): group(state, p) for p in PREFIXES} if state else {}
 
 
 def ungrouped(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The inverse of `grouped`, of all that a checkpoint holds."""
+    """Undo `grouped`, for all that a checkpoint holds."""
     return {p + n: v for p in PREFIXES for n, v in files.get(p.removesuffix(":"), {}).items()}
 
 
@@ -92,11 +92,11 @@ class Counts:
     codes: Tensor
 
     def take(self, mask: Mask) -> Counts:
-        """Only what a mask keeps."""
+        """Return only what a mask keeps."""
         return Counts(mask.take(self.codes))
 
     def pack(self) -> Packed:
-        """The bytes that travel."""
+        """Return the bytes that travel."""
         values = self.codes.contiguous().numpy()
         if not values.size or values.min() == values.max():
             return Packed("float32", (), values.ravel()[:1].tobytes() or bytes(4))
@@ -107,12 +107,12 @@ class Counts:
 
 
 def unpack_counts(name: str, packed: Packed, expected: tuple[int, ...]) -> Tensor:
-    """Step counts: of no dimension where one holds for all of the tensor.
+    """Return step counts, of no dimension where one count holds for all of the tensor.
 
     Raises
     ------
     UpdateError
-        They are not of the form that `Counts` has.
+        The bytes do not have the form of `Counts`.
     """
     size, length = math.prod(expected), len(packed.data)
     if packed.shape == () and packed.dtype == "float32" and length == 4:
@@ -140,12 +140,12 @@ _TABLES = range(4, 4 * TABLE + 1, 4)
 
 @dataclass(frozen=True)
 class Outgoing:
-    """One moment of a tensor on its way to clients: whatever is kept alike is rounded alike.
+    """One moment of a tensor on its way to clients; clients that keep the same get the same bits.
 
     Attributes
     ----------
     key
-        Of the stream that the rounding is drawn from.
+        The key of the stream that the rounding is drawn from.
     """
 
     moment: Moment
@@ -157,18 +157,18 @@ class Outgoing:
         return self.moment.codes
 
     def take(self, mask: Mask) -> Outgoing:
-        """Only what a mask keeps."""
+        """Return only what a mask keeps."""
         return Outgoing(self.moment.take(mask), self.key)
 
     def pack(self) -> Packed:
-        """The bytes that travel."""
+        """Return the bytes that travel."""
         return self.moment.pack(philox(*self.key))
 
 
 def cast_state(
     state: Mapping[str, Tensor], config: Config, round: int
 ) -> dict[str, Outgoing | Counts]:
-    """The state on its way to clients, once a round for all of them."""
+    """Return the state as it travels to clients, made once a round for all of them."""
     found: dict[str, Outgoing | Counts] = {}
     for place, (name, value) in enumerate(state.items()):
         if name.startswith(STEPS):
@@ -186,12 +186,12 @@ def _moment(name: str, values: Tensor, wide: bool, config: Config) -> Moment:
 def decode_state(
     arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, config: Config
 ) -> dict[str, Tensor]:
-    """The state that a client was sent, as it holds theta; counts may be of no dimension.
+    """Return the state that a client was sent, as it holds theta; counts may have no dimension.
 
     Raises
     ------
     UpdateError
-        Names, types, shapes or values that no server sends.
+        Names, types, shapes or values are such as no server sends.
     """
     if not is_shared(config):
         return {}
@@ -214,7 +214,7 @@ def decode_state(
 def encode_moments(
     moments: Mapping[str, Tensor], masks: Masks, config: Config, round: int, client: int
 ) -> dict[str, Packed]:
-    """What training made of the kept moments."""
+    """Return what training made of the kept moments."""
     stream = philox(config.seed, Purpose.ROUNDING_STATE, round, client)
     packed = {}
     for name, value in moments.items():
@@ -227,7 +227,7 @@ def encode_moments(
 def decode_moments(
     arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, config: Config
 ) -> dict[str, Tensor]:
-    """Both moments of every tensor: what its mask keeps.
+    """Return both moments of every tensor, as far as its mask keeps them.
 
     Raises
     ------

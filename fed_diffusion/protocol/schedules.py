@@ -8,7 +8,7 @@ from fed_diffusion.config import Config
 
 
 def eta_of(config: Config, round: int) -> float:
-    """The step size of a round (1-based): linear warm-up, then constant or cosine to 0."""
+    """Return the step size of a round (1-based): linear warm-up, then constant or cosine to 0."""
     local = config.local
     eta = local.eta * min(1.0, round / (local.warmup + 1))
     if local.schedule == "cosine":

@@ -32,10 +32,13 @@ if sys.byteorder != "little":  # pragma: no cover
 
 MASK_PREFIX = "mask:"
 BESIDE = 1 << 20
-"""Bytes of an update that are not theta's values, at most."""
+"""The bytes of an update that are not theta's values, at most."""
 VERSION = 2
-"""Raised when a payload would be read otherwise, or when the same settings make another one: runs
-that were begun before would not end with the bits they would have ended with."""
+"""The version of the wire format.
+
+It is raised when a payload would be read otherwise, or when the same settings make another one:
+runs that were begun before would not end with the bits they would have ended with.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Payload:
 
     @property
     def nbytes(self) -> int:
-        """The ledger's count: array bytes, and for each number eight bytes and its key.
+        """Return the ledger's count: array bytes, and for each number eight bytes and its key.
 
         A name counts as the bytes of its letters in the number's place.
         """
@@ -65,7 +68,7 @@ def _size(value: int | float | str | list[int]) -> int:
 
 
 def cast_theta(theta: Mapping[str, Tensor], config: Config, round: int) -> dict[str, Cast]:
-    """theta_r as it travels, once a round for all clients: each is sent its part of the same bytes.
+    """Return theta_r as it travels, made once a round: each client is sent its part of these bytes.
 
     With single weights masked anywhere, int8 has one scale per tensor; see `per_row`.
     """
@@ -75,7 +78,9 @@ def cast_theta(theta: Mapping[str, Tensor], config: Config, round: int) -> dict[
 
 
 def per_row(config: Config) -> bool:
-    """Whether int8 has a scale per output channel: not where masks leave no rows to scale."""
+    """Return whether int8 has a scale per output channel: not where masks leave no rows to
+    scale.
+    """
     pruning = config.pruning
     if config.wire.scale != "channel":
         return False
@@ -85,9 +90,9 @@ def per_row(config: Config) -> bool:
 def encode_task(
     casts: Mapping[str, Cast | Outgoing | Counts], recipe: Recipe, masks: Masks
 ) -> Payload:
-    """What a client needs of theta_r and of the optimiser's state, where that is shared.
+    """Return what a client needs of theta_r and of the optimiser's state, where that is shared.
 
-    Kept values, the recipe and, where needed, mask bits.
+    These are the kept values, the recipe and, where needed, mask bits.
     """
     arrays = {
         name: part.take(mask_of(masks, parameter_of(name), part.codes)).pack()
@@ -101,9 +106,10 @@ def encode_task(
 def decode_task(
     payload: Payload, theta: Mapping[str, Tensor], layout: Layout | None, config: Config
 ) -> tuple[Recipe, Masks, dict[str, Tensor]]:
-    """The recipe, the mask and theta_{r,n,0} = theta_r * m; `theta` gives names and shapes.
+    """Return the recipe, the mask and theta_{r,n,0} = theta_r * m.
 
-    Where whole channels are dropped the tensors come out small, else zero where the mask drops.
+    `theta` gives names and shapes. Where whole channels are dropped the tensors come out small,
+    else they are zero where the mask drops.
     """
     recipe = Recipe.from_metrics(payload.numbers)
     bits = {k: v for k, v in payload.arrays.items() if k.startswith(MASK_PREFIX)}
@@ -122,7 +128,7 @@ def _masks(
     layout: Layout | None,
     config: Config,
 ) -> Masks:
-    """A client's masks: of the configured family, whatever a message names."""
+    """Return a client's masks, of the configured family, whatever family a message names."""
     pruning = config.pruning
     family = family_of(pruning, config.seed)
     if not recipe.whole() and recipe.kind != pruning.kind:
@@ -147,7 +153,8 @@ def encode_update(
     round: int,
     client: int,
 ) -> dict[str, Packed]:
-    """What training made of the kept values: theta_{r,n,S}, or its difference to theta_{r,n,0}.
+    """Return what training made of the kept values: theta_{r,n,S}, or its difference to
+    theta_{r,n,0}.
 
     Parameters
     ----------
@@ -168,7 +175,7 @@ def encode_update(
 def decode_update(
     arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, config: Config
 ) -> dict[str, Tensor]:
-    """One worker's part of the mean (8): its values, or theta_r plus its differences.
+    """Return a worker's part of the mean (8): its values, or theta_r plus its differences.
 
     The difference is to what the worker decoded; added to theta_r itself, what rounding changed on
     the way down does not stay in the model. Only kept values: one-dimensional under bool masks.
@@ -176,14 +183,14 @@ def decode_update(
     Raises
     ------
     UpdateError
-        A name, dtype, shape or length that the recipe does not imply.
+        A name, dtype, shape or length is not what the recipe implies.
     """
     base = theta if config.wire.differences else None
     return _decode(arrays, theta, masks, config.wire.up, per_row(config), base)
 
 
 def largest_update(theta: Mapping[str, Tensor], kept: float, config: Config) -> int:
-    """The most bytes that an update can have whose mask keeps this part of all coordinates.
+    """Return the most bytes that an update can have whose mask keeps this part of all coordinates.
 
     Beside the values there are the two moments of a shared state, int8's scales, what alignment
     adds, and what is not theta's: numbers, and in diagnostic rounds a few gradients' projections.
@@ -203,7 +210,7 @@ def _decode(
     rows: bool,
     base: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Kept values by name, with `base` added to them."""
+    """Return kept values by name, with `base` added to them."""
     if arrays.keys() != theta.keys():
         odd = sorted(arrays.keys() ^ theta.keys())[:3]
         raise UpdateError(f"tensor names differ from the model's, first of them: {odd}")
@@ -221,7 +228,7 @@ def _decode(
 
 
 def encode_bits(masks: Masks) -> dict[str, Packed]:
-    """Mask bits, eight to a byte, for a client that cannot derive them."""
+    """Return mask bits, eight to a byte, for a client that cannot derive them."""
     packed = {}
     for name, mask in masks.items():
         bits = np.packbits(mask.dense().flatten().numpy(), bitorder="little")
@@ -230,7 +237,7 @@ def encode_bits(masks: Masks) -> dict[str, Packed]:
 
 
 def decode_bits(arrays: Mapping[str, Packed], theta: Mapping[str, Tensor]) -> Masks:
-    """The inverse of `encode_bits`; raises `UpdateError` on a wrong name or length."""
+    """Undo `encode_bits`; raise `UpdateError` on a wrong name or length."""
     masks: dict[str, Mask] = {}
     for key, packed in arrays.items():
         name = key.removeprefix(MASK_PREFIX)

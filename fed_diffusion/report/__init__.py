@@ -1,3 +1,3 @@
-"""What a person looks at after a run: sample grids, curves and one self-contained page."""
+"""What a person looks at after a run: grids of samples, curves and one self-contained page."""
 
 from __future__ import annotations

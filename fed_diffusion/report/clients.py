@@ -1,4 +1,4 @@
-"""The clients: what each holds, what its machine carries, how long it took, and who was refused."""
+"""The clients on the page: what each holds and can carry, its times, and which were refused."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ HEAD = (
     *("loss", "held-out loss", "time per round", "up", "down"),
 )
 SAID_ONCE = ("mask", "keep", "computes in", "rounds")
-"""What is said in a sentence where it is the same for all."""
+"""The columns that become a sentence where their value is the same for all clients."""
 MOST_LABELS = 12
-"""Classes that have a column each; of more, the most frequent of each client are named."""
+"""The number of classes that have a column each; of more, the most frequent ones are named."""
 MOST_NAMED = 3
 
 
 def clients_section(record: Record) -> str:
-    """One line per client over all rounds, then labels, budgets, refusals and the classes."""
+    """Return a line per client over all rounds, then labels, budgets, refusals and the classes."""
     seen = _seen(record)
     held = {str(entry.get("client")): entry for entry in mappings(record.data.get("clients"))}
     names = list(dict.fromkeys([*held, *seen]))
@@ -57,7 +57,7 @@ def clients_section(record: Record) -> str:
 
 
 def _seen(record: Record) -> dict[str, list[Mapping[str, Any]]]:
-    """Every client's lines over the rounds, by the client as text."""
+    """Return every client's lines over the rounds, by the client as text."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for entry in record.rounds:
         for client in mappings(entry.get("clients")):
@@ -66,7 +66,7 @@ def _seen(record: Record) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _same(rows: Sequence[Sequence[str]]) -> dict[str, str]:
-    """The columns in which all clients, two at least, have the same value."""
+    """Return the columns in which all clients, at least two, have the same value."""
     columns = dict(zip(HEAD, zip(*rows, strict=True), strict=False)) if len(rows) > 1 else {}
     return {
         name: columns[name][0]
@@ -76,8 +76,8 @@ def _same(rows: Sequence[Sequence[str]]) -> dict[str, str]:
 
 
 def _explained(record: Record, same: Mapping[str, str]) -> str:
-    text = "Losses are each client's last, times its mean per round, traffic that of all rounds;"
-    text += " keep is the part of the network's parameters that it trains."
+    text = "A loss is a client's last one, a time its mean per round, and traffic the sum over all"
+    text += " rounds; keep is the part of the network's parameters that it trains."
     if same:
         listed = ", ".join(f"{name} {value}" for name, value in same.items())
         text += f" The same for every client: {listed}."
@@ -112,12 +112,12 @@ def _numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def _span(values: Iterable[str]) -> str:
-    """A value, or the several that it had over the rounds."""
+    """Return a value, or the several values that it had over the rounds."""
     return ", ".join(list(dict.fromkeys(values))[:MOST_NAMED]) or NONE
 
 
 def _labels(record: Record, held: Mapping[str, Mapping[str, Any]]) -> str:
-    """How many images of each class every client holds, held-out ones included."""
+    """Return how many images of each class every client holds, held-out ones included."""
     names = [plain(name) for name in mapping(record.data.get("classes"))]
     counts = {
         client: found
@@ -149,7 +149,7 @@ def _most(found: Sequence[float], names: Sequence[str]) -> str:
 
 
 def _data(record: Record) -> str:
-    """The classes by name, and what was not read; of a run whose server has the data."""
+    """Return the classes by name, and what was not read, for a run whose server has the data."""
     found = record.data
     if not found:
         return ""
@@ -193,7 +193,7 @@ def _budgets(record: Record) -> str:
 
 
 def _undefended(record: Record) -> str:
-    """For how many coordinates one liar decides, where liars are to be withstood."""
+    """Return for how many coordinates one liar decides, where liars are to be withstood."""
     known = [entry["undefended"] for entry in record.rounds if entry.get("undefended") is not None]
     if not known:
         return ""

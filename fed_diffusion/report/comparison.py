@@ -1,4 +1,4 @@
-"""Several runs side by side: only figures that compare; where they do not, the reason."""
+"""Several runs side by side: only figures that compare, and the reason where they do not."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ NOT_FINISHED = "not finished"
 UNKNOWN = "unknown"
 CURVES = {"loss": "training loss per dimension", "holdout_loss": "held-out loss per dimension"}
 LABELS = ("preset", "flower", "trackers", "worker")
-"""Settings that change nothing about a run's figures."""
+"""The settings that change nothing about a run's figures."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs with a table of their figures.
+    """Several runs with a table of their figures.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
     Raises
     ------
     ConfigError
-        Fewer than two different runs are given, or one of them is no run directory.
+        Fewer than two different runs are given, or one of them is not a run directory.
     """
     if len({path.resolve() for path in paths}) < 2 or len({*map(Path.resolve, paths)}) < len(paths):
         raise ConfigError("compare needs at least two run directories, each of them once.")
@@ -74,7 +74,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
 
 
 def _named(paths: Sequence[Path], records: Sequence[Record]) -> list[Record]:
-    """The records under names that differ: with the folder they are in where it takes that."""
+    """Return the records under names that differ, with the folder of a run where that is needed."""
     names = [record.name for record in records]
     if len(set(names)) < len(names):
         names = ["/".join(path.resolve().parts[-2:]) for path in paths]
@@ -87,7 +87,7 @@ def _named(paths: Sequence[Path], records: Sequence[Record]) -> list[Record]:
 
 
 def _judged(record: Record) -> dict[str, Any]:
-    """What a quality figure depends on, beside the model."""
+    """Return what a quality figure depends on, beside the model."""
     quality = mapping(record.results.get("quality"))
     judge = (quality.get("extractor"), quality.get("extractor_sha256"))
     return {
@@ -99,14 +99,14 @@ def _judged(record: Record) -> dict[str, Any]:
 
 
 def _data(record: Record) -> dict[str, Any]:
-    """The images, by their hash; where the server has none, by what is set about them."""
+    """Return the hash of the images or, where the server has none, what is set about them."""
     data = mapping(record.settings.get("data"))
     keys = ("name", "dir", "size", "channels", "background")
     return {"data": record.images_hash or tuple(str(data.get(key)) for key in keys)}
 
 
 def _loss(record: Record) -> dict[str, Any]:
-    """What the loss is a mean over, beside the model: images, and times by their weights."""
+    """Return what the loss is a mean over, beside the model: images, and times by their weights."""
     diffusion = mapping(record.settings.get("diffusion"))
     times = tuple(diffusion.get(key) for key in ("T", "delta", "K", "partition"))
     return {**_data(record), "partition of time": times}
@@ -126,7 +126,7 @@ CONDITIONS: dict[Scale, Callable[[Record], dict[str, Any]]] = {
 
 
 def why_not(scale: Scale, first: Record, other: Record) -> str | None:
-    """Why a figure of another run does not compare with the first one's; None where it does."""
+    """Return why another run's figure does not compare with the first one's; None if it does."""
     expected, found = CONDITIONS[scale](first), CONDITIONS[scale](other)
     differ = [name for name, value in expected.items() if found[name] != value]
     return f"another {' and '.join(differ)}" if differ else None
@@ -146,7 +146,7 @@ def _row(figure: Figure, records: Sequence[Record]) -> list[str]:
 
 
 def _value(figure: Figure, record: Record) -> tuple[float | None, str]:
-    """A run's value of a figure, or None and the reason."""
+    """Return a run's value of a figure, or None and the reason."""
     if "results.json" in record.damaged:
         return None, "results.json is damaged"
     if not record.results:
@@ -175,7 +175,7 @@ def _differing(records: Sequence[Record]) -> dict[str, list[str]]:
 
 
 def page_of(comparison: Comparison) -> str:
-    """The comparison as a page, with the curves of the runs over one another."""
+    """Return the comparison as a page, with the curves of the runs over one another."""
     records = comparison.records
     trained = ", ".join(dict.fromkeys(map(trained_on, records)))
     title = f"{trained}: {len(records)} runs compared"
@@ -193,7 +193,8 @@ def page_of(comparison: Comparison) -> str:
         + section("Curves", _curves(records))
         + section(
             "Settings that differ",
-            table(("setting", *head[1:]), settings, wide) or soft("None: the runs are set alike."),
+            table(("setting", *head[1:]), settings, wide)
+            or soft("There are none: the runs have the same settings."),
         )
     )
     return page(title, body)
@@ -227,7 +228,7 @@ def _curves(records: Sequence[Record]) -> str:
 
 
 def overlaid(records: Sequence[Record], key: str) -> tuple[Drawing | None, dict[str, str]]:
-    """The curves of one loss that compare, over one another, and why others are left out."""
+    """Return the curves of one loss that compare, over one another, and why others are left out."""
     scale: Scale = "held out" if key == "holdout_loss" else "loss"
     known = [r for r in records if any(curves.is_number(e.get(key)) for e in r.rounds)]
     left_out = {r.name: "no such curve" for r in records if all(r is not k for k in known)}
@@ -244,6 +245,6 @@ def _cycle(number: int) -> list[str]:
 
 
 def free_name(path: Path) -> Path:
-    """The path, or with a number in its name where something is there already."""
+    """Return the path, or the path with a number in its name where a file exists already."""
     names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
     return path if not path.exists() else next(name for name in names if not name.exists())

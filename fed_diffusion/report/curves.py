@@ -28,11 +28,11 @@ COLOURS = (INK, BLUE, ORANGE, "#4f9d69", RED, "#8e63b5", "#8a8f98")
 FEW = 40  # points up to which each is marked
 FLAT = 0.01  # of the axes' height: what moves by less is a constant to the eye
 MOST_CLIENTS = 40
-"""Clients whose curves are drawn one by one; of more, the range that they span is."""
+"""The number of clients whose curves are drawn one by one; of more, their range is drawn."""
 
 
 def loss_figure(rounds: Sequence[Round]) -> Figure:
-    """Mean training loss and held-out loss per dimension, over the training loss of each client."""
+    """Draw the mean training and held-out loss per dimension, over the loss of each client."""
     figure, axes = _figure("loss per dimension")
     values = [
         *_line(axes, rounds, "loss", "training, mean", BLUE),
@@ -45,7 +45,7 @@ def loss_figure(rounds: Sequence[Round]) -> Figure:
 
 
 def logarithmic(axes: Axes) -> None:
-    """A logarithmic scale whose ticks are plain numbers."""
+    """Give the axes a logarithmic scale whose ticks are plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
@@ -53,7 +53,7 @@ def logarithmic(axes: Axes) -> None:
 
 
 def _client_lines(axes: Axes, rounds: Sequence[Round]) -> list[float]:
-    """Draw the clients' training losses, thin and behind the means; the values drawn."""
+    """Draw the clients' training losses, thin and behind the means; return the values drawn."""
     clients: dict[str, list[tuple[int, float]]] = {}
     for number, entry in zip(_numbers(rounds), rounds, strict=True):
         for client in entry.get("clients") or ():
@@ -111,7 +111,7 @@ def overlay(
 def overlaid_figure(
     groups: Mapping[str, Sequence[Sequence[Round]]], key: str, what: str, colours: Mapping[str, str]
 ) -> Figure:
-    """`overlay` as a figure for a page."""
+    """Draw `overlay` as a figure for a page."""
     figure, axes = _figure(what)
     overlay(axes, groups, key, colours)
     logarithmic(axes)
@@ -119,12 +119,12 @@ def overlaid_figure(
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value from a record can be drawn."""
+    """Return whether a value from a record can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def varies(figure: Figure) -> bool:
-    """Whether a figure shows anything but constants: a line that is not flat, or unequal bars."""
+    """Return whether a figure shows anything but constants: a sloping line, or unequal bars."""
     for axes in figure.axes:
         height = axes.transData - axes.transAxes  # in parts of the axes' height
         for line in axes.lines:
@@ -140,7 +140,7 @@ def varies(figure: Figure) -> bool:
 
 
 def gamma_figure(rounds: Sequence[Round], clients: int | None) -> Figure:
-    """Gamma_r, the trainers of the least-covered coordinate, under the line of N clients."""
+    """Draw Gamma_r, the trainers of the least-covered coordinate, under the line of N clients."""
     figure, axes = _figure("trainers per coordinate")
     if clients is not None:
         axes.axhline(clients, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"N = {clients}")
@@ -151,7 +151,7 @@ def gamma_figure(rounds: Sequence[Round], clients: int | None) -> Figure:
 
 
 def bytes_figure(rounds: Sequence[Round]) -> Figure:
-    """Megabytes to and from the clients, with the whole network in fp32 one way as the measure."""
+    """Draw the megabytes to and from the clients, beside those of the whole network in fp32."""
     figure, axes = _figure("MB per round")
     _line(axes, rounds, "dense_bytes", "fp32, whole network, one way", INK, 1e-6, dashed=True)
     _line(axes, rounds, "bytes_up", "up, clients to server", BLUE, 1e-6)
@@ -161,7 +161,7 @@ def bytes_figure(rounds: Sequence[Round]) -> Figure:
 
 
 def rejected_figure(rounds: Sequence[Round]) -> Figure:
-    """How many updates were rejected in each round."""
+    """Draw how many updates were rejected in each round."""
     figure, axes = _figure("rejected updates")
     counts = [len(entry.get("rejected") or ()) for entry in rounds]
     axes.bar(_numbers(rounds), counts, color=RED, width=0.8)
@@ -171,7 +171,7 @@ def rejected_figure(rounds: Sequence[Round]) -> Figure:
 
 
 def to_svg(figure: Figure, label: str) -> str:
-    """The figure as an `<svg>` element for an HTML page: no namespaces, no metadata, no fonts.
+    """Return the figure as an `<svg>` element for an HTML page, without metadata or fonts.
 
     Parameters
     ----------
@@ -198,7 +198,7 @@ def _figure(what: str) -> tuple[Figure, Axes]:
 
 
 def styled(axes: Axes) -> None:
-    """Axes over rounds, with no more ink than it takes to read a value."""
+    """Return axes over rounds, with no more ink than a reader needs to read a value."""
     axes.set_xlabel("round", color=INK)
     axes.tick_params(colors=INK, which="both", length=3)
     axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.8)
@@ -216,7 +216,7 @@ def _line(
     unit: float = 1.0,
     dashed: bool = False,
 ) -> list[float]:
-    """Draw one curve if it has any value; the values drawn."""
+    """Draw one curve if it has any value, and return the values drawn."""
     values = [entry.get(key) for entry in rounds]
     points = [
         (number, value * unit)

@@ -1,4 +1,4 @@
-"""The figures that stand for a run in a table: a sweep's, and those of runs that are compared."""
+"""The figures that stand for a run in a table of a sweep, or of runs that are compared."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Scale = Literal["judged", "held out", "loss", "fact"]
-"""What has to be equal for two values to compare: the judge and what it saw, the data and the
-times that the loss is taken at, or nothing."""
+"""What has to be equal for two values to compare.
+
+This is the judge and what it saw, or the data and the times at which the loss is taken, or nothing.
+"""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: what it is called, its value in a run's results, and how it is written."""
+    """A figure: its name, its value in a run's results, and how it is written."""
 
     key: str
     title: str
@@ -30,7 +32,7 @@ def _quality(key: str) -> Callable[[Mapping[str, Any]], Any]:
 
 
 def _quality_by(judge: str, key: str) -> Callable[[Mapping[str, Any]], Any]:
-    """A figure of one of quality's `others`; None where a run was not shown to it."""
+    """Return a figure of one of quality's `others`; None if the run was not shown to that judge."""
     return lambda results: _figure((results["quality"].get("others") or {}).get(judge, {}), key)
 
 
@@ -54,7 +56,7 @@ OF_OTHERS = (("inception_score", "IS", 2), ("fid", "FID", 2), ("fid_floor", "FID
 
 
 def columns_of(results: Sequence[Mapping[str, Any]]) -> tuple[Figure, ...]:
-    """`FIGURES`, and behind them those of every further judge, named after it."""
+    """Return `FIGURES`, and after them those of every further judge, named after the judge."""
     names: dict[str, None] = {}
     for result in results:
         names |= dict.fromkeys(result["quality"].get("others") or {})

@@ -1,4 +1,4 @@
-"""Images side by side in one PNG, small ones enlarged so that a person sees them."""
+"""Images side by side in one PNG; small ones are enlarged so that a person can see them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def save_grid(
     scale: int | None = None,
     labels: Sequence[int] | None = None,
 ) -> Path:
-    """Write `grid` as a PNG, whole or not at all; the folder is made if need be.
+    """Write `grid` as a PNG, whole or not at all; make the folder if need be.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def save_grid(
 
 
 def tiles(path: Path) -> tuple[Tensor, list[int]] | None:
-    """The images of a grid that `save_grid` wrote with labels, and the labels; else None.
+    """Return the images and labels of a grid that `save_grid` wrote with labels; else None.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What a run directory says of the data, where the server has it: who holds what, some images."""
+"""What a run directory says of the data, if the server has them: who holds what, some images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_data(run_dir: Path, dataset: ImageSet, config: Config) -> None:
 
 
 def clients_of(dataset: ImageSet, config: Config) -> list[dict[str, Any]]:
-    """What each client holds: the images that it trains on, those held out, and its labels.
+    """Return what each client holds: the images that it trains on, those held out, and its labels.
 
     `labels` counts both kinds of images together, by label; it is missing without classes. `name`
     is that of the client's folder, where each client has one.
@@ -51,13 +51,13 @@ def clients_of(dataset: ImageSet, config: Config) -> list[dict[str, Any]]:
 
 
 def grid_labels(config: Config) -> list[int] | None:
-    """The classes of the images on the final grid: every class in turn; None without classes."""
+    """Return the classes of the images on the final grid: every class in turn, or None."""
     classes = class_count(config.data) if config.model.conditional else None
     return [i % classes for i in range(config.evaluation.grid)] if classes else None
 
 
 def real_images(dataset: ImageSet, config: Config) -> tuple[Tensor, list[int] | None]:
-    """As many real images as the final grid has, with their classes where the grid has classes.
+    """Return as many real images as the final grid has, with classes where the grid has classes.
 
     They are of the same classes in the same order, as far as the set has as many of each; without
     classes they are spread evenly over the set.

@@ -1,9 +1,9 @@
 """One self-contained page about a run: no scripts, no fonts, nothing fetched from anywhere.
 
-Its order is that in which a person looks: the images, how good they are, how training went, who
-took part, what is promised and given away, what it cost; the theory comes last. Whatever comes from
-the run directory is text to be escaped, client names and reasons first of all: a client chooses
-them.
+The page has the order in which a person looks at a run: the images, how good they are, how training
+went, who took part, what is promised and given away, and what the run cost; the theory comes last.
+All text from the run directory is escaped, above all client names and reasons, since a client
+chooses them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def write_report(run_dir: Path | str) -> Path:
     Raises
     ------
     ConfigError
-        It is no run directory.
+    The folder is not a run directory.
     """
     run_dir = Path(run_dir)
     page = render(read_record(run_dir))
@@ -62,7 +62,7 @@ def write_report(run_dir: Path | str) -> Path:
 
 
 def render(record: Record) -> str:
-    """The page as a string."""
+    """Return the page as a string."""
     body = "".join(
         _lenient(record, title, part)
         for title, part in (
@@ -81,16 +81,16 @@ def render(record: Record) -> str:
 
 
 def _lenient(record: Record, title: str, part: Callable[[Record], str]) -> str:
-    """A part of the page; where the record is damaged, what is wrong with it in the part's place.
+    """Return a part of the page or, where the record is damaged, a sentence about the damage.
 
     A run directory can hold anything: files that a crash cut off, that somebody edited, or that
-    another version wrote. One value costs its part of the page, and never the page or the run.
+    another version wrote. One bad value costs its part of the page, and never the page or the run.
     """
     try:
         return part(record)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-        logger.warning("the report of %s is without %s: %s", record.name, title or "its head", why)
+        logger.warning("the report of %s leaves out %s: %s", record.name, title or "its head", why)
         said = f"This part of the record is damaged and cannot be shown: {escape(why)}."
         if not title:
             return f"<header><h1>{escape(record.name)}</h1>{warning(said)}</header>\n"
@@ -98,7 +98,7 @@ def _lenient(record: Record, title: str, part: Callable[[Record], str]) -> str:
 
 
 def trained_on(record: Record) -> str:
-    """What the run was trained on, as a title: a data set's name, or that of a folder."""
+    """Return what the run was trained on, as a title: a data set's name, or that of a folder."""
     data = mapping(record.settings.get("data"))
     name, folder = str(data.get("name") or "unknown images"), data.get("dir")
     if name == "image_folder" and folder:
@@ -107,7 +107,7 @@ def trained_on(record: Record) -> str:
 
 
 def _subtitle(record: Record) -> str:
-    """How it was trained, in one line."""
+    """Return how the model was trained, in one line."""
     images, classes = record.data.get("images"), len(mapping(record.data.get("classes")))
     parts = [
         f"{number(images)} images" if images is not None else None,
@@ -148,7 +148,7 @@ def _headline(record: Record) -> str:
 
 
 def _state(record: Record) -> str:
-    """What a reader must know first: that the run is not finished, or its record is damaged."""
+    """Return what a reader must know first: that the run is not finished, or its record damaged."""
     state = ""
     if not record.results and "results.json" not in record.damaged:
         last = record.rounds[-1].get("round") if record.rounds else None

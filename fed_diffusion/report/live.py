@@ -1,4 +1,4 @@
-"""report.html while a run trains: written anew beside the training, as often as costs little."""
+"""report.html while a run trains: it is written anew beside the training, as often as is cheap."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import time
 from fed_diffusion.store.rundir import RunDir
 
 EVERY_S = 30.0
-"""Between two pages at least; the first import of matplotlib alone takes seconds."""
+"""The seconds between two pages, at least; the first import of matplotlib alone takes seconds."""
 SHARE = 0.05
-"""Of the time, at most, that goes into pages: one that takes a second is written every 20."""
+"""The share of the time, at most, that goes into pages: one of a second is written every 20 s."""
 logger = logging.getLogger(__name__)
 
 
 class LivePage:
-    """Keeps the page of a run that trains; at most one page is being written at a time."""
+    """Renews the page of a run that trains; at most one page is being written at a time."""
 
     def __init__(self, run: RunDir):
         self._run = run
@@ -24,9 +24,10 @@ class LivePage:
         self._next = time.monotonic() + EVERY_S
 
     def refresh(self) -> None:
-        """Write the page with the round that has just ended, unless one was written a moment ago.
+        """Write the page with the round that has just ended, unless a page was written a moment
+        ago.
 
-        It returns at once; training goes on meanwhile.
+        The call returns at once; training goes on meanwhile.
         """
         writing = self._thread is not None and self._thread.is_alive()
         if writing or time.monotonic() < self._next:
@@ -35,7 +36,7 @@ class LivePage:
         self._thread.start()
 
     def end(self) -> None:
-        """Wait for a page that is being written; no more are begun by this."""
+        """Wait for a page that is being written; this object begins no more of them."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

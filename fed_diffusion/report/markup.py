@@ -23,7 +23,7 @@ NONE = "–"
 
 
 def page(title: str, body: str) -> str:
-    """A whole page around the body of its `<main>`; the title is text."""
+    """Return a whole page around the body of its `<main>`; the title is text."""
     # the policy makes the browser hold the page to its promise of fetching nothing
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -36,17 +36,17 @@ def page(title: str, body: str) -> str:
 
 
 def section(title: str, body: str) -> str:
-    """A section of the page; nothing at all where its body is empty."""
+    """Return a section of the page, or nothing where its body is empty."""
     return f"<section><h2>{title}</h2>{body}</section>\n" if body else ""
 
 
 def part(title: str, body: str) -> str:
-    """A part of a section, under a heading of its own; nothing where its body is empty."""
+    """Return a part of a section under its heading, or nothing where its body is empty."""
     return f"<h3>{title}</h3>{body}" if body else ""
 
 
 def folded(summary: str, body: str) -> str:
-    """What is shown when the reader opens it; nothing where the body is empty."""
+    """Return what is shown when the reader opens it, or nothing where the body is empty."""
     return f"<details><summary>{summary}</summary>{body}</details>" if body else ""
 
 
@@ -59,10 +59,10 @@ def soft(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int] = ()) -> str:
-    """Rows of ready HTML; the columns in `text` are set as running text.
+    """Return rows of ready HTML as a table; the columns in `text` are set as running text.
 
-    A column without any value is left out, and so is a table in which nothing but its first
-    column is left.
+    A column without any value is left out, and so is a table in which only its first column would
+    be left.
     """
     rows = list(rows)
     shown = [i for i in range(len(head)) if any(row[i] not in ("", NONE) for row in rows)]
@@ -78,7 +78,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int
 
 
 def scrolled(label: str, body: str, kind: str = "") -> str:
-    """A box that scrolls by itself, by keyboard too: the page is never wider than a phone."""
+    """Return a box that scrolls by itself, by keyboard too: the page is never wider than a
+    phone.
+    """
     name = escape(re.sub("<[^>]*>", "", label))
     kinds = f"wide {kind}".strip()
     return f'<div class="{kinds}" role="group" aria-label="{name}" tabindex="0">{body}</div>'
@@ -90,14 +92,14 @@ def more(total: int) -> str:
 
 
 def plot(figure: Figure, label: str) -> str:
-    """A figure as SVG; nothing where all that it would show is constant or a single point."""
+    """Return a figure as SVG, or nothing where it would show only a constant or a single point."""
     if not varies(figure):
         return ""
     return f"<figure>{scrolled(f'figure: {label}', to_svg(figure, label))}</figure>"
 
 
 def png(source: Path | bytes, what: str) -> str:
-    """A PNG as an `<img>` that holds it.
+    """Return a PNG as an `<img>` that holds its bytes.
 
     Raises
     ------
@@ -110,7 +112,7 @@ def png(source: Path | bytes, what: str) -> str:
 
 
 def spread(items: list[Any], most: int) -> list[Any]:
-    """At most `most` items, evenly spread, the first and the last among them."""
+    """Return at most `most` items, evenly spread, the first and the last among them."""
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
@@ -137,7 +139,7 @@ def plain(value: Any) -> str:
 
 
 def number(value: Any) -> str:
-    """An integer with separators, a float to four digits; a dash for null and NaN."""
+    """Return an integer with separators, a float to four digits, and a dash for null and NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return plain(value)
     if isinstance(value, int):
@@ -146,7 +148,7 @@ def number(value: Any) -> str:
 
 
 def pair(value: Any, between: str) -> str:
-    """A number, or several of them."""
+    """Return a number, or several of them, as text."""
     numbers = value if isinstance(value, list) else [value]
     return between.join(map(number, numbers)) or NONE
 

@@ -1,4 +1,4 @@
-"""How good the generated images are, what the model may give away, and what is promised of it."""
+"""How good the generated images are, what the model may give away, and what is promised."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STATED = JUDGE | {
 
 
 def quality_section(record: Record) -> str:
-    """The figures that the run itself ended with, and what they depend on."""
+    """Return the figures that the run itself ended with, and what they depend on."""
     quality = mapping(record.results.get("quality"))
     if not quality:
         said = "No quality figures." if record.results else "Quality is measured at the end."
@@ -70,7 +70,7 @@ def quality_section(record: Record) -> str:
 
 
 def _figures(found: Mapping[str, Any]) -> str:
-    """The table of one judge's figures with their intervals, or why there is none."""
+    """Return the table of one judge's figures with their intervals, or why there is none."""
     because = found.get("extractor_because")
     note = f"<p>Why this extractor: {plain(because)}.</p>" if because else ""
     if why := found.get("why"):
@@ -107,7 +107,7 @@ def _stated(found: Mapping[str, Any], labels: Mapping[str, str], *more: tuple[st
 
 
 def privacy_section(record: Record) -> str:
-    """What leaves a client, what is promised, and whether images are copied."""
+    """Return what leaves a client, what is promised, and whether images are copied."""
     parts = (
         part("What leaves a client", _leaves(record)),
         part("What is promised", _promised(record)),
@@ -121,8 +121,9 @@ def _leaves(record: Record) -> str:
     what = "what training changed in the network" if differences else "the network as it trained it"
     text = (
         f"A client sends no image to the server. It sends {what}, and a few numbers about that: "
-        "its losses, how many images it trained on, and how long it took. The server sees what "
-        "each client sends, and whoever sees that can learn something about the images behind it."
+        "its losses, how many images it trained on, and how long it took. The server sees "
+        "what each client sends, and anyone who sees that can learn something about the images "
+        "behind it."
     )
     if record.data:
         text += (
@@ -146,7 +147,7 @@ def _promised(record: Record) -> str:
 
 
 def _in_words(found: Mapping[str, Any]) -> str:
-    """The guarantee for a reader who does not know what epsilon is."""
+    """Return the guarantee for a reader who does not know what epsilon is."""
     epsilon, delta = found.get("epsilon"), found.get("delta")
     if not is_number(epsilon):
         return "The noise is too small for any guarantee: ε is not finite."
@@ -180,7 +181,7 @@ def _guarantee(found: Mapping[str, Any]) -> str:
 
 
 def _copies(record: Record) -> str:
-    """Whether generated images are nearer to training images than held-out ones, and to whose."""
+    """Return whether generated images are nearer to training images than held-out ones are."""
     quality = mapping(record.results.get("quality"))
     found = mapping(quality.get("memorisation"))
     why = found.get("why") or (None if found else quality.get("why"))

@@ -22,7 +22,7 @@ _ROUND = re.compile(r"round-(\d+)\.png")
 
 @dataclass(frozen=True)
 class Record:
-    """The contents of a run directory, as far as they are there.
+    """The contents of a run directory, as far as they exist.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ class Record:
     damaged: list[str] = field(default_factory=list)
 
     def fact(self, key: str) -> Any:
-        """A value of the results, else of the settings, else None."""
+        """Return a value of the results, else of the settings, else None."""
         return self.results.get(key, self.settings.get(key))
 
 
@@ -78,13 +78,13 @@ def read_record(run_dir: Path) -> Record:
     Raises
     ------
     ConfigError
-        It is not one: it does not exist, or has no config.yaml, or one that cannot be read.
+    The folder does not exist, or has no config.yaml, or one that cannot be read.
     """
     source = run_dir / "config.yaml"
     if not source.is_file():
         raise ConfigError(
             f"{run_dir} is not a run directory: it has no config.yaml. Give the directory that "
-            "a run named in its last line."
+            "fed-diffusion run printed as its last line."
         )
     settings = read_yaml(source, "configuration")
     try:
@@ -140,7 +140,9 @@ def _read_rounds(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _kinds(record: type) -> dict[str, type | tuple[type, ...]]:
-    """What JSON holds for each field of a record; a field that may be anything is left out."""
+    """Return what JSON holds for each field of a record; a field that may be anything is left
+    out.
+    """
     kinds: dict[str, type | tuple[type, ...]] = {}
     for name, hint in get_type_hints(record).items():
         members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
@@ -154,27 +156,27 @@ def _kinds(record: type) -> dict[str, type | tuple[type, ...]]:
 
 _ROUND_KINDS = _kinds(RoundSummary)
 _DRAWN_KINDS = {"w2": _kinds(ClientRound)["w2"]}
-"""The value of a client that goes into a figure; the others are shown as they are."""
+"""A client's value that goes into a figure; its other values are shown as they are."""
 
 
 def _checked(entry: Any) -> dict[str, Any]:
-    """A line of metrics.jsonl of which every value, where there is one, is of its kind.
+    """Return a line of metrics.jsonl if each of its values is of the right kind.
 
     Raises
     ------
     ValueError
-        It is no such line.
+    A value is of another kind, or the round is missing.
     """
     if not isinstance(entry, dict) or type(entry.get("round")) is not int:
-        raise ValueError("it has no round")
+        raise ValueError("the line has no round")
     _check_kinds(entry, _ROUND_KINDS)
     for client in entry.get("clients") or []:
         if not isinstance(client, dict):
-            raise ValueError("a client is no mapping")
+            raise ValueError("a client is not a mapping")
         _check_kinds(client, _DRAWN_KINDS)
     for trainers, coordinates in (entry.get("coverage") or {}).items():
         if not trainers.isdecimal() or type(coordinates) is not int:
-            raise ValueError("coverage does not count")
+            raise ValueError("coverage does not hold counts")
     return entry
 
 

@@ -1,4 +1,4 @@
-"""The first thing on the page: what the model draws, beside real images, class by class."""
+"""The first part of the page: what the model draws, beside real images, class by class."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ IN_A_ROW = 6
 MOST_GRIDS = 12
 
 Drawn = tuple[Tensor, list[int]]
-"""Images and their classes."""
+"""Images with their classes."""
 
 
 def samples_section(record: Record) -> str:
-    """Generated images beside real ones, and the same noise round by round."""
+    """Return generated images beside real ones, and the same noise round by round."""
     return section("Samples", _beside(record) + _timeline(record))
 
 
@@ -53,7 +53,7 @@ def _beside(record: Record) -> str:
 
 
 def class_names(record: Record) -> list[str]:
-    """The names of the classes by label, as far as the run directory has them."""
+    """Return the names of the classes by label, as far as the run directory has them."""
     counted = mapping(record.data.get("classes"))
     named = mapping(record.settings.get("data")).get("class_names")
     names = list(counted) or (named if isinstance(named, list) else [])
@@ -86,7 +86,7 @@ def _row(label: int, name: str, generated: Drawn, real: Drawn | None) -> str:
 
 
 def _first(few: int, drawn: Drawn) -> Drawn:
-    """The first few images of each class."""
+    """Return the first few images of each class."""
     images, labels = drawn
     kept = [i for i, label in enumerate(labels) if labels[:i].count(label) < few]
     return images[kept], [labels[i] for i in kept]

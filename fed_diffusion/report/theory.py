@@ -46,7 +46,7 @@ TERMS = {
     "kappa_d_T": "steps, κ d T",
     "prior": "prior, (d + M₂) e^(–2T)",
 }
-"""The terms of Theorem 4.11 as they are drawn; C_1 is not known of a run and left out."""
+"""The terms of Theorem 4.11 as they are drawn; C_1 is unknown for a run, and left out."""
 NAMES = {
     "F": "F(θ₀) / (Z d)",
     "Fn": "Fₙ(θ₀) / (Z d), largest worker's",
@@ -57,11 +57,11 @@ NAMES = {
     "L_secant": "L, secant between rounds",
 }
 MOST_WORKERS = 40
-"""Whose w² is drawn."""
+"""The number of workers whose w² is drawn."""
 
 
 def theory_section(record: Record) -> str:
-    """What the theory says of a run, folded: Γ, the bound and its terms, w², Lemma 4.6."""
+    """Return what the theory says of a run, folded: Γ, the bound and its terms, w², Lemma 4.6."""
     summary = "How many clients trained each parameter, and what Theorem 4.11 says of that"
     return section("Theory", folded(summary, _gamma(record) + part("The bound", _bound(record))))
 
@@ -112,7 +112,7 @@ def _bound(record: Record) -> str:
 
 
 def _said(found: Mapping[str, Any], proved: Mapping[str, Any], printed: Mapping[str, Any]) -> str:
-    """The bound in words, and what dominates it."""
+    """Return the bound in words, and what dominates it."""
     text = (
         f"Theorem 4.11 bounds KL(q<sub>δ</sub> ‖ p) by {number(proved.get('total'))} nats as "
         f"proved{_between(proved)}, {number(printed.get('total'))} as printed"
@@ -127,14 +127,14 @@ def _said(found: Mapping[str, Any], proved: Mapping[str, Any], printed: Mapping[
 
 
 def _between(bound: Mapping[str, Any]) -> str:
-    """The interval that those of the estimates imply."""
+    """Return the interval that those of the estimates imply."""
     if bound.get("low") is None or bound.get("high") is None:
         return ""
     return f" ({number(bound['low'])} to {number(bound['high'])} by the estimates' 95 % intervals)"
 
 
 def _masks(record: Record) -> str:
-    """Coverage, w² and what they make together; what is known of every run."""
+    """Return coverage, w² and what they make together, which are known for every run."""
     rounds = record.rounds
     drawn = ""
     if any(entry.get("coverage") for entry in rounds):
@@ -145,7 +145,7 @@ def _masks(record: Record) -> str:
 
 
 def _last_w2(rounds: Sequence[Round]) -> str:
-    """w² of each worker in the last round, where it hardly moves."""
+    """Return w² of each worker in the last round, for a run in which w² hardly moves."""
     clients = mappings(rounds[-1].get("clients"))
     rows = [(plain(client.get("client")), number(client.get("w2"))) for client in clients]
     if len({w2 for _, w2 in rows}) == 1:
@@ -200,7 +200,7 @@ def _unanswered(found: Mapping[str, Any]) -> str:
 
 
 def _lemma(found: Mapping[str, Any]) -> str:
-    """Lemma 4.6: both sides, the left one as it was measured."""
+    """Return Lemma 4.6: both sides, the left one as it was measured."""
     lemma = mapping(found.get("lemma_4_6"))
     if lemma.get("rounds") and lemma.get("right") is not None:
         allows = (
@@ -220,7 +220,7 @@ def _lemma(found: Mapping[str, Any]) -> str:
 
 
 def _points(lemma: Mapping[str, Any]) -> list[tuple[list[Any], float | None]]:
-    """[round, ||grad F||²] and half its interval, of a record of any age."""
+    """Return [round, ||grad F||²] and half its interval, for a record of any age."""
     left = [point for point in lemma.get("left") or [] if isinstance(point, list)]
     known = [point for point in left if len(point) >= 2 and point[1] is not None]
     return [(point[:2], point[2] if len(point) > 2 else None) for point in known]
@@ -239,7 +239,7 @@ def _conditions(found: Mapping[str, Any]) -> str:
 
 
 def _images(found: Mapping[str, Any]) -> str:
-    """Which images the bound is about, and which the run sampled."""
+    """Return which images the bound is about, and which images the run sampled."""
     images = mapping(found.get("images"))
     if not images:
         return ""
@@ -258,7 +258,7 @@ def _images(found: Mapping[str, Any]) -> str:
 
 
 def terms_figure(terms: Mapping[str, Any]) -> Figure:
-    """The terms of the bound in nats, a bar each on a logarithmic scale; zeros have none."""
+    """Draw the terms of the bound in nats, a bar each on a logarithmic scale; zeros have no bar."""
     known = {TERMS[name]: v for name, v in terms.items() if name in TERMS and v}
     figure = Figure(figsize=(7.2, 0.6 + 0.27 * max(len(known), 1)), layout="constrained")
     axes = _axes(figure, "nats", "")
@@ -270,7 +270,7 @@ def terms_figure(terms: Mapping[str, Any]) -> Figure:
 
 
 def coverage_figure(rounds: Sequence[Round]) -> Figure:
-    """The share of the coordinates by how many workers trained them; the round of least Gamma."""
+    """Draw the share of the coordinates by how many workers trained them, for the worst round."""
     known = [entry for entry in rounds if entry.get("coverage")]
     least = min(known, key=lambda entry: entry.get("gamma") or 0)
     counts = {int(count): int(coordinates) for count, coordinates in least["coverage"].items()}
@@ -284,7 +284,7 @@ def coverage_figure(rounds: Sequence[Round]) -> Figure:
 
 
 def w2_figure(rounds: Sequence[Round]) -> Figure:
-    """w² of every worker under a mask, and w² N / Gamma, over the rounds."""
+    """Draw w² of every worker under a mask, and w² N / Gamma, over the rounds."""
     workers: dict[str, list[tuple[int, float]]] = {}
     for entry in rounds:
         for client in mappings(entry.get("clients")):
@@ -313,9 +313,9 @@ def w2_figure(rounds: Sequence[Round]) -> Figure:
 
 
 def gradient_figure(found: Mapping[str, Any]) -> Figure:
-    """||grad F||² as it was measured, with its interval, and the right side of Lemma 4.6.
+    """Draw ||grad F||² as it was measured, with its interval, and the right side of Lemma 4.6.
 
-    The axis is logarithmic away from 0, and shows what noise has brought below it.
+    The axis is logarithmic away from 0, and shows what noise has brought below 0.
     """
     lemma = mapping(found.get("lemma_4_6"))
     figure = Figure(figsize=(7.2, 2.5), layout="constrained")
@@ -346,7 +346,7 @@ def _axes(figure: Figure, x: str, y: str) -> Axes:
 
 
 def moves_figure(moves: Mapping[str, Sequence[Row]]) -> Figure:
-    """The bound in nats against each argument, a panel each; infinite values are left out."""
+    """Draw the bound in nats against each argument, a panel each; infinite values are left out."""
     figure = Figure(figsize=(3.2 * len(moves), 2.9), layout="constrained")
     for axes, (name, rows) in zip(
         figure.subplots(1, len(moves), squeeze=False)[0], moves.items(), strict=True

@@ -1,4 +1,4 @@
-"""Who is told how a run goes, beside the run directory: a table, or trackers of the user's own."""
+"""What is told how a run goes, beside the run directory: a table, or trackers of the user's own."""
 
 from __future__ import annotations
 
@@ -22,51 +22,57 @@ from fed_diffusion.store.ledger import RoundSummary
 
 KEY = "trackers"
 BATCH, MOST = 50, 500
-"""Settings that MLflow takes at once, and characters of one: its limits are 100 and 500 or more."""
+"""The settings that MLflow takes at once, and the characters of one.
+
+MLflow's limits are 100 and at least 500.
+"""
 Line = Mapping[str, Any]
-"""A line of metrics.jsonl: `RoundSummary.to_dict()`."""
+"""A line of metrics.jsonl, as `RoundSummary.to_dict()` makes it."""
 logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """What trackers names: a class that is made with the configuration and told how a run goes.
+    """What the setting trackers names: a class that is made with the configuration and told of the
+    run.
 
-    All of it happens in the one process that writes the run directory, between the rounds. A
-    tracker that raises is told nothing more, with a warning; the run goes on without it.
+    All calls come from the one process that writes the run directory, between the rounds. If a
+    tracker raises, it is told nothing more, and a warning says so; the run goes on without it.
     """
 
     def begin(self, run: Path, lines: Sequence[Line], /) -> None:
-        """Training begins. Nothing is opened before this call.
+        """Open what is needed, since training begins; nothing is opened before this call.
 
         Parameters
         ----------
         run
             The run directory.
         lines
-            Those of the rounds that are done already, where a run goes on. Rounds that were told
-            before and are not among them are done again.
+            The lines of the rounds that are done already, where a run goes on. Rounds that the
+            tracker was told of before, and that are not among these, are done again.
 
         Raises
         ------
         Exception
-            Whatever it raises here refuses the run, before any compute.
+            An exception that is raised here refuses the run, before any compute.
         """
 
     def round(self, line: Line, /) -> None:
-        """A round is done: its line of metrics.jsonl."""
+        """Take the line of metrics.jsonl of a round that is done."""
 
     def images(self, round: int, images: Tensor, /) -> None:
-        """Generated images after this round: uint8 [n, C, H, W] on the CPU."""
+        """Take images generated after this round: uint8 [n, C, H, W] on the CPU."""
 
     def end(self, results: Mapping[str, Any] | None, /) -> None:
-        """The run is over: what results.json holds, or None where it ended early.
+        """Take what results.json holds at the end of the run, or None if the run ended early.
 
-        It is called once for each `begin`, also when the run is interrupted.
+        This method is called once for each `begin`, also when the run is interrupted.
         """
 
 
 class Csv:
-    """The tracker `csv`: the numbers of each round as a row of rounds.csv in the run directory."""
+    """The tracker `csv` writes the numbers of each round as a row of rounds.csv in the run
+    directory.
+    """
 
     COLUMNS = tuple(
         field.name
@@ -87,10 +93,10 @@ class Csv:
         append_line(self._path, self._values(line))
 
     def images(self, round: int, images: Tensor) -> None:
-        """A table has no place for them."""
+        """Ignore images: a table has no place for them."""
 
     def end(self, results: Mapping[str, Any] | None) -> None:
-        """Every row is on disk already."""
+        """Do nothing: every row is on disk already."""
 
     def _values(self, line: Line) -> str:
         return _row(["" if line[name] is None else line[name] for name in self.COLUMNS])
@@ -103,7 +109,7 @@ def _row(values: Sequence[Any]) -> str:
 
 
 class TensorBoard:
-    """The tracker `tensorboard`: curves and images, for `tensorboard --logdir RUN`."""
+    """The tracker `tensorboard` writes curves and images, for `tensorboard --logdir RUN`."""
 
     def __init__(self, config: Config):
         self._writer: Any = None
@@ -131,9 +137,9 @@ class TensorBoard:
 
 
 class MLflow:
-    """The tracker `mlflow`: one MLflow run for each run directory, resumed with it.
+    """The tracker `mlflow` writes one MLflow run for each run directory, and resumes that with it.
 
-    Where it is kept is MLflow's own setting, MLFLOW_TRACKING_URI; the experiment is called
+    MLflow's setting MLFLOW_TRACKING_URI says where the run is kept; the experiment is called
     fed-diffusion unless MLFLOW_EXPERIMENT_NAME says otherwise.
     """
 
@@ -171,13 +177,13 @@ class MLflow:
 
 
 def numbers_of(line: Line) -> dict[str, float]:
-    """The columns of a round that are numbers, without its own."""
+    """Return the columns of a round that are numbers, except the round's number."""
     found = {name: line[name] for name in Csv.COLUMNS if name != "round"}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def figures_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """The quality figures of a finished run that are numbers."""
+    """Return the quality figures of a finished run that are numbers."""
     names = ("fid", "fid_floor", "kid", "precision", "recall")
     quality = results["quality"]
     return {name: float(quality[name]) for name in names if quality[name] is not None}
@@ -197,7 +203,7 @@ TRACKERS: dict[str, Callable[[Config], Tracker]] = {
     "mlflow": MLflow,
 }
 EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
-"""Trackers that need a package beside ours -> the package, which is also the name of the extra."""
+"""Each tracker that needs another package -> that package, which is also the extra's name."""
 
 
 def check_trackers(config: Config) -> None:
@@ -212,12 +218,12 @@ def check_trackers(config: Config) -> None:
 
 
 class Trackers:
-    """All trackers of a run, each kept from ending it.
+    """All trackers of a run; an error in one of them does not end the run.
 
     Raises
     ------
     ConfigError
-        One of them cannot be found or made.
+    A tracker cannot be found or made.
     """
 
     def __init__(self, config: Config):
@@ -229,7 +235,7 @@ class Trackers:
         self._begun = False
 
     def begin(self, run: Path, lines: Sequence[Line]) -> None:
-        """See `Tracker.begin`; what goes wrong is a `ConfigError`."""
+        """Call `Tracker.begin` of each tracker; an error in one is raised as a `ConfigError`."""
         self._begun = True
         for name, tracker in self._all.items():
             with blamed(KEY, name):
@@ -242,7 +248,7 @@ class Trackers:
         self._tell("images", round, images)
 
     def end(self, results: Mapping[str, Any] | None = None) -> None:
-        """Once for each `begin`; later calls do nothing."""
+        """Call `end` of each tracker once for each `begin`; later calls do nothing."""
         if self._begun:
             self._begun = False
             self._tell("end", results)
@@ -254,4 +260,6 @@ class Trackers:
                     getattr(tracker, what)(*news)
             except ConfigError as error:
                 del self._all[name]
-                logger.warning("%s It is told nothing more of this run, which goes on.", error)
+                logger.warning(
+                    "%s The tracker is told nothing more of this run, which goes on.", error
+                )

@@ -37,12 +37,13 @@ class BelowQuorum(RuntimeError):
 
 
 class Coordinator:
-    """Holds theta; hands out tasks, takes updates in any order, closes rounds by equation (8).
+    """The coordinator holds theta, hands out tasks, takes updates and closes rounds by equation
+    (8).
 
     Parameters
     ----------
     config
-        The run.
+        The settings of the run.
     theta
         theta_0 by name, float32 on the CPU; copied.
 
@@ -81,14 +82,14 @@ class Coordinator:
     # --- what a checkpoint holds ----------------------------------------------------------------
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds, by file."""
+        """Return what a checkpoint holds, by file."""
         measured = self.diagnostics.tensors()
         groups = {"theta": self.theta, "ema": self.ema} | grouped(self.moments)
         groups |= self.flights.tensors() | self.step.tensors()
         return groups | ({"diagnostic": measured} if measured else {})
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs beside the tensors."""
+        """Return what `restore` needs beside the tensors."""
         strikes, norms = self.participation.state(), self.norms.recent
         known = {"round": self.round, "strikes": strikes, "norms": norms, "clock": self.clock}
         return known | self.flights.state()
@@ -101,7 +102,7 @@ class Coordinator:
         Raises
         ------
         ValueError
-            Its tensors are not this model's.
+            The checkpoint's tensors are not this model's.
         """
         self.theta, self.ema = (_as(self.theta, tensors[name]) for name in ("theta", "ema"))
         self.moments = _as(self.moments, ungrouped(tensors))
@@ -124,7 +125,7 @@ class Coordinator:
         return self.policy.quorum(len(self.participation.eligible()))
 
     def participants(self, round: int, available: Collection[int] | None = None) -> list[int]:
-        """The clients that get a task now, of those that can be reached; None means all."""
+        """Return the clients that get a task now, of those that can be reached; None means all."""
         eligible = self.participation.eligible()
         here = [client for client in eligible if available is None or client in available]
         free = self.flights.free(here, self.round)
@@ -155,7 +156,7 @@ class Coordinator:
             yield task
 
     def again(self, client: int) -> Task:
-        """A task that is out, made anew from the theta it began on."""
+        """Return a task that is out, made anew from the theta that it began on."""
         versions, began = self.flights.versions, self.flights.out[client].round
         assert versions is not None
         theta, moments = parted(versions[began])
@@ -199,13 +200,13 @@ class Coordinator:
     ) -> None:
         """Note that a client's update does not count, why, and whose fault it is.
 
-        A node's fault counts against the client once the round is closed: it fails where others
-        do not. Where nobody's update counts, the fault may well be ours.
+        A node's fault counts against the client once the round is closed, if other clients' updates
+        counted. If no client's update counted, the fault may well be the server's.
 
         Parameters
         ----------
         nbytes
-            So many bytes of the update came.
+            How many bytes of the update came.
         """
         state = self._state()
         state.failed += [client] if fault == "node" and client in self.flights.out else []
@@ -221,7 +222,7 @@ class Coordinator:
         return self.open is not None and self.open.enough()
 
     def waiting(self) -> list[int]:
-        """Clients that have a task and have not been heard of."""
+        """Return clients that have a task and have not been heard of."""
         return sorted(self.flights.out)
 
     def unsent(self) -> list[int]:
@@ -231,16 +232,16 @@ class Coordinator:
     # --- the end of a round ---------------------------------------------------------------------
 
     def close_round(self) -> RoundSummary:
-        """Equation (8), the server's step and the moving average.
+        """Close the round by equation (8), the server's step and the moving average.
 
-        The round counts as done even if some failed.
+        The round counts as done even if some clients failed.
 
         Raises
         ------
         BelowQuorum
             Too few updates counted; theta is as it was, and the round can be tried again.
         Diverged
-            As before, but because training diverges: to try again would bring the same.
+            Too few updates counted because training diverges; another try would end the same way.
         """
         state, round = self._state(), self.round + 1
         self.open = None
@@ -273,7 +274,9 @@ class Coordinator:
 
 
 def _as(model: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Stored tensors in the model's order, which random masks follow; a file keeps its own."""
+    """Return stored tensors in the model's order, which random masks follow; a file has another
+    one.
+    """
     shapes, theirs = ({n: tuple(v.shape) for n, v in it.items()} for it in (model, stored))
     if shapes != theirs:
         raise ValueError("the checkpoint's tensors are not those of the configured model")

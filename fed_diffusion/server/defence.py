@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 def warn_of_undefended(
     config: Config, parameters: Mapping[str, Tensor], layout: Layout | None
 ) -> None:
-    """Say how much of the network one lying client decides on, if any.
+    """Warn how much of the network one lying client decides on, if any.
 
     Parameters
     ----------
     config
-        Of a run whose round.aggregation is one of `ROBUST`.
+        The settings of a run whose round.aggregation is one of `ROBUST`.
     parameters
         The network's parameters by name; only their shapes count.
     """
@@ -49,9 +49,9 @@ def warn_of_undefended(
 def undefended_share(
     config: Config, parameters: Mapping[str, Tensor], layout: Layout | None
 ) -> tuple[float, int]:
-    """The part of the coordinates that one or two clients of a first round train, and its clients.
+    """Return the part of the coordinates with one or two trainers in round 1, and its clients.
 
-    The masks are those of round 1 on values drawn at random. Where the nodes say their keep ratios
+    The masks are those of round 1 on values drawn at random. Where the nodes say their keep ratios,
     nothing is known yet, and the part is 0.
     """
     known = known_ratios(config)

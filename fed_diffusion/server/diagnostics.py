@@ -60,14 +60,14 @@ from fed_diffusion.theory.estimates import (
 )
 
 PRODUCTS = 3
-"""Hessian products behind a curvature."""
+"""The number of Hessian products behind a curvature."""
 MOST_WORKERS = 32
-"""Asked in one round: their sketches are the server's memory, whatever the number of clients."""
+"""The number of workers that are asked in one round, since their sketches fill server memory."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One worker's measurements, checked; on the scale of the simple loss.
+    """One worker's measurements, checked, on the scale of the simple loss.
 
     Attributes
     ----------
@@ -93,16 +93,16 @@ class _Open:
 
     round: int
     theta: Tensor
-    """Sketched."""
+    """The sketch of theta_r."""
     asked: dict[int, int]
-    """client -> Hessian products."""
+    """Client -> the number of Hessian products that it was asked for."""
     answers: dict[int, Answer] = field(default_factory=dict)
     unanswered: dict[int, str] = field(default_factory=dict)
-    """client -> why it could not measure, or not everything."""
+    """Client -> why it could not measure, or not everything."""
 
 
 class Diagnostics:
-    """Asks in diagnostic rounds, and makes estimates of the answers.
+    """Diagnostics ask workers in diagnostic rounds, and make estimates of the answers.
 
     Between rounds it keeps the last sketches, for the secant estimate of L.
     """
@@ -113,7 +113,9 @@ class Diagnostics:
         self._d = math.prod(image_shape(config.data))
         self._open: _Open | None = None
         self._last: tuple[Tensor, dict[int, Tensor]] | None = None
-        """Sketches of theta, and of each worker's gradients at it."""
+        """The sketch of theta at the last diagnostic round, and of each worker's gradients at
+        it.
+        """
 
     def open(self, round: int, theta: Mapping[str, Tensor], whole: Iterable[int]) -> None:
         """Begin a round at theta_r; `whole` are its workers that hold the whole network."""
@@ -127,7 +129,7 @@ class Diagnostics:
         self._open = _Open(round, self._sketch(theta.values()), asked)
 
     def question(self, client: int) -> Numbers:
-        """What a task asks of its client beside training."""
+        """Return what a task asks of its client beside training."""
         if self._open is None or client not in self._open.asked:
             return {}
         numbers: Numbers = {ASKED: MOST_MINIBATCHES, TOGETHER: len(self._open.asked)}
@@ -136,7 +138,8 @@ class Diagnostics:
         return numbers
 
     def split(self, update: Update) -> tuple[dict[str, Packed], Answer | None]:
-        """The update's tensors without the client's answer, and the answer or why there is none.
+        """Return the update's tensors without the client's answer, and the answer or why there is
+        none.
 
         Raises
         ------
@@ -159,7 +162,8 @@ class Diagnostics:
             self._open.answers[client] = answer
 
     def close(self) -> dict[str, Any] | None:
-        """The round's estimates on the scale of the simple loss; None where nobody was asked.
+        """Return the round's estimates on the scale of the simple loss; None where nobody was
+        asked.
 
         sigma_1 and the gradient are of the mean over the workers that answered, sigma_2 and F_n of
         the worker where it is largest. `squares` and `distances` (of each worker) are before the
@@ -206,7 +210,9 @@ class Diagnostics:
     def _squares(
         self, gradients: Mapping[int, Tensor]
     ) -> tuple[dict[str, Estimate], dict[int, Estimate]]:
-        """sigma_1^2, sigma_2^2 (means over workers) and ||grad F||^2; and each one's sigma_2^2."""
+        """Return sigma_1^2, sigma_2^2 (means over workers) and ||grad F||^2, and each one's
+        sigma_2^2.
+        """
         stacked = list(gradients.values())
         squares = {"sigma1": gradient_variance(stacked), "gradient": gradient_norm(stacked)}
         if len(stacked) > 1:
@@ -219,7 +225,8 @@ class Diagnostics:
         )
 
     def _secant(self, theta: Tensor, gradients: Mapping[int, Tensor]) -> Estimate | None:
-        """Over the way since the last diagnostic round, by the workers that answered both times.
+        """Return the secant estimate since the last diagnostic round, by workers that answered
+        both.
 
         The distance is the sketches', with a standard error of 1 / sqrt(2 k): 2 %.
         """
@@ -235,21 +242,21 @@ class Diagnostics:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it."""
+        """Return what a checkpoint holds of the diagnostics."""
         if self._last is None:
             return {}
         theta, gradients = self._last
         return {"theta": theta} | {str(client): part for client, part in gradients.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `tensors`."""
+        """Undo `tensors`."""
         parts = dict(tensors)
         theta = parts.pop("theta", None)
         self._last = None if theta is None else (theta, {int(c): part for c, part in parts.items()})
 
 
 def _usual(state: _Open) -> dict[int, Answer]:
-    """The answers but for those whose loss is an outlier, as in the round's own loss."""
+    """Return the answers without those whose loss is an outlier, as in the round's own loss."""
     answers = dict(sorted(state.answers.items()))
     if not answers:
         return {}
@@ -264,7 +271,9 @@ def _usual(state: _Open) -> dict[int, Answer]:
 
 
 def _largest_loss(answers: Mapping[int, Answer]) -> Estimate:
-    """The largest F_n; workers share the spread of a minibatch's loss, which two tell little of."""
+    """Return the largest F_n; workers share the spread of a minibatch's loss, of which two tell
+    little.
+    """
     every = answers.values()
     counts = [len(answer.gradients) for answer in every]
     variances = [answer.loss_error**2 * len(answer.gradients) for answer in every]
@@ -272,7 +281,7 @@ def _largest_loss(answers: Mapping[int, Answer]) -> Estimate:
 
 
 def _reason(packed: Packed) -> str:
-    """Why a worker could not measure, as text for the record."""
+    """Return why a worker could not measure, as text for the record."""
     if packed.dtype != "uint8" or len(packed.data) > 4 * MOST_LETTERS:
         raise UpdateError(
             f"{FAILED} is {packed.dtype} of {len(packed.data)} bytes, not a text of at most "

@@ -1,4 +1,4 @@
-"""What a training that has diverged looks like, and a round's loss that no single client owns."""
+"""How training that has diverged shows, and a round's loss that no single client decides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fed_diffusion.store.ledger import ClientRound
 
 OUTLIER = 10.0
-"""A client's loss above so many times the round's median is left out of the round's."""
+"""A client's loss above so many times the round's median is left out of the round's loss."""
 WORSE = 3.0
 """A round's loss so many times the lowest so far is worth a warning."""
 logger = logging.getLogger(__name__)
@@ -36,14 +36,14 @@ class Diverged(RuntimeError):
 
 
 def warn_if_worse(now: Iterable[float], before: Iterable[float], round: int, eta: float) -> bool:
-    """Say it where training undoes what was reached; returns whether it does.
+    """Warn where training undoes what was reached, and return whether it does.
 
     Parameters
     ----------
     now
         The round's loss, and held-out loss of the theta that it began with, if any.
     before
-        Those of earlier rounds.
+        The losses and held-out losses of earlier rounds.
     """
     figures = list(now)
     highest, lowest = max(figures), min([*figures, *before])
@@ -58,10 +58,10 @@ def warn_if_worse(now: Iterable[float], before: Iterable[float], round: int, eta
 
 
 def usual_mean(losses: Mapping[int, float], round: int, what: str) -> tuple[float, list[int]]:
-    """The mean of the clients' losses but for outliers, and whose losses these are.
+    """Return the mean of the clients' losses without outliers, and the clients of the outliers.
 
-    Outliers are above `OUTLIER` times the median (the lower one of two in the middle): what one
-    client says of itself cannot be checked, and a mean over all would be whatever it likes.
+    Outliers are above `OUTLIER` times the median (the lower one of two in the middle). What a
+    client says of itself cannot be checked, and a single lie could make a mean over all arbitrary.
     """
     limit = OUTLIER * statistics.median_low(losses.values())
     outliers = sorted(client for client, loss in losses.items() if loss > limit)
@@ -78,10 +78,10 @@ def usual_mean(losses: Mapping[int, float], round: int, what: str) -> tuple[floa
 def round_losses(
     clients: list[ClientRound], round: int
 ) -> tuple[float | None, float | None, list[int]]:
-    """A round's loss and held-out loss, and the clients whose losses are left out of them.
+    """Return a round's loss and held-out loss, and the clients whose losses are left out of them.
 
-    None without any. Only workers with the whole network measure theta_r itself on their held-out
-    images.
+    Both are None without any. Only workers with the whole network measure theta_r itself on their
+    held-out images.
     """
     whole = {c.client: c.holdout_loss for c in clients if c.kind == "full"}
     held_out = {client: loss for client, loss in whole.items() if loss is not None}
@@ -95,7 +95,7 @@ def round_losses(
 
 
 def check_divergence(eta: float, now: float, round: int, needed: int, state: OpenRound) -> None:
-    """Raise `Diverged` where that, and not who is away or lies, keeps a round from its quorum.
+    """Raise `Diverged` where divergence, not absence or lies, keeps a round from its quorum.
 
     Parameters
     ----------

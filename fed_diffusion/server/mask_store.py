@@ -15,13 +15,13 @@ from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.wire import decode_bits, encode_bits
 
 MASK_BYTES = 64 << 20
-"""Masks of a round that stay packed until their updates come, whatever the number of clients."""
+"""The bytes of packed masks that a round keeps until their updates come, at most."""
 
 Bits = dict[str, Packed]
 
 
 class MaskStore:
-    """What the server does with masks in one round: all of it is here.
+    """The masks of one round on the server; everything that the server does with masks is here.
 
     Parameters
     ----------
@@ -49,10 +49,10 @@ class MaskStore:
         self._outlived = outlived
         self._room = MASK_BYTES
         self._shared: dict[float, Masks] = {}
-        """keep ratio -> mask, where it is the same for all clients of a round."""
+        """Keep ratio -> mask, where the mask is the same for all clients of a round."""
 
     def derive(self, recipe: Recipe) -> Masks:
-        """The mask that a recipe describes at this theta."""
+        """Return the mask that a recipe describes at this theta."""
         if recipe.whole() or not self._family.shared:
             return derive(self._family, recipe, self._theta, self._layout)
         if recipe.keep not in self._shared:
@@ -60,7 +60,7 @@ class MaskStore:
         return self._shared[recipe.keep]
 
     def pack(self, recipe: Recipe, masks: Masks) -> Bits | None:
-        """What to keep of a mask until its update comes; None where it is derived again.
+        """Return what to keep of a mask until its update comes; None where it is derived again.
 
         Deriving a random or balanced mask of weights costs ten times as much as unpacking it.
         """
@@ -73,5 +73,5 @@ class MaskStore:
         return encode_bits(masks)
 
     def of(self, recipe: Recipe, bits: Bits | None) -> Masks:
-        """The mask that a client trained under, from what `pack` has kept of it."""
+        """Return the mask that a client trained under, from what `pack` has kept."""
         return self.derive(recipe) if bits is None else decode_bits(bits, self._theta)

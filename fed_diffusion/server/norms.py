@@ -1,4 +1,4 @@
-"""How far an update may be from the theta it began on."""
+"""How far an update may be from the theta that it began on."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ from fed_diffusion.protocol.codecs import difference
 from fed_diffusion.protocol.errors import DivergedError, UpdateError
 
 AUTO = 100.0
-"""round.norm_factor where it is auto: far beyond what clients of unequal data and steps differ by,
-and one update of it does not make theta useless."""
+"""The factor for round.norm_factor = auto.
+
+It is far beyond what clients of unequal data and steps differ by, and one update of that size does
+not make theta useless.
+"""
 LEAST = 1e-2
-"""Of theta's root mean square, while no update is known: networks may begin at zero."""
+"""The part of theta's root mean square to start from, while no update is known.
+
+Networks may begin at zero.
+"""
 HARMLESS = 1e-2
-"""What differs by less than this part of theta's root mean square is not refused for its size."""
+"""A difference below this part of theta's root mean square is not refused for its size."""
 KEPT = 256
-"""Updates whose size the relative limit compares with."""
+"""The number of earlier updates whose size the relative limit compares with."""
 
 
 class NormLimit:
-    """round.max_norm and round.norm_factor.
+    """The limits round.max_norm and round.norm_factor on updates.
 
     Parameters
     ----------
@@ -48,14 +54,15 @@ class NormLimit:
     def check(
         self, values: Mapping[str, Tensor], theta: Mapping[str, Tensor], masks: Masks
     ) -> float | None:
-        """The root mean square of an update's difference to theta; None where nothing is limited.
+        """Return the root mean square of an update's difference to theta; None without a limit.
 
         Raises
         ------
         UpdateError, DivergedError
-            Its norm is beyond `most`, or its root mean square (by which small and large networks
-            compare) beyond `factor` times the median of recent ones; in the first round, where
-            there are none, beyond `factor` times theta's own: no honest step is many times theta.
+            The difference's norm is beyond `most`, or its root mean square (by which small and
+            large networks compare) is beyond `factor` times the median of recent ones. In the first
+            round, which has no recent ones, theta's root mean square takes the median's place: no
+            honest step is many times theta.
         """
         if self._most is None and self._factor is None:
             return None
@@ -78,12 +85,12 @@ class NormLimit:
         return rms
 
     def learn(self, fresh: list[float]) -> None:
-        """Note a closed round's updates, in an order that no arrival decides."""
+        """Note a closed round's updates, in an order that does not depend on arrival."""
         self.recent = (self.recent + sorted(fresh))[-KEPT:]
 
 
 def norm_factor(config: Config) -> float | None:
-    """round.norm_factor as a number.
+    """Return round.norm_factor as a number.
 
     Under privacy there is none: what others sent must not decide whether an update counts.
     """

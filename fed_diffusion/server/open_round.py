@@ -1,4 +1,4 @@
-"""The round in progress: the tasks that are out, what has come of them, and what did not count."""
+"""The round in progress: the tasks that are out, their updates, and what did not count."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fed_diffusion.store.ledger import ClientRound
 
 Theta = dict[str, Tensor]
 VERSION = "theta-"
-"""The checkpoint's files of earlier theta are named so, with the number of their round."""
+"""The prefix of a checkpoint's files of earlier theta; the number of their round follows."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Flight:
     bits: Bits | None
     steps: Theta = field(default_factory=dict)
     most: int = 0
-    """The most bytes that the answer to it can have."""
+    """The most bytes that the answer to the task can have."""
 
 
 @dataclass
@@ -63,17 +63,17 @@ class OpenRound:
     target
         Updates that are enough to close the round.
     absent
-        Clients that could not be reached when it began.
+        Clients that could not be reached when the round began.
     asked
         Clients that were sent a task, or whose update has come.
     refused
         Nodes that were there and could not be used: `node` and `reason`.
     failed
-        Clients whose node sent no update in answer to their task, by a fault of its own.
+        Clients whose node sent no update in answer to their task, by the node's fault.
     diverged
         Clients whose update did not count because their training has diverged.
     spoiled
-        Those among them who found theta worthless before their first step.
+        Those diverged clients that found theta worthless before their first step.
     norms
         Root-mean-square differences of the updates, where their size is limited.
     staleness
@@ -98,7 +98,7 @@ class OpenRound:
     bytes_down: int = 0
 
     def enough(self) -> bool:
-        """Whether it has as many updates as it wants."""
+        """Whether the round has as many updates as it wants."""
         return len(self.clients) >= self.target
 
     def unsent(self) -> list[int]:
@@ -167,12 +167,16 @@ class Flights:
         self._overlapping = overlapping
         self.out: dict[int, Flight] = {}
         self._began: dict[int, int] = {}
-        """client -> the round of its last task: one task for each version of theta."""
+        """Client -> the round of its last task: each client gets one task for each version of
+        theta.
+        """
         self.sent_at: dict[int, float] = {}
         self.versions: dict[int, Theta] | None = {} if overlapping else None
 
     def free(self, clients: list[int], round: int) -> list[int]:
-        """Those without a task that have not trained on the theta after `round` rounds yet."""
+        """Return clients without a task that have not trained on the theta after `round` rounds
+        yet.
+        """
         return [c for c in clients if c not in self.out and self._began.get(c, 0) <= round]
 
     def send(self, client: int, flight: Flight, theta: Theta) -> None:
@@ -183,19 +187,19 @@ class Flights:
             self.versions[flight.round] = theta
 
     def of(self, update: Update) -> Flight:
-        """The task that an update answers.
+        """Return the task that an update answers.
 
         Raises
         ------
         UpdateError
-            Its client has no task, or another one.
+            The client has no task, or has another task.
         """
         flight = self.out.get(update.client)
         if flight is None:
             raise UpdateError("no update was expected from this client (a duplicate?)")
         if update.round != flight.round:
             raise UpdateError(
-                f"it is for round {update.round}, and its task is of round {flight.round}"
+                f"it is for round {update.round}, but the client's task is of round {flight.round}"
             )
         return flight
 
@@ -212,19 +216,21 @@ class Flights:
             self.versions = {r: theta for r, theta in self.versions.items() if r in begun}
 
     def again_from(self, round: int) -> None:
-        """Whoever was asked in this round may be asked in it again: it did not count."""
+        """Allow clients that were asked in this round to be asked again: the round did not
+        count.
+        """
         self._began = {client: began for client, began in self._began.items() if began < round}
 
     def forget(self) -> None:
-        """All clients are free: on real machines nobody answers for a server that is gone."""
+        """Free all clients: on real machines nobody answers a server that has ended."""
         self.out, self._began, self.versions = {}, {}, None
 
     def tensors(self) -> dict[str, Theta]:
-        """What a checkpoint holds of it, by file."""
+        """Return what a checkpoint holds of the tasks, by file."""
         return {f"{VERSION}{round}": theta for round, theta in (self.versions or {}).items()}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it beside tensors; nothing where no task outlives a round."""
+        """Return what a checkpoint holds beside tensors; nothing where no task outlives a round."""
         if not self._overlapping:
             return {}
         return {
@@ -239,7 +245,8 @@ class Flights:
         state: Mapping[str, Any],
         names: list[str],
     ) -> None:
-        """Go on from a checkpoint; what was out is out again if its theta is there, else free.
+        """Go on from a checkpoint; a task is out again if its theta is there, else its client is
+        free.
 
         Parameters
         ----------

@@ -29,23 +29,24 @@ Theta = dict[str, Tensor]
 
 
 class ServerOptimizer(Protocol):
-    """How the server moves theta by a round's average.
+    """A server optimiser says how the server moves theta by a round's average.
 
     An optimiser is asked tensor by tensor, and sees only coordinates that somebody trained in the
-    round. The others neither move nor does their state decay, whatever the masks. It remembers
-    nothing itself: what it needs from one round to the next is in `state`, which checkpoints hold.
+    round. The others do not move and their state does not decay, whatever the masks. The object
+    itself remembers nothing: what it needs from one round to the next is in `state`, which
+    checkpoints hold.
     """
 
     @property
     def start(self) -> Mapping[str, float]:
         """The name of each value that is remembered for every coordinate, and what it starts at.
 
-        As in {"m": 0.0}; a plain attribute will do. A name is a word as Python has them.
+        For example {"m": 0.0}; a plain attribute will do. A name is a word as Python has them.
         """
         ...
 
     def step(self, delta: Tensor, state: State) -> tuple[Tensor, dict[str, Tensor]]:
-        """The step of the coordinates of one tensor that were trained.
+        """Return the step of those coordinates of one tensor that were trained.
 
         Parameters
         ----------
@@ -86,7 +87,7 @@ class Momentum:
         self._beta = settings.beta1
 
     def step(self, delta: Tensor, state: State) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the contract."""
+        """Return the step; see the contract."""
         m = self._beta * state["m"] + delta
         return self._eta * m, {"m": m}
 
@@ -104,7 +105,7 @@ class Adam:
         self._beta1, self._beta2, self._tau = settings.beta1, settings.beta2, settings.tau
 
     def step(self, delta: Tensor, state: State) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the contract."""
+        """Return the step; see the contract."""
         m = self._beta1 * state["m"] + (1 - self._beta1) * delta
         v = self._second(state["v"], delta * delta)
         return self._eta * m / (v.sqrt() + self._tau), {"m": m, "v": v}
@@ -129,7 +130,7 @@ OPTIMIZERS: dict[str, ServerOptimizerFactory] = {
 
 
 class ServerStep:
-    """Moves theta by the configured optimiser, and keeps its state.
+    """The server's step moves theta by the configured optimiser, and keeps the optimiser's state.
 
     Parameters
     ----------
@@ -158,7 +159,7 @@ class ServerStep:
                 }
 
     def move(self, theta: Theta, average: Theta, mean: Aggregator) -> Theta:
-        """theta_{r+1} from theta_r and the round's average.
+        """Return theta_{r+1} from theta_r and the round's average.
 
         Parameters
         ----------
@@ -191,7 +192,7 @@ class ServerStep:
     def _tensor(
         self, old: Tensor, average: Tensor, state: State, trained: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One tensor's new values and state; what was not trained keeps both."""
+        """Return one tensor's new values and state; what was not trained keeps both."""
         assert self._optimizer is not None
         if not bool(trained.any()):
             return old, dict(state)
@@ -200,14 +201,14 @@ class ServerStep:
         shown = {slot: value.flatten()[trained].double() for slot, value in state.items()}
         step, after = self._optimizer.step(delta, shown)
         if after.keys() != state.keys():
-            raise ValueError(f"its state has the names {sorted(after)}, and not {sorted(state)}")
+            raise ValueError(f"its state has the names {sorted(after)}, not {sorted(state)}")
         for what, value in {"step": step, **after}.items():
             _check_tensor(what, value, delta)
         new = _put(theta + step, old, trained)
         return new, {slot: _put(value, state[slot], trained) for slot, value in after.items()}
 
     def tensors(self) -> dict[str, Theta]:
-        """What a checkpoint holds of it, by file: a tensor for each parameter and name of `start`.
+        """Return what a checkpoint holds, by file: a tensor for each parameter and name of `start`.
 
         The names are slot.parameter, as in m.enter.weight.
         """
@@ -220,7 +221,7 @@ class ServerStep:
         Raises
         ------
         ValueError
-            Its tensors are not those of this optimiser and model.
+            The checkpoint's tensors are not those of this optimiser and model.
         """
         mine, theirs = self.tensors().get("server", {}), tensors.get("server", {})
         shapes = [{n: tuple(v.shape) for n, v in group.items()} for group in (mine, theirs)]
@@ -234,27 +235,27 @@ def _checked_start(optimizer: ServerOptimizer) -> dict[str, float]:
     start = {slot: float(value) for slot, value in dict(optimizer.start).items()}
     odd = [slot for slot, value in start.items() if not math.isfinite(value)]
     if odd or not all(slot.isidentifier() for slot in start):
-        raise ValueError(f"start = {start}; it has names as of variables, and finite numbers")
+        raise ValueError(f"start = {start}; it must map names of variables to finite numbers")
     return start
 
 
 def _check_tensor(what: str, value: Tensor, like: Tensor) -> None:
     got = value.dtype, tuple(value.shape)
     if got != (like.dtype, tuple(like.shape)):
-        raise ValueError(f"its {what} is {got[0]} {list(got[1])}, and not float64 {[*like.shape]}")
+        raise ValueError(f"its {what} is {got[0]} {list(got[1])}, not float64 {[*like.shape]}")
     if not bool(value.float().isfinite().all()):
         raise ValueError(f"its {what} is not finite (a smaller server.eta helps where it grows)")
 
 
 def _put(values: Tensor, whole: Tensor, trained: Tensor) -> Tensor:
-    """A copy of a whole tensor with other values, rounded to float32, where somebody trained."""
+    """Return a copy of a tensor with other values, as float32, where somebody trained."""
     new = whole.flatten().clone()
     new[trained] = values.float()
     return new.view(whole.shape)
 
 
 def check_optimizer(settings: ServerConfig) -> None:
-    """Let the user's own optimiser take three steps on a tiny network, or refuse it.
+    """Let a user's optimiser take three steps on a tiny network, or refuse the optimiser.
 
     Raises
     ------
@@ -269,7 +270,7 @@ def check_optimizer(settings: ServerConfig) -> None:
 
 
 class _Watched:
-    """Passes a step on, and refuses one that writes to what it is given."""
+    """Passes a step on, and refuses one that writes to its arguments."""
 
     def __init__(self, optimizer: ServerOptimizer):
         self._optimizer = optimizer
@@ -280,12 +281,12 @@ class _Watched:
         given = [delta, *state.values()]
         found = self._optimizer.step(delta, state)
         if not all(map(torch.equal, before, given)):
-            raise ValueError("it changes what it is given, delta or the state")
+            raise ValueError("it changes its arguments, delta or the state")
         return found
 
 
 def _try(settings: ServerConfig, first: ServerStep, theta: Theta) -> None:
-    """A step of all coordinates, one of some, and one more, also by a copy that was resumed."""
+    """Take a step of all coordinates, one of some, and one more, also with a resumed copy."""
     some = {"a": Scattered(torch.tensor([[True, False, False], [True, True, False]]))}
 
     def after(step: ServerStep, old: Theta, masks: Mapping[str, Scattered], by: float) -> Theta:
@@ -302,6 +303,6 @@ def _try(settings: ServerConfig, first: ServerStep, theta: Theta) -> None:
     thrice = [after(step, twice, {}, 0.01) for step in (first, resumed)]
     if not all(torch.equal(thrice[0][name], thrice[1][name]) for name in theta):
         raise ValueError(
-            "it goes on otherwise when it is made anew with the state that it had: what it "
+            "it goes on differently when it is made anew with its state: what it "
             "remembers must be in `state` alone"
         )

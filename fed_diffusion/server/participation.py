@@ -39,7 +39,7 @@ class Participation:
         self.keeps[client] = keep
 
     def check(self, keep: float) -> None:
-        """Refuse a keep ratio that a node says and that cannot be used.
+        """Refuse a keep ratio of a node that cannot be used.
 
         Raises
         ------
@@ -52,21 +52,21 @@ class Participation:
             self._layout.counts(keep)
 
     def able(self) -> list[int]:
-        """All clients but those that `exclusive` leaves out for their keep ratio."""
+        """Return all clients but those that `exclusive` leaves out for their keep ratio."""
         return able(self._config, self.keeps)
 
     def eligible(self) -> list[int]:
-        """Clients that may take part: able, and not banned."""
+        """Return clients that may take part: able, and not banned."""
         banned = self.banned()
         return [client for client in self.able() if client not in banned]
 
     def banned(self) -> list[int]:
-        """Clients that have sent round.ban_after bad updates."""
+        """Return clients that have sent round.ban_after bad updates."""
         limit = self._config.round.ban_after
         return sorted(c for c, count in self.strikes.items() if limit and count >= limit)
 
     def absent(self, available: Collection[int] | None) -> list[int]:
-        """Eligible clients that cannot be reached; None means that all can."""
+        """Return eligible clients that cannot be reached; None means that all can."""
         return [c for c in self.eligible() if available is not None and c not in available]
 
     def strike(self, client: int) -> None:
@@ -74,13 +74,13 @@ class Participation:
         self.strikes[client] = self.strikes.get(client, 0) + 1
 
     def ratios(self, clients: Iterable[int]) -> dict[int, float]:
-        """The keep ratios of these clients."""
+        """Return the keep ratios of these clients."""
         return {client: self.keeps[client] for client in clients}
 
     def state(self) -> dict[str, int]:
-        """The strikes, as a checkpoint holds them."""
+        """Return the strikes, as a checkpoint holds them."""
         return {str(client): count for client, count in self.strikes.items()}
 
     def restore(self, strikes: Mapping[str, int]) -> None:
-        """The inverse of `state`."""
+        """Undo `state`."""
         self.strikes = {int(client): int(count) for client, count in strikes.items()}

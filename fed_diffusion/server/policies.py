@@ -1,7 +1,7 @@
 """Round policies: who is asked, when a round closes, and which weight an update has.
 
 `round.mode` names the policy of a run: one of `POLICIES`, or module:Class for a `RoundPolicy` of
-the user's. The coordinator asks it, and the exchange loop of either engine follows it.
+the user's. The coordinator asks the policy, and the exchange loop of either engine follows it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fed_diffusion.config import Config
 
 
 class RoundPolicy(Protocol):
-    """Who is asked, when a round closes, and which weight an update has.
+    """A round policy says who is asked, when a round closes, and which weight an update has.
 
     A policy is made once for each run, by `Policy(config)`. What it answers follows from its
     arguments and the configuration alone, so that a resumed run goes on as it would have gone on.
@@ -33,15 +33,15 @@ class RoundPolicy(Protocol):
     overlapping: bool
 
     def target(self, eligible: int) -> int:
-        """How many updates close a round, where so many clients may take part."""
+        """Return how many updates close a round, where so many clients may take part."""
         ...
 
     def quorum(self, eligible: int) -> int:
-        """How many updates a round must have to count at all; at most the target."""
+        """Return how many updates a round must have to count at all; at most the target."""
         ...
 
     def ask(self, round: int, free: list[int], eligible: int) -> list[int]:
-        """Which clients get a task now.
+        """Return which clients get a task now.
 
         Parameters
         ----------
@@ -53,16 +53,17 @@ class RoundPolicy(Protocol):
         ...
 
     def weight(self, staleness: int) -> float:
-        """The factor on an update's difference to theta, which has moved so often meanwhile."""
+        """Return the factor on an update's difference to theta, which has moved so often
+        meanwhile.
+        """
         ...
 
 
 class Synchronous:
-    """A draw of the clients is asked, and a round closes when all that it wants have answered.
+    """A draw of the clients is asked, and a round closes when all updates that it wants are in.
 
     The draw is round.fraction of the eligible clients by the run's seed, and round.over_select
-    more. Under privacy each client is drawn by chance of its own, from the operating system's
-    entropy.
+    more. Under privacy each client is drawn independently, from the operating system's entropy.
     """
 
     overlapping = False
@@ -73,15 +74,15 @@ class Synchronous:
         self._private = config.privacy.clip is not None
 
     def target(self, eligible: int) -> int:
-        """The part round.fraction of the eligible clients, at least one."""
+        """Return the part round.fraction of the eligible clients, at least one."""
         return max(1, math.floor(self._settings.fraction * eligible + 0.5))
 
     def quorum(self, eligible: int) -> int:
-        """What round.quorum says, as a count or as a part of the target."""
+        """Return what round.quorum says, as a count or as a part of the target."""
         return quorum_of(self._settings.quorum, self.target(eligible))
 
     def ask(self, round: int, free: list[int], eligible: int) -> list[int]:
-        """A draw without replacement."""
+        """Draw clients without replacement."""
         if self._private:
             return drawn(free, self._settings.fraction)
         count = math.ceil(self.target(eligible) * (1 + self._settings.over_select))
@@ -91,7 +92,7 @@ class Synchronous:
         return sorted(int(c) for c in draw.choice(free, count, replace=False))
 
     def weight(self, staleness: int) -> float:
-        """Theta does not move while a client trains: every difference counts whole."""
+        """Return 1: theta does not move while a client trains, so every difference counts whole."""
         return 1.0
 
 
@@ -119,28 +120,30 @@ class Buffered:
         self._quorum = config.round.quorum
 
     def target(self, eligible: int) -> int:
-        """The updates behind a move of theta: round.buffer, or one of every client."""
+        """Return the number of updates behind a move of theta: round.buffer, or one of every
+        client.
+        """
         return max(1, min(self._buffer or eligible, eligible))
 
     def quorum(self, eligible: int) -> int:
-        """What round.quorum says, where a buffer stays short: everybody has answered or failed.
+        """Return round.quorum, for a buffer that stays short as everybody has answered or failed.
 
-        A client that has failed is asked again when theta has moved. With a buffer of all clients
-        theta would otherwise wait for it, and it for theta.
+        A client that has failed is asked again when theta has moved. With a buffer of all clients,
+        theta and that client would otherwise wait for each other.
         """
         return quorum_of(self._quorum, self.target(eligible))
 
     def ask(self, round: int, free: list[int], eligible: int) -> list[int]:
-        """Whoever is free."""
+        """Return all free clients."""
         return free
 
     def weight(self, staleness: int) -> float:
-        """The factor 1 / (1 + s)^a."""
+        """Return the factor 1 / (1 + s)^a."""
         return (1 + staleness) ** -self._damping
 
 
 def quorum_of(quorum: int | float, target: int) -> int:
-    """round.quorum as a number of updates: a count, or a part of the target."""
+    """Return round.quorum as a number of updates: a count, or a part of the target."""
     wanted = quorum if isinstance(quorum, int) else math.ceil(quorum * target)
     return min(wanted, target)
 
@@ -149,4 +152,4 @@ POLICIES: dict[str, Callable[[Config], RoundPolicy]] = {
     "synchronous": Synchronous,
     "buffered": Buffered,
 }
-"""The policies that are built in, by the name that `round.mode` has for them."""
+"""The built-in policies, by their names in `round.mode`."""

@@ -8,7 +8,7 @@ from fed_diffusion.server.policies import POLICIES, RoundPolicy
 
 
 def policy_of(config: Config) -> RoundPolicy:
-    """The policy of a run.
+    """Return the policy of a run.
 
     Raises
     ------
@@ -30,7 +30,7 @@ def policy_of(config: Config) -> RoundPolicy:
 
 
 def checked(asked: list[int], free: list[int]) -> list[int]:
-    """Whom a policy asks, each once and in ascending order.
+    """Return the clients that a policy asks, each once and in ascending order.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def checked(asked: list[int], free: list[int]) -> list[int]:
 
 
 def _check(policy: RoundPolicy, clients: int) -> None:
-    """Try a policy of the user's on a first round; whatever is raised is told as its fault."""
+    """Try a user's policy on a first round; any exception is reported as the policy's fault."""
     target, quorum = policy.target(clients), policy.quorum(clients)
     if type(target) is not int or not 1 <= target <= clients:
         raise ValueError(f"target({clients}) is {target!r}, not a whole number from 1 to {clients}")
@@ -51,7 +51,7 @@ def _check(policy: RoundPolicy, clients: int) -> None:
         raise ValueError(f"quorum({clients}) is {quorum!r}, not a whole number from 1 to {target}")
     everyone = list(range(clients))
     if not checked(policy.ask(1, everyone, clients), everyone):
-        raise ValueError("ask() names nobody where all clients are free")
+        raise ValueError("ask() names no client although all clients are free")
     for staleness in (0, 1) if policy.overlapping else (0,):
         factor = policy.weight(staleness)
         if not 0 < factor <= 1:

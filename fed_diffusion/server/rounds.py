@@ -1,4 +1,4 @@
-"""What becomes of a round: how it begins, the tasks that go out, and the updates that come in."""
+"""How a round begins, the tasks that go out, and the updates that come in."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Theta = Mapping[str, Tensor]
 
 
 class Rounds:
-    """Begins rounds and takes their updates; theta and the open round are the coordinator's.
+    """Begins rounds and takes their updates; theta and the open round belong to the coordinator.
 
     Parameters
     ----------
@@ -79,12 +79,12 @@ class Rounds:
         asked: list[int],
         available: Collection[int] | None,
     ) -> OpenRound:
-        """A round at theta_r with nothing in it yet.
+        """Return a round at theta_r with nothing in it yet.
 
         Parameters
         ----------
         state
-            The optimiser's, where local.state is shared; else empty.
+            The optimiser's state, where local.state is shared; else empty.
         asked
             The clients that get a task at once.
         available
@@ -103,12 +103,12 @@ class Rounds:
         return OpenRound(mean, recipes, masks, target, participation.absent(available))
 
     def recipes(self, round: int, clients: list[int], theta: Theta) -> dict[int, Recipe]:
-        """Client -> the recipe of its mask in a round at theta_r."""
+        """Return client -> the recipe of its mask in a round at theta_r."""
         keeps = self._participation.ratios(clients)
         return plan_round(self._config, round, keeps, theta, self._layout)
 
     def masks(self, theta: Theta) -> MaskStore:
-        """An empty store of masks of theta_r."""
+        """Return an empty store of masks of theta_r."""
         return MaskStore(theta, self._family, self._layout, self._policy.overlapping)
 
     def tasks(
@@ -119,7 +119,7 @@ class Rounds:
         recipes: Mapping[int, Recipe],
         masks: MaskStore,
     ) -> Iterator[tuple[Task, Flight]]:
-        """Each client's task, made when it is asked for, and what is to be remembered of it.
+        """Yield each client's task, made when it is asked for, and what is to be remembered of it.
 
         Parameters
         ----------
@@ -173,7 +173,7 @@ class Rounds:
         Raises
         ------
         UpdateError, RecipeError
-            What is wrong with it.
+            The update is bad; the message says why.
         """
         numbers = update.payload.numbers
         recipe = Recipe.from_metrics(numbers)
@@ -201,14 +201,14 @@ class Rounds:
         open.norms += [] if rms is None else [rms]
 
     def _mean(self, theta: Theta, state: Theta, workers: int) -> Aggregator:
-        """An empty average of theta, and of the optimiser's state where there is one."""
+        """Return an empty average of theta, and of the optimiser's state where there is one."""
         settings = self._config.round
         if not state:
             return aggregator_of(theta, workers, settings)
         return StatefulMean(theta, state, workers, heaviest_of(settings))
 
     def _steps(self, flight: Flight, masks: Masks, examples: int) -> dict[str, Tensor]:
-        """The steps behind a client's moments: those that it began with, and its own."""
+        """Return the steps behind a client's moments: those that it began with, and its own."""
         taken = self._config.local.steps_of(examples)
         began = kept_values(flight.steps, masks)
         return {
@@ -216,32 +216,34 @@ class Rounds:
         }
 
     def _private_mean(self, round: int, theta: Theta, masks: MaskStore) -> PrivateMean:
-        """Its denominators count all clients of the run, be they away or banned."""
+        """Return a private mean, whose denominators count all clients, also absent or banned
+        ones.
+        """
         recipes = self.recipes(round, self._participation.able(), theta).values()
         everyone = (masks.derive(recipe) for recipe in recipes)
         return PrivateMean(theta, everyone, self._config.round.fraction, self._config.privacy)
 
 
 def weight_of(config: Config, examples: int, said: int | None = None) -> int:
-    """How often an update counts: once, or as often as its client has images.
+    """Return how often an update counts: once, or as often as its client has images.
 
     Parameters
     ----------
     said
-        What its node said that it has, before it knew any round; None where nobody said it.
+        The number of images that its node named when it joined; None where none was named.
 
     Raises
     ------
     UpdateError
-        It says more now.
+        The update names more images than the node did.
     LimitError
-        There is no room for so many images.
+        The sums have no room for so many images.
     """
     if config.round.weighting != "examples":
         return 1
     if said is not None and examples > said:
         raise UpdateError(
-            f"it says that it trained on {examples} images, and its node had {said} when it joined"
+            f"it says that it trained on {examples} images, but its node had {said} when it joined"
         )
     if examples > EXAMPLES_LIMIT:
         raise LimitError(
@@ -257,7 +259,7 @@ def damped(
     masks: Masks,
     factor: float,
 ) -> dict[str, Tensor]:
-    """theta + factor Delta, the very same values where the factor is 1."""
+    """Return theta + factor Delta; the very same values where the factor is 1."""
     if factor == 1:
         return values
     kept = kept_values(theta, masks)

@@ -31,12 +31,12 @@ class _Spent:
 
 
 class Ledger:
-    """Writes the summaries of rounds.
+    """The ledger writes the summaries of rounds.
 
     Attributes
     ----------
     losses
-        Of the rounds so far: what a client's loss is compared with.
+        The losses of the rounds so far, with which a client's loss is compared.
     """
 
     def __init__(self, config: Config, parameters: int):
@@ -52,9 +52,11 @@ class Ledger:
         self._late = 0
 
     def check_loss(self, loss: float) -> None:
-        """Compared with earlier rounds alone: no verdict depends on who came first in this one.
+        """Compare a loss with earlier rounds alone: no verdict depends on who came first in this
+        one.
 
-        Not under privacy, where what one client says must not decide whether another counts.
+        Under privacy there is no check, since what one client says must not decide whether another
+        counts.
 
         Raises
         ------
@@ -71,7 +73,7 @@ class Ledger:
             )
 
     def spoiled(self, first: float | None) -> bool:
-        """Whether a loss at theta_r, before any step, says that theta_r is worth nothing."""
+        """Return whether a loss at theta_r, before any step, says that theta_r is worth nothing."""
         return first is not None and bool(self.losses) and exploded(first, min(self.losses))
 
     def late(self) -> None:
@@ -79,7 +81,7 @@ class Ledger:
         self._late += 1
 
     def give_up(self, state: OpenRound) -> None:
-        """What an attempt has cost stays in the ledger of the round."""
+        """Keep what an attempt has cost in the ledger of the round."""
         self._failed.bytes_up += state.bytes_up
         self._failed.bytes_down += state.bytes_down
         self._failed.counted += len(state.clients)
@@ -94,7 +96,7 @@ class Ledger:
         banned: list[int],
         theory: dict[str, Any] | None,
     ) -> RoundSummary:
-        """The summary of a round that has been averaged."""
+        """Return the summary of a round that has been averaged."""
         failed, self._failed = self._failed, _Spent()
         late, self._late = self._late, 0
         clients = sorted(state.clients, key=lambda c: c.client)
@@ -137,9 +139,9 @@ class Ledger:
         return undefended(trainers) if self._config.round.aggregation in ROBUST else None
 
     def _note(self, loss: float | None, heldout: float | None, round: int) -> float:
-        """The loss that stands for the round; warn once where it is far above earlier ones.
+        """Return the loss that stands for the round; warn once where it is far above earlier ones.
 
-        Under privacy a round may be of nobody: then the last loss stands for it.
+        Under privacy a round may have no clients: then the last loss stands for it.
         """
         if loss is None:
             return self.losses[-1] if self.losses else 0.0

@@ -1,1 +1,1 @@
-"""A run directory: its files, its checkpoints, its owner."""
+"""A run directory: its files, its checkpoints and the process that owns it."""

@@ -30,14 +30,18 @@ from fed_diffusion.store.files import save_tensors, sync
 NEWEST, PREVIOUS, SPOILED = "checkpoint", "checkpoint-previous", "checkpoint-spoiled"
 STATE = "state.json"
 VERSION = 1
-"""Raised when a state means something else than before, or when a run goes on otherwise from it."""
+"""The version of a checkpoint's state.
+
+It is raised when a state means something else than before, or when a run goes on differently from
+the same state.
+"""
 TRIES, PAUSE_S = 5, 0.1
-"""How often, and how far apart, a checkpoint is looked for that is being replaced."""
+"""How often, and how many seconds apart, a checkpoint is looked for that is being replaced."""
 logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not what was written, or none at all; the message says which and why."""
+    """A checkpoint is missing or is not what was written; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ def save_checkpoint(
 
 
 def _swap(run: Path, fresh: Path) -> None:
-    """Put the new checkpoint in its place; whenever it is cut off, one of the two is whole."""
+    """Put the new checkpoint in its place; if this is cut off at any moment, one of the two is
+    whole.
+    """
     newest, previous, old = run / NEWEST, run / PREVIOUS, run / ".checkpoint-old"
     shutil.rmtree(old, ignore_errors=True)
     if newest.exists():
@@ -120,12 +126,12 @@ def _write(
 
 
 def load_checkpoint(run: Path) -> Checkpoint:
-    """The newest checkpoint that is whole, also while another process writes the next one.
+    """Return the newest whole checkpoint, also while another process writes the next one.
 
     Raises
     ------
     CheckpointError
-        There is none; the message says what is wrong with each.
+        No checkpoint is whole; the message says what is wrong with each.
     """
     for _ in range(TRIES):
         before, problems = _standing(run), []
@@ -147,7 +153,7 @@ def load_checkpoint(run: Path) -> Checkpoint:
 
 
 def _standing(run: Path) -> list[int | None]:
-    """Which folders are the newest checkpoint and the one before it, however they are called."""
+    """Return the folders of the newest checkpoint and the one before it, whatever their names."""
     paths = (run / NEWEST, run / PREVIOUS)
     found: list[int | None] = []
     for path in paths:
@@ -168,7 +174,7 @@ def _read(folder: Path) -> Checkpoint:
     except ValueError as error:
         raise CheckpointError(f"{folder / STATE} is damaged: {error}") from error
     if not isinstance(state, dict) or state.pop("seal", None) != _seal(state):
-        raise CheckpointError(f"{folder / STATE} is not as it was written")
+        raise CheckpointError(f"{folder / STATE} was altered since it was written")
     tensors = {}
     for name, digest in state.pop("sha256").items():
         path = folder / name

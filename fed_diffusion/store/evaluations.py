@@ -1,4 +1,6 @@
-"""evaluations.jsonl: every evaluation of a run, its own and later ones, each with its settings."""
+"""evaluations.jsonl holds every evaluation of a run, its own and later ones, with their
+settings.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,16 @@ EVALUATIONS = "evaluations.jsonl"
 
 
 def append_evaluation(path: Path, entry: Mapping[str, Any]) -> int:
-    """Add a line to the file; returns its number, from 1 on, among all lines, damaged ones too."""
+    """Add a line to the file and return its number, counted from 1 over all lines, damaged ones
+    too.
+    """
     number = len(path.read_bytes().splitlines()) + 1 if path.is_file() else 1
     append_line(path, json.dumps({"number": number, **entry}))
     return number
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """The lines of the file in order; none where it is not there.
+    """Return the lines of the file in order; none where the file does not exist.
 
     Raises
     ------

@@ -30,14 +30,15 @@ DISK_ERRORS = (
     errno.ENODEV,
     errno.ESTALE,
 )
-"""What a file system answers that is full, read-only, broken, gone or not ours to write to."""
+"""The errors of a file system that is full, read-only, broken, gone or closed to us."""
 
 
 def fresh_file(folder: Path, name: str) -> tuple[int, Path]:
-    """A new hidden file beside `name`, open for writing, with the mode that the umask asks for.
+    """Yield a new hidden file beside `name`, open for writing, with the mode that the umask asks
+    for.
 
-    tempfile's are readable by their owner alone, and in a folder that people share they stay so
-    when they take another file's place.
+    Files of tempfile can be read by their owner alone, and in a folder that people share they stay
+    so when they take another file's place.
     """
     path = folder / f".{name}-{uuid.uuid4().hex[:12]}"
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), path
@@ -66,7 +67,7 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line and bring it to disk; where there is no room, nothing of it stays."""
+    """Append a line and bring it to disk; where there is no room, no part of the line stays."""
     data = (line + "\n").encode()
     fresh = not path.exists()
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -102,7 +103,7 @@ def save_tensors(
     Raises
     ------
     OSError
-        The file cannot be written; safetensors itself raises an exception of its own kind.
+        The file cannot be written; safetensors itself raises another kind of exception.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -127,12 +128,12 @@ def _open_up(path: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises
     ------
     ConfigError
-        The file cannot be read or holds something else.
+        The file cannot be read, or does not hold a JSON object.
     FileNotFoundError
         There is no such file.
     """
@@ -158,7 +159,7 @@ def check_writable(path: Path, what: str) -> None:
     Raises
     ------
     ConfigError
-        `what` is how the user named the file.
+        The file cannot be written; `what` is the option that named it.
     """
     if path.is_dir():
         raise ConfigError(f"{what} {path} is a folder; give the name of a file.")
@@ -173,12 +174,12 @@ def check_writable(path: Path, what: str) -> None:
 
 
 def in_words(error: OSError, folder: Path | None = None) -> str:
-    """What the operating system says, in a sentence.
+    """Return what the operating system says, as a sentence.
 
     Parameters
     ----------
     folder
-        Where it was, if the error of a disk does not say: a failed write names no file.
+        The folder to name if the error does not name a file, as after a failed write.
     """
     where = error.filename or (folder if error.errno in DISK_ERRORS else None)
     if where is not None and error.strerror:

@@ -1,4 +1,4 @@
-"""What is written down of a round: the lines of metrics.jsonl."""
+"""What is written down about a round: the lines of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ClientRound:
     bytes_up: int
     bytes_down: int
     precision: str = "unknown"
-    """What its network computed in, as the worker reports it."""
+    """What the client's network computed in, as the worker reports it."""
     node: str | None = None
-    """The Flower node that sent it; None in one process."""
+    """The Flower node that sent the update; None in one process."""
 
 
 @dataclass
@@ -49,27 +49,33 @@ class RoundSummary:
     eta: float
     clients: list[ClientRound]
     rejected: list[dict[str, Any]]
-    """client, reason, fault (`protocol.errors.Fault`) and, where known, the node, of every update
-    that did not count."""
+    """The updates that did not count.
+
+    Each has client, reason, fault (`protocol.errors.Fault`) and, where known, the node.
+    """
     staleness: int = 0
-    """Buffered: how often theta changed, at most, while a worker of this update trained."""
+    """In buffered rounds: how often theta changed, at most, while a worker of this update
+    trained.
+    """
     clock: float | None = None
-    """Simulated seconds since the start, where round.pace is set."""
+    """The simulated seconds since the start, where round.pace is set."""
     late: int = 0
-    """Replies that came after their round was closed, and were thrown away."""
+    """The number of replies that came after their round was closed, and were thrown away."""
     banned: list[int] = field(default_factory=list)
-    """Clients that are left out for having sent bad updates repeatedly."""
+    """The clients that are left out because they sent bad updates repeatedly."""
     absent: list[int] = field(default_factory=list)
-    """Clients whose nodes were not there when the round began."""
+    """The clients whose nodes were not there when the round began."""
     refused: list[dict[str, str]] = field(default_factory=list)
-    """node and reason of every node that was there at the end of the round and cannot be used."""
+    """The node and the reason for every node at the end of the round that cannot be used."""
     outliers: list[int] = field(default_factory=list)
-    """Clients whose loss or held-out loss is left out of the round's (`divergence.usual_mean`)."""
+    """The clients whose losses are left out of the round's mean (`divergence.usual_mean`)."""
     coverage: dict[str, int] = field(default_factory=dict)
     """|N_r^i| -> how many coordinates have so many trainers."""
     undefended: int | None = None
-    """Coordinates with one or two trainers, where one liar decides although round.aggregation
-    withstands liars elsewhere; None where it does not."""
+    """The number of coordinates with one or two trainers, on each of which one liar decides.
+
+    It is None where round.aggregation does not withstand liars elsewhere.
+    """
     theory: dict[str, Any] | None = None
     """What a diagnostic round measured, on the scale of the simple loss (`diagnostics.close`)."""
     seconds: float = 0.0
@@ -79,7 +85,7 @@ class RoundSummary:
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> RoundSummary:
-        """The inverse of `to_dict`, for a line of metrics.jsonl; `ValueError` where it is none."""
+        """Undo `to_dict`, for a line of metrics.jsonl; raise `ValueError` for another line."""
         return _SUMMARY.validate_python(line)
 
 

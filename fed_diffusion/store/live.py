@@ -1,7 +1,7 @@
-"""progress.json: what a run is doing at this moment, for whoever watches it.
+"""progress.json says what a run is doing at this moment, to those who watch the run.
 
-The process that owns the run directory writes it at most every `EVERY_S`, in both engines; it is
-gone when the run is over. Nothing in the run depends on it.
+The process that owns the run directory writes it at most every `EVERY_S`, in both engines; the file
+is removed when the run is over. Nothing in the run depends on it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from fed_diffusion.store.rundir import RunDir
 NAME = "progress.json"
 EVERY_S = 0.5
 RECENT = 5
-"""Rounds whose mean time is that of the rounds to come."""
+"""The number of last rounds whose mean time is expected of the rounds to come."""
 FEW_ANSWERS = 4
-"""Fewer tell nothing of the time between answers."""
+"""The number of answers below which the time between answers is not estimated."""
 logger = logging.getLogger(__name__)
 
 
@@ -32,8 +32,10 @@ class Live:
         self._rounds = rounds
         self._took: list[float] = []
         self._first: float | None = None
-        """Of this process's first round, in which the workers start: it stands for others only
-        while there are none."""
+        """The seconds of this process's first round, in which the workers start.
+
+        They stand for other rounds only while no other round is done.
+        """
         self._answers: list[float] = []
         self._round = self._done = 0
         self._doing = ""
@@ -44,18 +46,18 @@ class Live:
         self._took = list(seconds[-RECENT:])
 
     def round(self, number: int) -> None:
-        """A round begins, or is tried again."""
+        """Note that a round begins, or is tried again."""
         self._begin("training")
         self._round, self._done, self._answers = number, 0, []
 
     def answered(self, of: int) -> None:
-        """One of the `of` answers that a round waits for is in."""
+        """Note that one of the `of` answers is in, for which a round waits."""
         self._done = min(self._done + 1, of)
         self._answers.append(time.monotonic())
         self._say(self._done, of, self._training_left(self._done / max(of, 1)))
 
     def closed(self, seconds: float) -> None:
-        """The round is closed."""
+        """Note that the round is closed."""
         if self._first is None:
             self._first = self._without_start(seconds)
         else:
@@ -67,14 +69,16 @@ class Live:
             self._say(0, 0, self._training_left(0.0), now=True)
 
     def step(self, doing: str, done: float = 0.0, of: int = 0) -> None:
-        """Something beside training goes on, as "sampling": `done` of `of`, where that is known."""
+        """Note other work than training, such as "sampling": `done` of `of`, where `of` is
+        known.
+        """
         if doing != self._doing:
             self._begin(doing)
         elapsed = time.monotonic() - self._began
         self._say(done, of, elapsed / done * (of - done) if done else None)
 
     def end(self) -> None:
-        """The run is over, or this process leaves it."""
+        """Note that the run is over, or that this process leaves the run."""
         try:
             (self._run.path / NAME).unlink(missing_ok=True)
         except OSError as error:  # as on a disk that became read-only: the run ends all the same
@@ -84,7 +88,7 @@ class Live:
         self._doing, self._began, self._written = doing, time.monotonic(), 0.0
 
     def _training_left(self, part: float) -> float | None:
-        """Seconds until the last round is closed; None while nothing is known."""
+        """Return the seconds until the last round is closed; None while nothing is known."""
         elapsed = time.monotonic() - self._began
         if self._took:
             each = sum(self._took) / len(self._took)
@@ -97,7 +101,7 @@ class Live:
         return this + (self._rounds - self._round) * each
 
     def _by_answers(self, part: float) -> float | None:
-        """Seconds that are left, as the answers of the first round come in."""
+        """Return the seconds that are left, as the answers of the first round come in."""
         count = len(self._answers)
         if count < FEW_ANSWERS or not part:
             return None
@@ -105,7 +109,9 @@ class Live:
         return each * (1 - part) + (self._rounds - self._round) * each
 
     def _without_start(self, seconds: float) -> float:
-        """What a round takes, by the one in which the workers started: from its first answer on."""
+        """Return what a round takes, by the one in which workers started: from its first answer
+        on.
+        """
         count = len(self._answers)
         if count < FEW_ANSWERS:
             return seconds

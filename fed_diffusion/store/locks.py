@@ -1,10 +1,11 @@
 """Locks that processes on several machines share through a common folder.
 
-A lock is a file NAME.<n>.lock, and whoever made the one with the highest number holds it. It is
-made with O_EXCL, which network file systems keep atomic; flock and fcntl locks vanish with their
-process but are, on many of those, seen by one machine only. What a file cannot do, vanish with its
-process, is made up for: a lock whose process is gone, or on another machine has not touched its
-file for `STALE_S`, is taken over by making the next number, so of several that try one succeeds.
+A lock is a file NAME.<n>.lock; the process that made the file with the highest number holds the
+lock. The file is made with O_EXCL, which network file systems keep atomic. flock and fcntl locks
+would vanish with their process, but on many network file systems only one machine sees them. A file
+does not vanish with its process. So if the process of a lock is gone or, on another machine, has
+not touched its file for `STALE_S`, another process takes the lock over by making the file of the
+next number; of several that try, one succeeds.
 
 A process may hand its lock to one that it starts: the second one joins by the lock's token, and the
 lock is left over only when both are gone.
@@ -30,23 +31,23 @@ import psutil
 from fed_diffusion.store.files import write_atomic
 
 BEAT_S = 20.0
-"""Seconds between two touches of a held lock's file."""
+"""The seconds between two touches of a held lock's file."""
 STALE_S = 180.0
-"""Age of the last touch from which a lock is left over: network file systems show it late."""
+"""The seconds after its last touch when a lock is left over: network file systems show it late."""
 MOST_COMMAND = 300
-"""Characters of a holder's command line that are written down."""
+"""The number of characters of a holder's command line that are written down."""
 logger = logging.getLogger(__name__)
 
 _held: set[str] = set()
-"""Tokens of the locks that this process holds: it may live on with one that it could not remove."""
+"""The tokens of locks that this process holds: it may outlive one that it could not remove."""
 
 
 class LockLost(RuntimeError):
-    """This process was stopped for so long that another one took over what it was at."""
+    """This process was stopped for so long that another process took over its work."""
 
 
 class FileLock:
-    """One lock, held by at most one process, and by those that it lets join.
+    """A lock that is held by at most one process, and by those that it lets join.
 
     Parameters
     ----------
@@ -59,7 +60,7 @@ class FileLock:
     def __init__(self, folder: Path, name: str):
         self._folder, self._name = folder, name
         self.token = uuid.uuid4().hex
-        """Who knows it may `join`."""
+        """The token that lets another process `join`."""
         self._mine: Path | None = None
         self.joined = False
         """Whether this process holds the lock beside the one that took it."""
@@ -67,7 +68,7 @@ class FileLock:
         self._released = threading.Event()
 
     def acquire(self) -> bool:
-        """Take the lock if it is free or left over; at once, without waiting."""
+        """Take the lock if it is free or left over, without waiting."""
         self._folder.mkdir(parents=True, exist_ok=True)
         number = max(self._numbers(), default=0)
         if number and not self._left_over(self._path(number)):
@@ -87,7 +88,7 @@ class FileLock:
         return True
 
     def join(self, token: str) -> bool:
-        """Hold the lock beside the process that took it and told this one its token."""
+        """Hold the lock beside the process that took it and gave this process its token."""
         path = self._path(max(self._numbers(), default=0))
         found = _read(path)
         if not token or found.get("token") != token:
@@ -104,13 +105,15 @@ class FileLock:
         threading.Thread(target=self._beat, args=(path,), daemon=True).start()
 
     def held(self) -> bool:
-        """Whether the lock is still ours: one that was stopped for long may have lost it."""
+        """Return whether the lock is still ours: a process that was stopped for long may have lost
+        it.
+        """
         if self._mine is None or self._path(max(self._numbers(), default=0)) != self._mine:
             return False
         return _read(self._mine).get("token") == self.token
 
     def release(self) -> None:
-        """Free the lock, with what others left over before; one that was joined is only left."""
+        """Free the lock, and remove what others left over before; a joined lock is only left."""
         self._released.set()
         ours = self._mine is not None and self._pid == os.getpid()  # not a forked child's
         if ours and not self.joined and self.held():
@@ -124,12 +127,12 @@ class FileLock:
         self._mine = None
 
     def in_use(self) -> bool:
-        """Whether a process that is alive holds the lock; nothing is written to find out."""
+        """Return whether a living process holds the lock; nothing is written to find out."""
         number = max(self._numbers(), default=0)
         return bool(number) and not self._left_over(self._path(number), look_only=True)
 
     def holder(self) -> str:
-        """Who holds the lock, in words."""
+        """Return who holds the lock, in words."""
         found = _read(self._path(max(self._numbers(), default=0)))
         words = f"process {found.get('pid', '?')} on {found.get('host', 'some machine')}"
         if "since" in found:
@@ -159,7 +162,7 @@ class FileLock:
         return (time.time() if look_only else self._now()) - touched > STALE_S
 
     def _now(self) -> float:
-        """The time by the folder's own clock, which another machine's may differ from."""
+        """Return the time by the folder's own clock, which another machine's may differ from."""
         probe = self._folder / f".{self.token}"
         probe.touch()
         now = probe.stat().st_mtime
@@ -177,13 +180,13 @@ class FileLock:
 
 
 def wait_for(lock: FileLock, every_s: float = 0.2) -> None:
-    """Take a lock that others hold for moments only."""
+    """Take a lock that others hold only for moments."""
     while not lock.acquire():
         time.sleep(every_s)
 
 
 def _this_process() -> dict[str, Any]:
-    """What tells this process from all others: a pid means something within its namespace only."""
+    """Return what tells this process from all others: a pid is unique within its namespace only."""
     namespace = Path("/proc/self/ns/pid")
     process = psutil.Process()
     return {
@@ -208,7 +211,9 @@ def _lives(pid: int, started: float) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a lock's file says; nothing while it is being written, or when it is gone."""
+    """Return what a lock's file says; nothing while the file is being written, or when it is
+    gone.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

@@ -25,8 +25,10 @@ from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.store.rundir import RunDir
 
 CHANGEABLE = ("rounds", "evaluation", "worker", "flower", "trackers", "data.dir")
-"""Settings and sections that may change on purpose. Of data.dir only the place: the images in it
-are compared by their hash."""
+"""Settings and sections that may change on purpose.
+
+Of data.dir only the place may change: the images in it are compared by their hash.
+"""
 logger = logging.getLogger(__name__)
 
 
@@ -36,12 +38,12 @@ class Standing:
 
     config: Config
     checkpoint: Checkpoint | None
-    """None: nothing was done yet."""
+    """The newest checkpoint; None where no round was finished yet."""
     rounds: list[RoundSummary]
     changes: list[dict[str, Any]]
-    """Settings that were changed on purpose, here and in earlier resumes."""
+    """Settings that were changed on purpose, now and in earlier resumes."""
     changed: bool
-    """Whether any of them is new."""
+    """Whether any of `changes` is new."""
 
     @property
     def round(self) -> int:
@@ -51,14 +53,14 @@ class Standing:
 def origin_of(
     config: Config, data: str | None, run: RunDir, versions: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What a run depends on, as plain values.
+    """Return what a run depends on, as plain values.
 
     Parameters
     ----------
     data
         The hash of the images, where this process has them.
     versions
-        Of the formats and of the arithmetic behind what is stored.
+        The versions of the formats and of the arithmetic behind what is stored.
     """
     known = run.identity()
     return {
@@ -140,12 +142,12 @@ def standing(
 
 
 def trained(run: RunDir) -> tuple[Config, Checkpoint]:
-    """The settings of a run and what was trained with them, to sample and measure with.
+    """Return the settings of a run and what was trained with them, to sample and measure with.
 
     Raises
     ------
     ConfigError
-        Nothing is trained, or config.yaml is no longer what the parameters were trained with.
+        No round is finished, or config.yaml is no longer what the parameters were trained with.
     """
     config, found = run.config(), run.load_trained()
     origin = found.state.get("origin")
@@ -162,12 +164,12 @@ def trained(run: RunDir) -> tuple[Config, Checkpoint]:
 def check_same_data(
     run: RunDir, config: Config, checkpoint: Checkpoint | None, data: str | None
 ) -> None:
-    """Refuse images that are not those of the run's beginning: `ConfigError`.
+    """Raise `ConfigError` for images that are not those of the run's beginning.
 
     Parameters
     ----------
     checkpoint
-        The run's; None where it has none yet.
+        The run's checkpoint; None where there is none yet.
     data
         The hash of the images, where this process has them.
     """
@@ -185,7 +187,7 @@ def check_same_data(
 
 
 def note_where(run: RunDir, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Say what may change bits and cannot be refused, as a new version of torch."""
+    """Warn of what may change bits and cannot be refused, such as a new version of torch."""
     differ = [f"{key} {then.get(key)} (now {now[key]})" for key in now if then.get(key) != now[key]]
     if differ:
         logger.warning(
@@ -196,12 +198,12 @@ def note_where(run: RunDir, then: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 
 def resume_command(path: Path, *options: str, engine: str = "local") -> str:
-    """What to type to go on with a run, quoted for a shell.
+    """Return the command to type to go on with a run, quoted for a shell.
 
     Parameters
     ----------
     engine
-        local, flower, or deployment: a SuperLink that the run was submitted to.
+        The engine that goes on: local, flower, or deployment (a SuperLink that has the run).
     """
     if engine == "deployment":
         return shlex.join(["fed-diffusion", "deploy", "run", "OPERATOR", "--resume", str(path)])
@@ -211,7 +213,7 @@ def resume_command(path: Path, *options: str, engine: str = "local") -> str:
 
 def _nothing_left(run: RunDir) -> ConfigError:
     return ConfigError(
-        f"{run.path} is finished; there is nothing to resume. To measure it anew: "
+        f"{run.path} is finished; there is nothing to resume. To measure it again: "
         f"{shlex.join(['fed-diffusion', 'evaluate', str(run.path)])}. For more rounds: "
         f"{resume_command(run.path, '--rounds', str(2 * run.config().rounds))}"
     )
@@ -228,7 +230,7 @@ def _refuse_lost_checkpoints(run: RunDir) -> None:
 
 
 def _differences(run: RunDir, then: Mapping[str, Any], now: Config) -> dict[str, tuple[Any, Any]]:
-    """Key -> (value then, value now), of the settings that differ."""
+    """Return key -> (value then, value now), of the settings that differ."""
     try:
         before = dict(_flat(build_config(then).to_dict()))  # with the defaults of today
     except ConfigError as error:
@@ -250,13 +252,13 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _with(config: Config, typed: Mapping[str, Any]) -> Config:
-    """The settings with others that were typed; only those that may change."""
+    """Return the settings with the typed changes; only settings that may change are allowed."""
     for key in typed:
         if not _may_change(key):
             raise ConfigError(
-                f"{key} cannot be changed in a run that has begun: it decides on every bit. "
-                f"What can be set anew: {', '.join(f'{one}' for one in CHANGEABLE)}. For another "
-                f"{key} begin a new run."
+                f"{key} cannot be changed in a run that has begun: every result depends on it. "
+                f"These settings can be changed: {', '.join(CHANGEABLE)}. For another {key} begin "
+                "a new run."
             )
     return with_overrides(config, typed) if typed else config
 
@@ -273,7 +275,7 @@ def _refuse_changes(
     if not fixed:
         different = {k: pair for k, pair in different.items() if not _stands_in(k, typed)}
     if fixed:
-        how = f"Put {', '.join(fixed)} back, or begin a new run: these decide on every bit."
+        how = f"Put {', '.join(fixed)} back, or begin a new run: every result depends on these."
     else:
         how = f"If that is on purpose: {resume_command(run.path, '--accept-changes')}"
     raise ConfigError(
@@ -287,7 +289,7 @@ def _may_change(key: str) -> bool:
 
 
 def _stands_in(key: str, others: Iterable[str]) -> bool:
-    """Whether a key is one of the others, or in a section that is."""
+    """Return whether a key is one of the others, or in a section that is."""
     return any(key == one or key.startswith(f"{one}.") for one in others)
 
 

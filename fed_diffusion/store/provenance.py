@@ -1,4 +1,4 @@
-"""What a run was made by: versions, commit, machine, command, date; no host, no user."""
+"""What made a run: versions, commit, machine, command, date; no host and no user."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_session(path: Path, data: str | None) -> None:
-    """Add to the file what this process is, which begins or resumes a run.
+    """Add this process, which begins or resumes a run, to the file.
 
     A file that is damaged stays as it is, with a warning: the run goes on without the note.
     """
@@ -37,14 +37,14 @@ def add_session(path: Path, data: str | None) -> None:
     except FileNotFoundError:
         known = None
     except ConfigError as error:
-        logger.warning("%s This beginning of the run is not noted there.", error)
+        logger.warning("%s This start or resume of the run is not noted there.", error)
         return
     sessions = [*(known if isinstance(known, list) else []), provenance(data)]
     write_atomic(path, json.dumps({"sessions": sessions}, indent=2) + "\n")
 
 
 def provenance(data: str | None = None) -> dict[str, Any]:
-    """What this process is, as plain values.
+    """Return what this process is, as plain values.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def provenance(data: str | None = None) -> dict[str, Any]:
 
 
 def command_line(argv: list[str]) -> str:
-    """What was typed, with the home directory as ~: it holds the user's name."""
+    """Return what was typed, with the home directory as ~, since that holds the user's name."""
     program, *words = argv
     shown = shlex.join(["fed-diffusion" if _ours(program) else Path(program).name, *words])
     return shown.replace(str(Path.home()), "~")
@@ -79,7 +79,7 @@ def _ours(program: str) -> bool:
 
 @cache
 def commit() -> str | None:
-    """The git commit of the source, with -dirty behind it where files differ; None of a package."""
+    """Return the git commit of the source, with -dirty where files differ; None for a package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -93,7 +93,7 @@ def commit() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """The kind of machine this is."""
+    """Return the kind of machine this is."""
     import torch  # the version of fed-diffusion is asked for without it
 
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()

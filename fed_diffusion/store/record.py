@@ -1,4 +1,4 @@
-"""How far a run is and what of it is on disk: its rounds, its seconds, its checkpoints."""
+"""How far a run is, and what of it is on disk: its rounds, its seconds, its checkpoints."""
 
 from __future__ import annotations
 
@@ -57,14 +57,16 @@ class Record:
         self._written = self.saved = found.round
 
     def line(self, summary: RoundSummary) -> None:
-        """Write the line of a round; without a checkpoint a resumed run drops it again."""
+        """Write the line of a round; if no checkpoint follows, a resumed run drops the line
+        again.
+        """
         self._seconds["train"] += summary.seconds
         self.history.append(summary)
         self._run.append_metrics(summary.to_dict())
         self._written = summary.round
 
     def unsaved(self, round: int) -> bool:
-        """Whether the round has a line and no checkpoint."""
+        """Return whether the round has a line and no checkpoint."""
         return self._written > self.saved and self._written == round
 
     def checkpoint(
@@ -97,7 +99,7 @@ class Record:
         self._written = self.saved
 
     def seconds(self) -> dict[str, float]:
-        """What the time was spent on, up to now."""
+        """Return what the time was spent on, up to now."""
         total = self._seconds["total"] + time.perf_counter() - self._began
         return self._seconds | {"total": total}
 
@@ -111,15 +113,15 @@ class Record:
             self._seconds[what] += time.perf_counter() - began
 
     def how_to_resume(self, engine: str) -> str:
-        """The last checkpoint, and the command that goes on from it; see `resume_command`."""
+        """Return the last checkpoint and the command that goes on from it; see `resume_command`."""
         where = f"The last checkpoint is of round {self.saved}"
         where = where if self.saved else "No round was finished yet"
         return f"{where}; go on with: {resume_command(self._run.path, engine=engine)}"
 
     def last_good(self) -> str:
-        """What is left of a run that diverged, and what to do."""
+        """Return what is left of a run that diverged, and what to do."""
         if not self.history:
-            return "No round was finished: start a new run with it."
+            return "No round was finished: start a new run with the smaller step size."
         last, best = self.history[-1], min(self.history, key=lambda summary: summary.loss)
         return (
             f"The last good checkpoint is of round {last.round}, with a loss of {last.loss:.4g} "

@@ -54,22 +54,22 @@ from fed_diffusion.store.provenance import PROVENANCE, add_session
 
 DEFAULT_ROOT = "runs"
 RESULTS = ("metrics.jsonl", NEWEST, PREVIOUS, "results.json")
-"""Where one of these is, a run has done something."""
+"""A directory that holds one of these has a run in it."""
 OTHERS = (
     *("config.yaml", "report.html", "budgets.json", "data.json", "privacy.jsonl"),
     *(PROVENANCE, EVALUATIONS, "samples/final.png", "samples/real.png"),
 )
 LOCK = ".run"
 LOCK_TOKEN = "FED_DIFFUSION_RUN_LOCK"
-"""The variable by which a command lets the ServerApp that it starts hold its lock too."""
+"""The environment variable that lets the ServerApp of a command join the command's lock."""
 
 
 class RunTaken(ConfigError):
-    """The directory holds a run that a new one would write over."""
+    """The directory holds a run, or files, that a new run would write over."""
 
 
 class RunBusy(RunTaken):
-    """Another process is at the run; the message says which."""
+    """Another process works on the run; the message says which."""
 
 
 class RunDir:
@@ -92,8 +92,8 @@ class RunDir:
         Parameters
         ----------
         path
-            None: a new one, ROOT/<preset>-<time>, with a number behind it where others begin in
-            the same second.
+            The directory. None stands for a new one, ROOT/<preset>-<time>, with a number behind it
+            if other runs begin in the same second.
         data
             The hash of the images that the run is to train on, where they are known.
 
@@ -137,27 +137,28 @@ class RunDir:
         for name in ("run.json", *OTHERS):
             if (self.path / name).exists():
                 raise RunTaken(
-                    f"{self.path} holds {name}, which no run has left there and a new run would "
+                    f"{self.path} holds {name}, which is not from a run, and a new run would "
                     "write over; give another directory (--out)."
                 )
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
-        """An existing run; `ConfigError` where there is none."""
+        """Return an existing run; raise `ConfigError` where there is none."""
         run = cls(path)
         if not (run.path / "config.yaml").is_file():
-            raise ConfigError(f"{run.path} is no run directory: it has no config.yaml.")
+            raise ConfigError(f"{run.path} is not a run directory: it has no config.yaml.")
         return run
 
     # --- who is at it ---------------------------------------------------------------------------
 
     def lock(self) -> None:
-        """Hold the directory until `unlock`; as a ServerApp beside the command that started it.
+        """Hold the directory until `unlock`, also as a ServerApp beside the command that started
+        it.
 
         Raises
         ------
         RunBusy
-            Another process holds it; the message says which.
+            Another process holds the directory; the message says which.
         ConfigError
             The directory cannot be written to.
         """
@@ -185,7 +186,7 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for a while; see `lock`."""
+        """Hold the directory while the block runs; see `lock`."""
         self.lock()
         try:
             yield
@@ -194,16 +195,18 @@ class RunDir:
 
     @property
     def joined(self) -> bool:
-        """Whether the command that started this process has claimed the directory for it."""
+        """Whether the command that started this process has claimed the directory for this
+        process.
+        """
         return self._lock is not None and self._lock.joined
 
     @property
     def token(self) -> str:
-        """What a process needs to know to join (`LOCK_TOKEN`); empty while this one has no lock."""
+        """What a process needs to join (`LOCK_TOKEN`); empty while this process has no lock."""
         return self._lock.token if self._lock is not None else ""
 
     def check_lock(self) -> None:
-        """Raise `LockLost` where this process was stopped for long and another took over."""
+        """Raise `LockLost` if this process was stopped for long and another took over."""
         if self._lock is not None and not self._lock.held():
             raise LockLost(
                 f"this process was stopped for long, and {self._lock.holder()} took over "
@@ -211,7 +214,7 @@ class RunDir:
             )
 
     def in_use(self) -> bool:
-        """Whether a living process holds the directory; nothing is written to find out."""
+        """Return whether a living process holds the directory; nothing is written to find out."""
         return FileLock(self.path, LOCK).in_use()
 
     # --- what is in it --------------------------------------------------------------------------
@@ -233,7 +236,7 @@ class RunDir:
         write_atomic(self.path / "config.yaml", config.to_yaml())
 
     def identity(self) -> dict[str, Any]:
-        """run.json; empty where there is none, as in a run that an earlier version began."""
+        """Return run.json; empty where there is none, as in a run of an earlier version."""
         return self._object("run.json")
 
     def _object(self, name: str) -> dict[str, Any]:
@@ -267,9 +270,10 @@ class RunDir:
         append_line(self.path / "privacy.jsonl", json.dumps({"round": round}))
 
     def opened(self, finished: int) -> int:
-        """How many rounds were opened, repeated ones each time; at least once all up to a last one.
+        """Return how many rounds were opened, repeated ones each time; at least all up to the last
+        one.
 
-        A line that cannot be read counts as well: it errs on the safe side.
+        A line that cannot be read counts too, so that the number is never too small.
         """
         path, named = self.path / "privacy.jsonl", set()
         lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
@@ -289,12 +293,12 @@ class RunDir:
             raise ConfigError(f"{self.path} has no results.json: the run did not finish.") from None
 
     def append_evaluation(self, entry: Mapping[str, Any]) -> int:
-        """Keep an evaluation beside those that are there; returns its number, from 1 on."""
+        """Keep an evaluation beside the earlier ones, and return its number, counted from 1."""
         self.check_lock()
         return append_evaluation(self.path / EVALUATIONS, entry)
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Every evaluation that was kept, in order; `ConfigError` where the file is damaged."""
+        """Return every evaluation in order; raise `ConfigError` where the file is damaged."""
         return read_evaluations(self.path / EVALUATIONS)
 
     def write_budgets(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
@@ -302,24 +306,26 @@ class RunDir:
         write_atomic(self.path / "budgets.json", json.dumps(budgets, indent=2) + "\n")
 
     def write_status(self, state: str, reason: str | None = None) -> None:
-        """The last thing a server writes: finished, or failed with the reason."""
+        """Write how the run ended, finished or failed with the reason, as a server's last act."""
         self.check_lock()
         write_atomic(self.path / "status.json", json.dumps({"state": state, "reason": reason}))
 
     def status(self) -> dict[str, Any]:
-        """How the run ended, as state and reason; empty while it goes on, or after a kill."""
+        """Return how the run ended, as state and reason; empty while it goes on, or after a
+        kill.
+        """
         return self._object("status.json")
 
     def finished(self) -> bool:
-        """Whether the run has come to its end."""
+        """Return whether the run has come to its end."""
         return self.status().get("state") == "finished"
 
     def doing(self) -> dict[str, Any]:
-        """progress.json; empty where nothing is at the run."""
+        """Return progress.json; empty where no process works on the run."""
         return self._object("progress.json")
 
     def budgets(self) -> dict[int, dict[str, float]]:
-        """What write_budgets wrote; empty where it wrote nothing."""
+        """Return what write_budgets wrote; empty where it wrote nothing."""
         found = self._object("budgets.json")
         try:
             return {
@@ -341,14 +347,14 @@ class RunDir:
         save_checkpoint(self.path, tensors, state)
 
     def load_checkpoint(self) -> Checkpoint:
-        """The newest whole checkpoint; `ConfigError` where there is none."""
+        """Return the newest whole checkpoint; raise `ConfigError` where there is none."""
         try:
             return load_checkpoint(self.path)
         except CheckpointError as error:
             raise ConfigError(f"{self.path} cannot be read as a trained run: {error}.") from error
 
     def load_trained(self) -> Checkpoint:
-        """The newest whole checkpoint; `ConfigError` where no round is finished."""
+        """Return the newest whole checkpoint; raise `ConfigError` where no round is finished."""
         checkpoint = self.load_checkpoint()
         if checkpoint.state.get("round") == 0:
             raise ConfigError(f"{self.path} cannot be read as a trained run: no round is finished.")
@@ -358,7 +364,7 @@ class RunDir:
         return self.load_trained().tensors["ema" if ema else "theta"]
 
     def read_rounds(self, last: int) -> tuple[list[RoundSummary], list[int]]:
-        """The rounds of metrics.jsonl up to `last`, and the numbers of lines that are damaged.
+        """Return the rounds of metrics.jsonl up to `last`, and the numbers of damaged lines.
 
         Of a repeated round the last line counts.
         """
@@ -385,7 +391,7 @@ class RunDir:
 
 
 def _claim_new(config: Config, root: Path) -> RunDir:
-    """A directory that did not exist before and that nobody else has claimed."""
+    """Claim a directory that did not exist before and that nobody else has claimed."""
     stem = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     root.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):

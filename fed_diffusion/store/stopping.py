@@ -1,4 +1,4 @@
-"""What happens to a run that ends early, whatever ends it."""
+"""What happens to a run that ends early, for whatever reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunStopped(RuntimeError):
-    """The run cannot go on now; its last checkpoint is there, the message says how to resume."""
+    """The run cannot go on now; its last checkpoint exists, and the message says how to resume."""
 
 
 class RunDiverged(RunStopped):
@@ -26,15 +26,15 @@ class RunDiverged(RunStopped):
 def ending(
     run: RunDir, save_last: Callable[[], None], how_to_resume: Callable[[], str]
 ) -> Iterator[None]:
-    """Save what can be saved of a run that ends in here, write status.json, say how to resume.
+    """Save what can be saved of a run that ends in the block, write status.json, say how to resume.
 
     What fails meanwhile, as on a full disk, becomes a note of the error that ended the run, and
-    never hides it.
+    never hides that error.
 
     Parameters
     ----------
     save_last
-        Writes a checkpoint of the last round where there is none yet.
+        A function that writes a checkpoint of the last round where there is none yet.
     how_to_resume
         A sentence with the last checkpoint and the command.
     """
@@ -52,7 +52,9 @@ def ending(
 
 
 def _told(run: RunDir, error: BaseException, how: str) -> tuple[BaseException, str]:
-    """The error to raise, and the reason for status.json; both say how to resume where one can."""
+    """Return the error to raise and the reason for status.json; both say how to resume if one
+    can.
+    """
     if isinstance(error, RunDiverged):
         return error, str(error)
     if isinstance(error, RunStopped):

@@ -22,7 +22,7 @@ Done = Sequence[tuple[Run, Record]]
 
 
 def save_loss_figure(done: Done, path: Path) -> Path:
-    """Training loss by round: a row per preset, a column per family of methods, F in each."""
+    """Draw the training loss by round: a row per preset, a column per family, F in each."""
     presets = list(dict.fromkeys(run.config.preset for run, _ in done))
     found = dict.fromkeys(f for run, _ in done if (f := family(run.method)))
     families: list[str | None] = [*found] or [None]
@@ -40,7 +40,7 @@ def save_loss_figure(done: Done, path: Path) -> Path:
 
 
 def family(method: str) -> str | None:
-    """The letter of a method's masks; None for one that belongs beside every family."""
+    """Return the letter of a method's masks; None for a method that belongs beside every family."""
     letter, dash, _ = method.partition("-FedDM")
     return letter if dash else None
 
@@ -54,7 +54,9 @@ def _curves(axes: Axes, done: Done) -> None:
 
 
 def save_samples_figure(done: Done, path: Path) -> Path | None:
-    """The first seed's final grid of each method, preset by preset; None where there are none."""
+    """Draw the first seed's final grid of each method, preset by preset; return None without
+    any.
+    """
     panels: dict[str, dict[str, Path]] = {}
     for run, record in done:
         if record.final is not None:

@@ -39,7 +39,7 @@ from fed_diffusion.store.origin import check_same_data
 from fed_diffusion.store.rundir import DEFAULT_ROOT, RunBusy, RunDir
 
 MACHINES = "machines.txt"
-"""In a run directory: one line for each machine that worked on it."""
+"""The file in a run directory with one line for each machine that worked on the run."""
 logger = logging.getLogger(__name__)
 
 Seed = Annotated[int, Field(ge=0, lt=LARGEST)]
@@ -49,12 +49,12 @@ class Sweep(Section):
     """What a file in conf/sweeps says."""
 
     name: str
-    """Default: the file's name."""
+    """The name of the sweep; by default that of its file."""
     presets: tuple[str, ...] = Field(min_length=1)
     methods: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     set: dict[str, Any] = Field({})
-    """Settings of every run, as `evaluation.samples: 1000`."""
+    """Settings of every run, such as `evaluation.samples: 1000`."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class Outcome:
 
     finished: list[Run] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    """Run -> why."""
+    """Run -> the reason why it failed."""
     elsewhere: dict[str, str] = field(default_factory=dict)
-    """Run -> the process that is at it."""
+    """Run -> the process that works on it."""
 
 
 def sweeps() -> list[str]:
@@ -94,7 +94,7 @@ def load_sweep(file: str) -> Sweep:
     Raises
     ------
     ConfigError
-        Names the file, the key, the value and what is allowed.
+        The message names the file, the key, the value and what is allowed.
     """
     is_path = file.endswith((".yaml", ".yml"))
     path = Path(file) if is_path else conf_dir() / "sweeps" / f"{file}.yaml"
@@ -118,7 +118,7 @@ def load_sweep(file: str) -> Sweep:
         if key in sweep.set:
             raise ConfigError(
                 f"sweep {path}: set.{key} = {as_numbers(sweep.set[key])!r} is not allowed; "
-                f"the grid's own {key}s say it."
+                f"the sweep's list of {key}s says it."
             )
     refuse_overlaps(sweep.set, f"sweep {path}: set")
     return sweep
@@ -133,7 +133,7 @@ def default_out(sweep: Sweep) -> Path:
 
 
 def grid(sweep: Sweep, out: Path, overrides: Mapping[str, Any]) -> list[Run]:
-    """Every run with its settings; seed by seed, so that there is a whole table early on.
+    """Return every run with its settings, seed by seed, so that there is a whole table early on.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def grid(sweep: Sweep, out: Path, overrides: Mapping[str, Any]) -> list[Run]:
 
 
 def chosen(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
-    """The runs that a pattern fits: part of a name, or with * ? [ the whole of it."""
+    """Return the runs that a pattern fits: a part of the name, or with * ? [ the whole name."""
     if not patterns:
         return list(runs)
     whole = [p if any(c in p for c in "*?[") else f"*{p}*" for p in patterns]
@@ -170,12 +170,13 @@ def chosen(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
 
 
 def check_runs(runs: Sequence[Run]) -> dict[DataConfig, ImageSet]:
-    """Refuse before the first run what would be refused in a later one; the data sets, loaded once.
+    """Refuse before the first run what would be refused in a later run; return the loaded data
+    sets.
 
     Raises
     ------
     ConfigError
-        Names the run, the key and how to fix it.
+        The message names the run, the key and how to fix it.
     """
     datasets: dict[DataConfig, ImageSet] = {}
     hashes: dict[DataConfig, str] = {}
@@ -207,7 +208,7 @@ def _check_same(run: Run, dataset: ImageSet) -> None:
 
 
 def refuse_existing(out: Path) -> None:
-    """A sweep is not begun where one is: `ConfigError`."""
+    """Raise `ConfigError` if the directory holds a sweep already."""
     if (out / "runs").exists():
         raise ConfigError(
             f"{out} holds a sweep already; go on with it (or join those who work on it) by "
@@ -216,7 +217,9 @@ def refuse_existing(out: Path) -> None:
 
 
 def start(out: Path, *, resume: bool) -> None:
-    """Make the sweep's directory; of several that do so at once without `resume`, one succeeds."""
+    """Make the sweep's directory; of several processes that do so without `resume`, one
+    succeeds.
+    """
     try:
         (out / "runs").mkdir(parents=True, exist_ok=resume)
     except FileExistsError:
@@ -225,7 +228,7 @@ def start(out: Path, *, resume: bool) -> None:
 
 
 def command_line(arguments: Namespace) -> str:
-    """What to type for the same figures, without what only concerns one of its parts."""
+    """Return what to type for the same figures, without options about a part of the sweep."""
     words = ["fed-diffusion", "sweep", arguments.file]
     for pair in arguments.set:
         words += ["--set", pair]
@@ -255,9 +258,9 @@ def run_sweep(
     processes
         Clients at once; see `fed_diffusion.engines.local.simulate`.
     progress
-        Makes what is shown of one run while it trains.
+        A function that makes what is shown of one run while it trains.
     say
-        Called with a line for each run that begins or ends.
+        A function that is called with a line for each run that begins or ends.
     """
     outcome = Outcome()
     for number, run in enumerate(runs, 1):
@@ -266,7 +269,7 @@ def run_sweep(
         try:
             if not run.finished() and not lock.acquire():
                 outcome.elsewhere[run.name] = lock.holder()
-                say(f"{where}: {lock.holder()} is at it")
+                say(f"{where}: {lock.holder()} works on it")
                 continue
             if not run.finished():  # asked again: it may have been, just before it was ours
                 with progress(run.config) as shown:
@@ -295,7 +298,7 @@ def _do(
     where: str,
     say: Callable[[str], None],
 ) -> None:
-    """One run from where it is to its end; it writes its own status."""
+    """Take one run from where it is to its end; the run writes its own status."""
     if (run.path / "config.yaml").exists():
         experiment = Experiment.resume(run.path, dataset)
         say(f"{where}: goes on after round {experiment.coordinator.round}")
@@ -308,7 +311,7 @@ def _do(
 
 
 def _guarded(progress: Progress, lock: FileLock) -> Progress:
-    """Shows a round's line; ends a run that is another process's by now."""
+    """Show a round's line, and end a run that another process has taken over."""
 
     def show(line: dict[str, Any]) -> None:
         if not lock.held():
@@ -326,7 +329,7 @@ def _note_machine(run: Run) -> None:
 
 
 def machine_of(config: Config) -> str:
-    """This machine as a figure's reader needs to know it."""
+    """Return this machine as a figure's reader needs to know it."""
     device = device_of(config)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     return (

@@ -36,4 +36,4 @@ TABLE_2: dict[str, dict[str, tuple[float, float]]] = {
         "T-FedDM-S": (3.63, 109.83),
     },
 }
-"""Data set -> method -> (Inception Score, FID)."""
+"""The paper's Table 2: data set -> method -> (Inception Score, FID)."""

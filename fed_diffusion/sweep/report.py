@@ -1,6 +1,7 @@
 """What came out of a sweep: tables as Markdown and CSV beside the paper's, with how they were made.
 
-Mean and standard deviation are over seeds. Only finished runs count; the text says how many are.
+Means and standard deviations are over seeds. Only finished runs count; the text says how many there
+are.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Row:
 
 
 def finished(runs: Iterable[Run]) -> list[tuple[Run, Record]]:
-    """The finished runs; one whose files are damaged is left out, with a warning."""
+    """Return the finished runs; one whose files are damaged is left out, with a warning."""
     done = []
     for run in runs:
         try:
@@ -53,14 +54,14 @@ def finished(runs: Iterable[Run]) -> list[tuple[Run, Record]]:
 
 
 def _check_figures(run: Run) -> None:
-    """Refuse results that lack what the tables show: `ConfigError`."""
+    """Raise `ConfigError` for results that lack what the tables show."""
     results = run.results()
     try:
         _evaluation_of(results["quality"])
         columns = columns_of([results])
         values = [results["parameters"], *(figure.value(results) for figure in columns)]
         odd = [v for v in values if v is not None and not isinstance(v, int | float)]
-        problem = f"{odd[0]!r} is no number" if odd else None
+        problem = f"{odd[0]!r} is not a number" if odd else None
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         problem = repr(error)
     if problem is not None:
@@ -68,7 +69,7 @@ def _check_figures(run: Run) -> None:
 
 
 def rows_of(done: Sequence[tuple[Run, Record]]) -> list[Row]:
-    """One row per preset and method, in the order in which the sweep names them."""
+    """Return one row per preset and method, in the order in which the sweep names them."""
     groups: dict[tuple[str, str], list[tuple[Run, Record]]] = {}
     for run, record in done:
         groups.setdefault((run.config.preset, run.method), []).append((run, record))
@@ -86,7 +87,9 @@ def rows_of(done: Sequence[tuple[Run, Record]]) -> list[Row]:
 
 
 def _over_seeds(figure: Figure, results: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """Mean and standard deviation; None where a run has no such figure, 0 for a single run's."""
+    """Return the mean and standard deviation; None if a run lacks the figure, 0 for a single
+    run.
+    """
     values = [figure.value(result) for result in results]
     if any(v is None or not math.isfinite(v) for v in values):
         return None
@@ -158,7 +161,7 @@ def markdown(
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """One table per preset, beside the paper's Table 2 where it has the data set."""
+    """Return one table per preset, beside the paper's Table 2 where that has the data set."""
     lines: list[str] = []
     for preset in dict.fromkeys(row.preset for row in rows):
         mine = [row for row in rows if row.preset == preset]
@@ -191,7 +194,7 @@ def _cell(figure: Figure, row: Row) -> str:
 
 
 def protocol(runs: Sequence[Run], done: Sequence[tuple[Run, Record]]) -> list[str]:
-    """How the figures came about, as the runs themselves say it."""
+    """Return how the figures were made, as the runs themselves say."""
     seeds = sorted({run.config.seed for run, _ in done})
     lines = ["## How these were made", ""]
     lines.append(
@@ -219,7 +222,7 @@ def protocol(runs: Sequence[Run], done: Sequence[tuple[Run, Record]]) -> list[st
 
 PAPER = (
     "The paper does not say how many samples, which split and which weights are behind its Table "
-    "2: its columns show the order of the methods, they are no yardstick for the size of a FID."
+    "2: its columns show the order of the methods, and say nothing about how large a FID should be."
 )
 
 
@@ -246,7 +249,7 @@ def _evaluation(done: Sequence[tuple[Run, Record]]) -> str:
 
 
 def _judges(done: Sequence[tuple[Run, Record]]) -> str:
-    """The further judges, and a warning where one column is by several."""
+    """Return the further judges, and a warning where one column is by several judges."""
     found = [record.results["quality"] for _, record in done]
     text = ""
     for name, judge in (found[0].get("others") or {}).items():

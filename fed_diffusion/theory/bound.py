@@ -27,7 +27,7 @@ VARIANTS: tuple[Variant, ...] = ("as_proved", "as_printed")
 
 @dataclass(frozen=True)
 class Data:
-    """Dimension d and second moment M_{n,2} = E ||X_0||^2 of one worker's data."""
+    """The dimension d and the second moment M_{n,2} = E ||X_0||^2 of one worker's data."""
 
     d: int
     M2: float
@@ -45,13 +45,13 @@ class Steps:
     Attributes
     ----------
     T, K
-        Its start and its number of steps.
+        The partition's start and its number of steps.
     kappa
         The kappa that the bound is evaluated at.
     needed
         The smallest kappa with gamma_k <= kappa min{1, u_{k+1}} for every k.
     delta
-        Its end; None where it is not known, and then Remark 4.12's condition on K is not looked at.
+        The partition's end. Where it is unknown (None), Remark 4.12's condition on K is skipped.
     """
 
     T: float
@@ -67,7 +67,9 @@ class Steps:
 
     @classmethod
     def of(cls, u: Tensor, kappa: float | None = None) -> Steps:
-        """Of a partition [K + 1], at its own kappa unless another is given."""
+        """Return the steps of a partition [K + 1], at its smallest kappa unless another is
+        given.
+        """
         needed = partitions.kappa(u)
         return cls(
             float(u[0]), len(u) - 1, needed if kappa is None else kappa, needed, float(u[-1])
@@ -123,7 +125,7 @@ class Training:
 
 
 def to_F_scale(training: Training, Z: float, d: int) -> Training:
-    """From the simple loss F_n / (Z d), which training minimises, to F_n itself.
+    """Convert from the simple loss F_n / (Z d), which training minimises, to F_n itself.
 
     eta_F = eta / (Z d); losses, gradients and L times Z d, so sigma times Z d; theta is the same.
     """
@@ -140,7 +142,7 @@ def to_F_scale(training: Training, Z: float, d: int) -> Training:
 
 
 def eta_from_F_scale(eta: float, Z: float, d: int) -> float:
-    """The config's eta, on the simple loss, of a step size on the scale of F: eta_F Z d."""
+    """Return the config's eta, on the simple loss, for a step size on F's scale: eta_F Z d."""
     return eta * Z * d
 
 
@@ -153,13 +155,13 @@ class Discretisation(NamedTuple):
 
 
 def lemma_4_5(data: Data, steps: Steps) -> Discretisation:
-    """Time discretisation error, up to an absolute constant."""
+    """Return the time discretisation error, up to an absolute constant."""
     kappa = steps.kappa
     return Discretisation(kappa**2 * data.d * steps.K, kappa * data.M2, kappa * data.d * steps.T)
 
 
 def largest_eta(L: float, S: int, N: int, gamma_star: int) -> float:
-    """The condition of Lemma 4.6, eta <= min{sqrt(Gamma* / (640 S^2 L^2 N)), 1}, on F's scale."""
+    """Return the largest eta of Lemma 4.6, min{sqrt(Gamma* / (640 S^2 L^2 N)), 1}, on F's scale."""
     return min(math.sqrt(gamma_star / (640 * N)) / (S * L), 1.0) if L > 0 else 1.0
 
 
@@ -174,7 +176,7 @@ class GradientNorm(NamedTuple):
 
 
 def lemma_4_6(training: Training, F_R: float, variant: Variant = "as_proved") -> GradientNorm:
-    """Bound on (1/R) sum_r E ||grad F(theta_r)||^2, given F(theta_R).
+    """Return the bound on (1/R) sum_r E ||grad F(theta_r)||^2, given F(theta_R).
 
     8 (F(theta_0) - F(theta_R)) / (eta S R) + (sigma_1^2 + sigma_2^2) + 160 w^2 L^2 N / Gamma* +
     10 N sigma_2^2 / Gamma* + 16 eta L N sigma_1^2 / Gamma*^2; printed: L for L^2 and 40 for 10.
@@ -206,7 +208,7 @@ class LocalLoss(NamedTuple):
 
 
 def lemma_4_7(training: Training, variant: Variant = "as_proved") -> LocalLoss:
-    """Bound on F_n(theta_R).
+    """Return the bound on F_n(theta_R).
 
     |F_n(theta_0) - F(theta_0)| + sigma_2 ||theta_R - theta_0|| + F(theta_0) +
     20 eta S R w^2 L^2 N / Gamma* + (5/4) eta S R N sigma_2^2 / Gamma* +
@@ -227,7 +229,7 @@ def lemma_4_7(training: Training, variant: Variant = "as_proved") -> LocalLoss:
 
 
 def lemma_4_8(F_n: float, C1: float) -> float:
-    """The excess score error F_n + C_1 = sum_k gamma_k E ||A_3 - A_2||^2.
+    """Return the excess score error F_n + C_1 = sum_k gamma_k E ||A_3 - A_2||^2.
 
     C_1 is at most 0: C1 = 0 gives F_n alone, the conservative version.
     """
@@ -237,18 +239,21 @@ def lemma_4_8(F_n: float, C1: float) -> float:
 
 
 def lemma_4_10(data: Data, T: float) -> float:
-    """The prior's mismatch (d + M_2) e^{-2T}; KL(q_T || N(0, I)) is at most half of it, T >= 1."""
+    """Return the prior's mismatch (d + M_2) e^{-2T}; for T >= 1, KL(q_T
+
+    N(0, I)) is at most half.
+    """
     return (data.d + data.M2) * math.exp(-2 * T)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One thing that the theorem asks for.
+    """One condition of the theorem.
 
     Attributes
     ----------
     ratio
-        At most 1 where it holds; else by how much it is missed, infinite for a yes or no.
+        At most 1 where the condition holds; else the factor by which it is missed, or infinity.
     says
         Both sides in words.
     """
@@ -285,7 +290,7 @@ class Bound:
 
     @property
     def excess(self) -> float:
-        """Lemma 4.7's bound on F_n(theta_R), plus C_1; at least 0, as what it bounds is."""
+        """Lemma 4.7's bound on F_n(theta_R), plus C_1; it is at least 0, like what it bounds."""
         return max(lemma_4_8(sum(self.local), self.C1), 0.0)
 
     @property
@@ -297,11 +302,11 @@ class Bound:
 
     @property
     def covered(self) -> bool:
-        """Whether every condition holds, so that the theorem says this at all."""
+        """Whether every condition holds, so that the theorem vouches for the bound."""
         return all(condition.holds for condition in self.conditions)
 
     def terms(self) -> dict[str, float]:
-        """Every term by name; they add up to `total` unless C_1 takes them below 0."""
+        """Return every term by name; they add up to `total` unless C_1 takes them below 0."""
         parts = {**self.local._asdict(), "C1": self.C1, **self.discretisation._asdict()}
         parts["prior"] = self.prior
         return {name: self.constant * value for name, value in parts.items()}
@@ -317,10 +322,9 @@ def theorem_4_11(
     variant: Variant = "as_proved",
     settings: tuple[Condition, ...] = (),
 ) -> Bound:
-    """The bound on KL(q_{n,delta} || p_{n,t_K}) for one worker.
+    """Return the bound on KL(q_{n,delta}
 
-    Infinite, with the reason, where Gamma* = 0 or not everybody takes part. Any other condition
-    that fails leaves a number which the theorem does not vouch for: see `Bound.conditions`.
+    p_{n,t_K}) for one worker.
 
     Parameters
     ----------
@@ -346,7 +350,7 @@ def theorem_4_11(
 
 
 def conditions(steps: Steps, training: Training) -> tuple[Condition, ...]:
-    """What Theorem 4.11 asks for, each with by how much it holds or is missed.
+    """Return what Theorem 4.11 asks for, and by what factor each condition holds or is missed.
 
     Assumption 4.2 wants w^2 < 1; the proof uses w^2 and nowhere that it is below 1.
     """
@@ -381,7 +385,7 @@ def conditions(steps: Steps, training: Training) -> tuple[Condition, ...]:
 
 
 def _enough_steps(steps: Steps) -> tuple[Condition, ...]:
-    """Remark 4.12's condition on K, where delta is known."""
+    """Return Remark 4.12's condition on K, where delta is known."""
     if steps.delta is None:
         return ()
     least = math.log(1 / steps.delta)
@@ -390,7 +394,7 @@ def _enough_steps(steps: Steps) -> tuple[Condition, ...]:
 
 
 def yes_or_no(name: str, holds: bool, says: str) -> Condition:
-    """A condition that is not missed by a factor."""
+    """Return a condition that is not missed by a factor."""
     return Condition(name, _yes(holds), says)
 
 
@@ -401,12 +405,12 @@ def _proved(variant: Variant) -> bool:
 
 
 def _curvature(training: Training, variant: Variant) -> float:
-    """The power of L that stands beside w^2."""
+    """Return the power of L that stands beside w^2."""
     return training.L**2 if _proved(variant) else training.L
 
 
 def _over(value: float, by: float) -> float:
-    """value / by, infinite for by = 0."""
+    """Return value / by, or infinity for by = 0."""
     return value / by if by > 0 else math.inf
 
 

@@ -19,7 +19,7 @@ from fed_diffusion.diffusion.loss import Network, NoisyBatch
 from fed_diffusion.theory.estimates import Estimate
 
 ROOM = 64 << 20
-"""Bytes that a product may take in any case: small parts cost small networks twice the time."""
+"""The bytes that a product may take in any case; smaller parts would take twice the time."""
 
 
 def curvature(
@@ -29,10 +29,10 @@ def curvature(
     products: int,
     room: int = ROOM,
 ) -> Estimate:
-    """||H|| of a minibatch's loss by power iteration, from the gradient.
+    """Return ||H|| of a minibatch's loss by power iteration, starting from the gradient.
 
-    The gradient leans towards the largest eigenvalues. The memory is about a training step's on
-    the same minibatch; `room`, or that of one image's product, where this is more.
+    The gradient leans towards the largest eigenvalues. The memory is about a training step's on the
+    same minibatch, or `room`, or that of one image's product, whichever is largest.
     """
 
     def loss_of(part: NoisyBatch) -> Callable[[], Tensor]:
@@ -51,7 +51,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 def gradient(
     parameters: Sequence[Tensor], loss: Tensor, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
-    """The gradient of a loss, zero where it does not depend on a parameter."""
+    """Return the gradient of a loss, zero where the loss does not depend on a parameter."""
     return torch.autograd.grad(
         loss, parameters, create_graph=create_graph, materialize_grads=True, allow_unused=True
     )
@@ -60,9 +60,10 @@ def gradient(
 def images_at_once(
     parameters: Sequence[Tensor], network: Network, batch: NoisyBatch, room: int = ROOM
 ) -> int:
-    """How many images a Hessian product may take within a training step's memory, or `room`.
+    """Return how many images a Hessian product may take in a training step's memory, or in `room`.
 
-    Both are measured on the first image, by the bytes that autograd keeps. At least one image.
+    Both are measured on the first image, by the bytes that autograd keeps. The result is at least
+    one.
     """
     one = batch[:1]
     with saved_bytes(parameters) as once:
@@ -73,13 +74,13 @@ def images_at_once(
 
 
 def images_within(step: float, product: float, images: int, room: int = ROOM) -> int:
-    """How many images there is memory for, of a step of all of them and a product of one."""
+    """Return how many images there is memory for, given a step of all and a product of one."""
     return max(1, min(images, int(max(step, room) / max(product, 1))))
 
 
 @contextmanager
 def saved_bytes(parameters: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
-    """Yields a function that gives the bytes which autograd has kept inside, without parameters."""
+    """Yield a function that returns the bytes that autograd has kept inside, without parameters."""
     own = {parameter.untyped_storage()._cdata for parameter in parameters}
     kept: dict[int, int] = {}
     alive: list[torch.UntypedStorage] = []  # so that no address is used twice
@@ -98,9 +99,9 @@ def saved_bytes(parameters: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
 def hessian_vector(
     parameters: Sequence[Tensor], losses: Callable[[], Tensor] | Sequence[Callable[[], Tensor]]
 ) -> Callable[[Tensor], Tensor]:
-    """v -> H v, both [D], of a loss, or of the sum of several, one after another.
+    """Return v -> H v, both [D], of a loss, or of the sum of several losses, one after another.
 
-    Each must come out the same every time (fixed noise). Only one graph is held at a time.
+    Each loss must come out the same every time (fixed noise). Only one graph is held at a time.
     """
     every = [losses] if callable(losses) else losses
     sizes = [parameter.numel() for parameter in parameters]
@@ -131,7 +132,7 @@ def hessian_vector(
 
 
 def largest_curvature(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Estimate:
-    """||H|| by power iteration: ||H v|| of a unit vector v after so many products, never above it.
+    """Return ||H|| by power iteration: ||H v|| of a unit vector v, which is never above ||H||.
 
     With rho = <v, H v> an eigenvalue is within ||H v - rho v|| of rho; the error is that, and how
     far |rho| is from ||H v||. That it is the largest eigenvalue is what cannot be told.

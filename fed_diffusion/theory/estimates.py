@@ -37,13 +37,13 @@ from torch import Tensor
 from fed_diffusion.common.rng import Purpose, philox
 
 SKETCH = 1024
-"""Numbers in a sketch: squared norms to a standard error of sqrt(2 / 1024) = 4.4 %."""
+"""The numbers in a sketch: squared norms have a standard error of sqrt(2 / 1024) = 4.4 %."""
 CHUNK = 1 << 20
 SIGN = np.uint64(1 << 63)
-"""Of a word of the stream, and of a float64."""
+"""The bit that holds the sign in a word of the stream, and in a float64."""
 LEVEL = 0.95
 NORMAL = 1.96
-"""Standard errors in half a 95 % interval."""
+"""The number of standard errors in half a 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ class Estimate:
 
     @classmethod
     def between(cls, low: float, value: float, high: float, lower: bool = False) -> Estimate:
-        """With the ends of its interval."""
+        """Return an estimate with the ends of its interval."""
         return cls(value, max(value - low, high - value), lower, (low, high))
 
     def limits(self) -> tuple[float, float] | None:
-        """The ends of its 95 % interval; None where there is none."""
+        """The ends of the 95 % interval; None where there is none."""
         if self.ends is not None:
             return self.ends[0], self.ends[1]
         return None if self.error is None else (self.value - self.error, self.value + self.error)
 
     def root(self) -> Estimate:
-        """Of the square root, 0 where noise has brought an unbiased estimate below 0."""
+        """Return the square root, 0 where noise has brought an unbiased estimate below 0."""
         low, middle, high = (
             None if end is None else math.sqrt(max(end, 0.0)) for end in self._in_order()
         )
@@ -92,7 +92,7 @@ class Estimate:
         return low, self.value, high
 
     def scaled(self, by: float) -> Estimate:
-        """Of `by` times the quantity, by > 0."""
+        """Return the estimate of `by` times the quantity, by > 0."""
         error = None if self.error is None else self.error * by
         ends = None if self.ends is None else (self.ends[0] * by, self.ends[1] * by)
         return Estimate(self.value * by, error, self.lower, ends)
@@ -102,19 +102,21 @@ class Estimate:
 
 
 def second_moment(images: Tensor) -> float:
-    """M_2 = E ||X_0||^2 of images uint8 [n, C, H, W] as networks see them, in [-1, 1]; exact."""
+    """Return M_2 = E ||X_0||^2 of images uint8 [n, C, H, W] as networks see them, in [-1, 1];
+    exact.
+    """
     counts = torch.bincount(images.reshape(-1), minlength=256).double()
     grey = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     return float((counts * grey.square()).sum()) / len(images)
 
 
 def mean(values: Sequence[float], lower: bool = False) -> Estimate:
-    """The mean of independent values with Student's interval; no interval of a single one."""
+    """Return the mean of independent values with Student's interval; none for a single value."""
     return Estimate(math.fsum(values) / len(values), _student(values), lower)
 
 
 def largest_mean(values: Sequence[Sequence[float]]) -> Estimate:
-    """The largest of the means of groups of at least two values, which vary about them alike."""
+    """Return the largest mean of groups of at least two values, which vary alike about them."""
     found = [math.fsum(group) / len(group) for group in values]
     variances = [float(np.var(group, ddof=1)) for group in values]
     return largest_of(found, variances, [len(group) for group in values])
@@ -123,7 +125,7 @@ def largest_mean(values: Sequence[Sequence[float]]) -> Estimate:
 def largest_of(
     found: Sequence[float], variances: Sequence[float], counts: Sequence[int]
 ) -> Estimate:
-    """The largest of the means of groups of so many values, by the variance that they share."""
+    """Return the largest of the means of groups of so many values, by their shared variance."""
     each = shared_spread(found, variances, counts)
     return largest(each, mean(found), sum(counts) - len(counts))
 
@@ -131,9 +133,9 @@ def largest_of(
 def shared_spread(
     found: Sequence[float], variances: Sequence[float], counts: Sequence[int]
 ) -> list[Estimate]:
-    """Means of groups of so many values, with Student's intervals by the variance that they share.
+    """Return means of groups of so many values, with Student's intervals by the shared variance.
 
-    Its degrees of freedom are the values less the groups.
+    The degrees of freedom are the number of values less the number of groups.
     """
     weights = [count - 1 for count in counts]
     shared = math.fsum(v * w for v, w in zip(variances, weights, strict=True)) / sum(weights)
@@ -160,7 +162,7 @@ class Sketch:
         self._seed = seed
 
     def __call__(self, tensors: Iterable[Tensor]) -> Tensor:
-        """The sketch of tensors laid end to end, float64 [size]."""
+        """Return the sketch of tensors laid end to end, float64 [size]."""
         stream = philox(self._seed, Purpose.SKETCH)
         total = np.zeros(self.size)
         for tensor in tensors:
@@ -177,7 +179,7 @@ class Sketch:
 def sampled_gradients(
     parameters: Sequence[Tensor], losses: Iterable[Callable[[], Tensor]], sketch: Sketch
 ) -> tuple[list[float], Tensor]:
-    """The values of m losses, and their sketched gradients, float64 [m, k]."""
+    """Return the values of m losses, and their sketched gradients, float64 [m, k]."""
     values, sketches = [], []
     for loss in losses:
         value = loss()
@@ -190,9 +192,9 @@ def sampled_gradients(
 
 
 def gradient_variance(gradients: Sequence[Tensor] | Tensor, sketched: bool = True) -> Estimate:
-    """sigma_1^2 at the minibatches' size: E ||g - E g||^2, the mean over workers.
+    """Return sigma_1^2 at the minibatches' size: E ||g - E g||^2, the mean over workers.
 
-    Of each worker the sample variance, at two minibatches ||g_1 - g_2||^2 / 2; unbiased.
+    For each worker it is the sample variance, at two minibatches ||g_1 - g_2||^2 / 2; unbiased.
     """
     spread = Means(gradients).spread
     # a sum of at most m - 1 squared norms: as far off as one of them, at worst
@@ -201,9 +203,10 @@ def gradient_variance(gradients: Sequence[Tensor] | Tensor, sketched: bool = Tru
 
 
 def gradient_distance(gradients: Sequence[Tensor] | Tensor, sketched: bool = True) -> Estimate:
-    """||grad F_n - grad F||^2, the mean over workers, without the minibatches' noise.
+    """Return ||grad F_n - grad F||^2, the mean over workers, without the minibatches' noise.
 
-    At most sigma_2^2, which is of every worker. Unbiased, so that it can be below 0.
+    It is at most sigma_2^2, which holds for every worker. It is unbiased, so that it can be below
+    0.
     """
     n = len(gradients)
     centred = torch.eye(n, dtype=torch.float64) - 1 / n
@@ -211,16 +214,16 @@ def gradient_distance(gradients: Sequence[Tensor] | Tensor, sketched: bool = Tru
 
 
 def worker_distances(gradients: Sequence[Tensor] | Tensor, sketched: bool = True) -> list[Estimate]:
-    """||grad F_n - grad F||^2 of each worker, without the minibatches' noise; unbiased."""
+    """Return ||grad F_n - grad F||^2 of each worker, without the minibatches' noise; unbiased."""
     n, means = len(gradients), Means(gradients, sketched)
     centred = torch.eye(n, dtype=torch.float64) - 1 / n
     return [means.form(torch.outer(row, row)) for row in centred]
 
 
 def gradient_norm(gradients: Sequence[Tensor] | Tensor, sketched: bool = True) -> Estimate:
-    """||grad F||^2 at one theta, F the mean over workers, without the minibatches' noise.
+    """Return ||grad F||^2 at one theta, F the mean over workers, without the minibatches' noise.
 
-    Unbiased, so that it can be below 0.
+    It is unbiased, so that it can be below 0.
     """
     n = len(gradients)
     return Means(gradients, sketched).form(torch.full((n, n), n**-2.0, dtype=torch.float64))
@@ -232,7 +235,7 @@ def secant(
     distance: float,
     sketched: bool = True,
 ) -> Estimate:
-    """||grad F(theta') - grad F(theta)|| / ||theta' - theta||, at most L, without the noise.
+    """Return ||grad F(theta') - grad F(theta)|| / ||theta' - theta||, at most L, without the noise.
 
     Parameters
     ----------
@@ -292,7 +295,7 @@ class Means:
         self._freedom = min(pairs, float((self._counts - 1).sum()))
 
     def form(self, c: Tensor) -> Estimate:
-        """sum_gh c_gh <mu_g, mu_h> for a symmetric c [G, G], with its 95 % interval."""
+        """Return sum_gh c_gh <mu_g, mu_h> for a symmetric c [G, G], with its 95 % interval."""
         value = float((c * self._inner).sum())
         if self._alike is None:
             return Estimate(value, None)
@@ -304,9 +307,9 @@ class Means:
         return Estimate(value, math.hypot(half, NORMAL * self._off * max(value, 0.0)))
 
     def _linear(self, c: Tensor) -> float:
-        """sum_g 4 <b_g, S_g b_g> / m_g with b = c mu: the variance by the means' own size.
+        """Return sum_g 4 <b_g, S_g b_g> / m_g with b = c mu: the variance by the means' size.
 
-        The estimated b has noise too, of which the covariance makes tr(S S): it is taken off.
+        The estimated b has noise too, of which the covariance makes tr(S S): that is taken off.
         """
         s, m = self.spread, self._counts
         total = float(s.sum())
@@ -318,7 +321,7 @@ class Means:
 
 
 def _alike(groups: Sequence[Tensor]) -> tuple[float | None, float]:
-    """tr(S_g S_h) / (tr S_g tr S_h) over independent pairs, and their degrees of freedom."""
+    """Return tr(S_g S_h) / (tr S_g tr S_h) over independent pairs, and their degrees of freedom."""
     if all(len(group) >= 4 for group in groups):
         pairs = [(group[: len(group) // 2], group[len(group) // 2 :]) for group in groups]
     else:
@@ -338,7 +341,7 @@ def _spread(residuals: Tensor) -> Tensor:
 
 
 def pooled(found: Sequence[Estimate], sketch: int | None = None) -> Estimate:
-    """The mean of independent estimates; of squares, it is taken before the root.
+    """Return the mean of independent estimates; a mean of squares is taken before the root.
 
     Parameters
     ----------
@@ -357,7 +360,7 @@ def pooled(found: Sequence[Estimate], sketch: int | None = None) -> Estimate:
 
 
 def largest(found: Sequence[Estimate], together: Estimate, freedom: float = math.inf) -> Estimate:
-    """The largest of several quantities that are known with noise.
+    """Return the largest of several quantities that are known with noise.
 
     The largest of the noisy values would be too large, by the noise. So each is drawn to the mean
     as far as noise explains their spread (James & Stein 1961); equal quantities give their mean.
@@ -367,7 +370,7 @@ def largest(found: Sequence[Estimate], together: Estimate, freedom: float = math
     Parameters
     ----------
     together
-        Of their mean.
+        The estimate of the quantities' mean.
     freedom
         The degrees of freedom of the intervals in `found`.
     """
@@ -389,7 +392,7 @@ def largest(found: Sequence[Estimate], together: Estimate, freedom: float = math
 
 
 def _joined(values: list[float], sketch_error: float, lower: bool) -> Estimate:
-    """The mean over workers; all share one sketch, so its error does not average out."""
+    """Return the mean over workers; all share one sketch, so its error does not average out."""
     found = mean(values, lower)
     if found.error is None:
         return found
@@ -397,7 +400,7 @@ def _joined(values: list[float], sketch_error: float, lower: bool) -> Estimate:
 
 
 def _quantile(above: float, freedom: float) -> float:
-    """What Student's t, or a normal value where the freedom is infinite, exceeds so often."""
+    """Return what Student's t, or a normal value at infinite freedom, exceeds so often."""
     return float(-ndtri(above) if math.isinf(freedom) else stdtrit(freedom, 1 - above))
 
 

@@ -19,12 +19,14 @@ from fed_diffusion.diffusion.process import Score, alpha
 
 
 def noised_moments(mu: Tensor, lam: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of q_u for N(mu, diag(lam)) data; mu, lam [d], u a scalar."""
+    """Return the mean and variance of q_u for N(mu, diag(lam)) data; mu, lam [d], u a scalar."""
     return torch.exp(-u) * mu, torch.exp(-2 * u) * lam - torch.expm1(-2 * u)
 
 
 def gaussian_score(mu: Tensor, lam: Tensor) -> Score:
-    """The exact score of the noised data, as a sampler takes it: (y [n, d], u [n]) -> [n, d]."""
+    """Return the exact score of the noised data, as a sampler takes it: (y [n, d], u [n]) -> [n,
+    d].
+    """
 
     def score(y: Tensor, u: Tensor) -> Tensor:
         mean = alpha(u)[:, None] * mu
@@ -37,7 +39,8 @@ def gaussian_score(mu: Tensor, lam: Tensor) -> Score:
 def sampler_moments(
     mu: Tensor, lam: Tensor, u: Tensor, error: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance [d] of the exponential integrator's output, score exact or perturbed.
+    """Return mean and variance [d] of the exponential integrator's output, score exact or
+    perturbed.
 
     Per eigenvalue: m <- A m + 2 expm1(g) mean / var and v <- A^2 v + expm1(2g), with
     A = e^g - 2 expm1(g) / var, from the prior m = 0, v = 1 (method: Appendix B with (1)).
@@ -65,7 +68,7 @@ def sampler_moments(
 
 
 def continuous_moments(mu: Tensor, lam: Tensor, T: float, delta: float) -> tuple[Tensor, Tensor]:
-    """Mean and variance [d] of the sampler's output with the exact score as K goes to infinity.
+    """Return mean and variance [d] of the sampler's output, exact score, as K goes to infinity.
 
     What is left is the prior's mismatch: (3) from N(0, I) carries a deviation of the mean from
     u = T to delta by Phi = exp(int 1 - 2 / var) = e^{T - delta} (e^{2 delta} + lam - 1) /
@@ -78,7 +81,10 @@ def continuous_moments(mu: Tensor, lam: Tensor, T: float, delta: float) -> tuple
 
 
 def kl_diagonal(mean_q: Tensor, var_q: Tensor, mean_p: Tensor, var_p: Tensor) -> float:
-    """KL(q || p) in nats between Gaussians with diagonal covariances; all [d]."""
+    """Return KL(q
+
+    p) in nats between Gaussians with diagonal covariances; all [d].
+    """
     ratio = var_q / var_p
     shift = (mean_q - mean_p).square() / var_p
     return float(0.5 * (ratio - 1 - torch.log(ratio) + shift).sum())
@@ -87,17 +93,23 @@ def kl_diagonal(mean_q: Tensor, var_q: Tensor, mean_p: Tensor, var_p: Tensor) ->
 def sampler_kl(
     mu: Tensor, lam: Tensor, u: Tensor, error: tuple[Tensor, Tensor] | None = None
 ) -> float:
-    """Exact KL(q_delta || p_{t_K}) of the sampler, its score off by `error` as above, in nats."""
+    """Return the exact KL(q_delta
+
+    p_{t_K}) in nats of the sampler, its score off by `error`.
+    """
     return kl_diagonal(*noised_moments(mu, lam, u[-1]), *sampler_moments(mu, lam, u, error))
 
 
 def prior_kl(mu: Tensor, lam: Tensor, T: Tensor) -> float:
-    """KL(q_T || N(0, I)), what Lemma 4.10 bounds by (d + M_2) e^{-2T} / 2; mu, lam [d]."""
+    """Return KL(q_T
+
+    N(0, I)), bounded in Lemma 4.10 by (d + M_2) e^{-2T} / 2; mu, lam [d].
+    """
     return kl_diagonal(*noised_moments(mu, lam, T), torch.zeros_like(mu), torch.ones_like(lam))
 
 
 def discretisation_error(lam: Tensor, u: Tensor) -> float:
-    """The left side of Lemma 4.5, sum_k int E ||A_1 - A_2||^2 dt, in closed form.
+    """Return the left side of Lemma 4.5, sum_k int E ||A_1 - A_2||^2 dt, in closed form.
 
     (X_u, X_{u_k}) have covariance e^{-(u_k - u)} var_u, so that per eigenvalue E |A_1 - A_2|^2 =
     1 / var_u + (1 - 2 e^{-(u_k - u)}) / var_k; it integrates to log1p(expm1(2g) / var_{k+1}) / 2 +
@@ -113,7 +125,7 @@ def discretisation_error(lam: Tensor, u: Tensor) -> float:
 
 
 def dsm_constant(lam: Tensor, u: Tensor) -> float:
-    """C_1 of Lemma 4.8, -sum_k gamma_k (e^{-2u_k} / sigma_k^4) tr Cov(X_0 | X_{u_k}), at most 0.
+    """Return C_1 of Lemma 4.8, -sum_k gamma_k (e^{-2u_k} / sigma_k^4) tr Cov(X_0 | X_{u_k}) <= 0.
 
     lam [d] are the eigenvalues of the data's covariance; tr Cov = sum lam sigma^2 / var. An exact
     score has F_n = -C_1.
@@ -135,13 +147,13 @@ class AffineScore:
 
 
 def noised_covariance(cov: Tensor, u: Tensor) -> Tensor:
-    """V_u = e^{-2u} cov + sigma_u^2 I: [d, d] for a scalar u, [K, d, d] for K times."""
+    """Return V_u = e^{-2u} cov + sigma_u^2 I: [d, d] for a scalar u, [K, d, d] for K times."""
     eye = torch.eye(len(cov), dtype=cov.dtype)
     return torch.exp(-2 * u)[..., None, None] * cov - torch.expm1(-2 * u)[..., None, None] * eye
 
 
 def exact_affine_score(mu: Tensor, cov: Tensor, u: Tensor) -> AffineScore:
-    """The exact score of N(mu, cov) data at u_0 .. u_{K-1}, as affine maps.
+    """Return the exact score of N(mu, cov) data at u_0 .. u_{K-1}, as affine maps.
 
     For any data with these moments it is the affine score of least F_n.
     """
@@ -150,7 +162,7 @@ def exact_affine_score(mu: Tensor, cov: Tensor, u: Tensor) -> AffineScore:
 
 
 def affine_moments(score: AffineScore, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d] and covariance [d, d] of the sampler's output with any affine score.
+    """Return mean [d] and covariance [d, d] of the sampler's output with any affine score.
 
     m <- A m + 2 expm1(g) b and V <- A V A^T + expm1(2g) I with A = e^g I + 2 expm1(g) W, from
     m = 0, V = I (Appendix B); no two of the matrices need commute.
@@ -166,7 +178,10 @@ def affine_moments(score: AffineScore, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kl_full(mean_q: Tensor, cov_q: Tensor, mean_p: Tensor, cov_p: Tensor) -> float:
-    """KL(q || p) in nats between Gaussians; means [d], covariances [d, d]."""
+    """Return KL(q
+
+    p) in nats between Gaussians; means [d], covariances [d, d].
+    """
     root_p, root_q = torch.linalg.cholesky(cov_p), torch.linalg.cholesky(cov_q)
     ratio = torch.linalg.solve_triangular(root_p, root_q, upper=False)
     shift = torch.linalg.solve_triangular(root_p, (mean_q - mean_p)[:, None], upper=False)
@@ -175,17 +190,20 @@ def kl_full(mean_q: Tensor, cov_q: Tensor, mean_p: Tensor, cov_p: Tensor) -> flo
 
 
 def noised_gaussian(mu: Tensor, cov: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d] and covariance [d, d] of q_u for N(mu, cov) data, u a scalar."""
+    """Return mean [d] and covariance [d, d] of q_u for N(mu, cov) data, u a scalar."""
     return torch.exp(-u) * mu, noised_covariance(cov, u)
 
 
 def affine_kl(mu: Tensor, cov: Tensor, score: AffineScore, u: Tensor) -> float:
-    """Exact KL(q_delta || p_{t_K}) of the sampler with an affine score, in nats."""
+    """Return the exact KL(q_delta
+
+    p_{t_K}) of the sampler with an affine score, in nats.
+    """
     return kl_full(*noised_gaussian(mu, cov, u[-1]), *affine_moments(score, u))
 
 
 def score_error(mu: Tensor, cov: Tensor, score: AffineScore, u: Tensor) -> float:
-    """sum_k gamma_k E ||A_3 - A_2||^2, which Lemma 4.8 says is F_n + C_1, for an affine score.
+    """Return sum_k gamma_k E ||A_3 - A_2||^2, which by Lemma 4.8 is F_n + C_1, for an affine score.
 
     The difference to the exact score is E x + c with E = W + V^{-1} and mean W mean + b, so that
     E ||.||^2 = tr(E V E^T) + ||W mean + b||^2.

@@ -18,37 +18,39 @@ from fed_diffusion.diffusion.process import Score, alpha, diffuse, sigma
 
 @dataclass(frozen=True)
 class Mixture:
-    """sum_j weights[j] N(means[j], diag(variances[j])); weights [J], the others [J, d]."""
+    """The mixture sum_j weights[j] N(means[j], diag(variances[j])); weights [J], others [J, d]."""
 
     weights: Tensor
     means: Tensor
     variances: Tensor
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """n draws [n, d]."""
+        """Return n draws [n, d]."""
         j = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         eps = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
         return self.means[j] + self.variances[j].sqrt() * eps
 
     def second_moment(self) -> float:
-        """M_2 = E ||X_0||^2."""
+        """Return M_2 = E ||X_0||^2."""
         return float((self.weights[:, None] * (self.means.square() + self.variances)).sum())
 
     def score(self, y: Tensor, u: Tensor) -> Tensor:
-        """grad log q_u(y) = sum_j r_j(y) (mean_j - y) / var_j, r_j the responsibilities; a `Score`.
+        """Return grad log q_u(y) = sum_j r_j(y) (mean_j - y) / var_j, r_j the responsibilities.
 
-        y [n, d] and u [n] -> [n, d].
+        This is a `Score`: y [n, d] and u [n] -> [n, d].
         """
         means, var = self._noised(u)
         shares = self._joint(y, u).softmax(1)
         return (shares[..., None] * (means - y[:, None]) / var).sum(1)
 
     def log_density(self, y: Tensor, u: Tensor) -> Tensor:
-        """log q_u(y), [n]."""
+        """Return log q_u(y), [n]."""
         return self._joint(y, u).logsumexp(1)
 
     def posterior_trace(self, y: Tensor, u: Tensor) -> Tensor:
-        """tr Cov(X_0 | X_u = y), [n]: within components, plus between their posterior means."""
+        """Return tr Cov(X_0 | X_u = y), [n]: within components, plus between their posterior
+        means.
+        """
         means, var = self._noised(u)
         shares = self._joint(y, u).softmax(1)[..., None]
         gain = alpha(u)[:, None, None] * self.variances / var
@@ -58,12 +60,12 @@ class Mixture:
         return (shares * (within + (centres - middle).square())).sum((1, 2))
 
     def _noised(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and variances of the components at times u [n]: [n, J, d]."""
+        """Return means and variances of the components at times u [n]: [n, J, d]."""
         a, s = alpha(u)[:, None, None], sigma(u)[:, None, None]
         return a * self.means, a.square() * self.variances + s.square()
 
     def _joint(self, y: Tensor, u: Tensor) -> Tensor:
-        """log(weights[j] N(y; ...)), [n, J]."""
+        """Return log(weights[j] N(y; ...)), [n, J]."""
         means, var = self._noised(u)
         terms = (y[:, None] - means).square() / var + torch.log(2 * math.pi * var)
         return self.weights.log() - terms.sum(2) / 2
@@ -82,9 +84,10 @@ def _estimate(values: Tensor) -> Estimate:
 
 
 def dsm_constant(data: Mixture, u: Tensor, n: int, generator: torch.Generator) -> Estimate:
-    """C_1 of Lemma 4.8, -sum_k gamma_k (e^{-2u_k} / sigma_k^4) E tr Cov(X_0 | X_{u_k}).
+    """Estimate C_1 of Lemma 4.8, -sum_k gamma_k (e^{-2u_k} / sigma_k^4) E tr Cov(X_0 | X_{u_k}).
 
-    Monte Carlo over n draws of the data, each noised afresh at every step; never above 0.
+    The estimate is by Monte Carlo over n draws of the data, each noised afresh at every step; it is
+    never above 0.
     """
     x0 = data.sample(n, generator)
     total = torch.zeros(n, dtype=torch.float64)
@@ -125,10 +128,9 @@ def path_space_bound(
 
 
 def quadrature_kl(data: Mixture, score: Score, u: Tensor, *, points: int = 1201) -> float:
-    """KL(q_delta || p_{t_K}) in one dimension, the sampler's density carried through its kernel.
+    """Return KL(q_delta
 
-    A step of Appendix B takes y to N(e^g y + 2 expm1(g) s(y, u_k), expm1(2g)); the density lives
-    on a grid that reaches 8 standard deviations past the components and the prior.
+    p_{t_K}) in one dimension, by the sampler's density through its kernel.
 
     Raises
     ------

@@ -94,7 +94,7 @@ def test_bad_updates_and_weights_are_refused():
     mean = RobustMean({"w": torch.zeros(2)}, 0.5)
     with pytest.raises(UpdateError, match="not finite"):
         mean.add({"w": torch.tensor([math.nan, 0.0])})
-    with pytest.raises(UpdateError, match="know no weights"):
+    with pytest.raises(UpdateError, match="take no weights"):
         mean.add({"w": torch.zeros(2)}, weight=2)
     assert torch.equal(mean.result()["w"], torch.zeros(2))
 

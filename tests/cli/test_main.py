@@ -134,7 +134,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for_by_the_same_one_only(run,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--set", "model.widths=[8]"], "only evaluation.* can be set here"),
+        (["--set", "model.widths=[8]"], "evaluate changes only settings of evaluation.*"),
         (["--set", "evaluation.samples=9", "--samples", "8"], "samples is given twice"),
         (["--set", "evaluation.sampler=eulr"], "evaluation.sampler = 'eulr' is unknown"),
         (["--set", "evaluation.steps=2"], "evaluation.steps = 2"),

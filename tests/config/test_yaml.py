@@ -51,7 +51,7 @@ REFUSED = {
     "a value in itself": ("local: &a\n  steps: *a\n", r"local\.steps contains itself \(line 1\)"),
     "code": ("preset: !!python/object:os.system {}", "has the tag .*python"),
     "a tag": ("rounds: !mine 3", r"rounds has the tag !mine.*line 1"),
-    "a list as a key": ("? [a]\n: b\n", "a key that is no word"),
+    "a list as a key": ("? [a]\n: b\n", "a key that is not a word"),
 }
 
 

@@ -73,9 +73,12 @@ def test_a_configuration_keeps_its_transforms_when_it_is_written_and_read() -> N
 @pytest.mark.parametrize(
     ("augment", "says"),
     [
-        (["RandomHorizontalFlop"], r"data\.augment\[0\] = 'RandomHorizontalFlop' is no transform"),
+        (
+            ["RandomHorizontalFlop"],
+            r"data\.augment\[0\] = 'RandomHorizontalFlop' is not a transform",
+        ),
         (["RandomHorizontalFlop"], "Did you mean 'RandomHorizontalFlip'"),
-        (["Compose"], "is no transform"),
+        (["Compose"], "is not a transform"),
         (["RandomVerticalFlip", "RandomCrop"], r"data\.augment\[1\] = 'RandomCrop' failed"),
         ([{"RandomCrop": {"size": 7}}], r"makes uint8 \[1, 7, 7\]"),
         ([{"RandomShortestSize": {"min_size": [7, 8]}}], r"makes uint8 \[1, 7, 7\]"),

@@ -93,9 +93,9 @@ WHOLE = idx(noise(2, 28, 28))
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "no IDX file of bytes"),
+        (b"", "not an IDX file of bytes"),
         (b"<html>", "begins with 3c 68 74 6d"),
-        (bytes([0, 0, 13, 1, 0, 0, 0, 0]), "no IDX file of bytes"),
+        (bytes([0, 0, 13, 1, 0, 0, 0, 0]), "not an IDX file of bytes"),
         (WHOLE[:10], "its header counts"),
         (WHOLE[:-1], "counts 1568 bytes, and it has 1567"),
         (WHOLE + b"x", "counts 1568 bytes, and it has more"),

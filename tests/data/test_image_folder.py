@@ -296,7 +296,7 @@ def test_a_folder_without_images_is_refused_with_what_was_looked_for(tmp_path: P
     save(tmp_path, "moving.gif")
     for kind in ("iid", "folders"):
         message = refused(config(tmp_path, partition=kind))
-        assert "holds no image; looked for .png" in message
+        assert "holds no image of the kinds .png" in message
         assert "found 1 .gif: convert them" in message
 
 

@@ -144,10 +144,10 @@ def test_a_strict_tls_client_accepts_the_server_and_refuses_another_ca(deploymen
 
 def test_nothing_is_ever_overwritten(deployment, tmp_path):
     before = {path: path.read_bytes() for path in files(deployment)}
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         init(deployment, Deployment(("10.0.0.1",)))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         init(tmp_path / "empty", Deployment(("10.0.0.1",)))
     assert {path: path.read_bytes() for path in files(deployment)} == before
 
@@ -260,5 +260,5 @@ def test_a_run_is_submitted_from_an_operators_bundle_only(deployment, tmp_path, 
     assert main(["deploy", "run", str(tmp_path), "digits", "--out", "/runs/a"]) == 2
     assert main(["deploy", "run", str(deployment / "operator"), "digits", "--out", "a"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "no operator's bundle" in said
+    assert "not an operator's bundle" in said
     assert "give an absolute path, on the server" in said

@@ -180,8 +180,8 @@ def test_images_that_cannot_be_used_are_named(tmp_path):
     (tmp_path / "broken" / "a.png").write_text("no image")
     save(tmp_path / "large", torch.zeros((2, 1, 16, 16), dtype=torch.uint8))
     assert "several sizes (2 of 8x8, 1 of 9x9)" in found(_with(tmp_path / "mixed"))["data"].text
-    assert "no readable image" in found(_with(tmp_path / "broken"))["data"].text
-    assert "is no folder" in found(_with(tmp_path / "absent"))["data"].text
+    assert "not a readable image" in found(_with(tmp_path / "broken"))["data"].text
+    assert "is not a folder" in found(_with(tmp_path / "absent"))["data"].text
     assert "2 images of 16x16" in found(_with(tmp_path / "large"))["data"].text
     fitting = Machine(data=str(tmp_path / "large"), config=load_config("digits"))
     assert "1 x 8 x 8" in found(fitting)["data"].text
@@ -223,7 +223,7 @@ def _with(folder):
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="is no bundle"):
+    with pytest.raises(ConfigError, match="is not a bundle"):
         Machine.of_bundle(tmp_path)
 
 

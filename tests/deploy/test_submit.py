@@ -25,11 +25,11 @@ def operator(tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["digits"], "or --resume RUN and neither"),
-        (["digits", "--out", "/a", "--resume", "/b"], "or --resume RUN and neither"),
-        (["--out", "/a"], "or --resume RUN and neither"),
-        (["digits", "--resume", "/a"], "or --resume RUN and neither"),
-        (["--resume", "/a", "--set", "rounds=3"], "--set does not go with --resume"),
+        (["digits"], "or only --resume RUN"),
+        (["digits", "--out", "/a", "--resume", "/b"], "or only --resume RUN"),
+        (["--out", "/a"], "or only --resume RUN"),
+        (["digits", "--resume", "/a"], "or only --resume RUN"),
+        (["--resume", "/a", "--set", "rounds=3"], "--set cannot be given with --resume"),
         (["--resume", "a"], "--resume a: give an absolute path"),
     ],
 )

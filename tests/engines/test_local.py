@@ -223,7 +223,7 @@ def test_a_run_directory_is_never_overwritten(run, tiny):
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no run directory"):
+    with pytest.raises(ConfigError, match="not a run directory"):
         fed_diffusion.load(tmp_path)
 
 

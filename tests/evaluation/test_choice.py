@@ -73,7 +73,7 @@ def test_a_file_goes_to_the_judge_that_takes_one_or_is_named() -> None:
         taken(COLOUR, extractor=["inception", RESNET], weights="a")
     with pytest.raises(ConfigError, match=r"efficientnet_lite0 brings its own"):
         taken(COLOUR, extractor=LITE, weights="a")
-    with pytest.raises(ConfigError, match=r"a file for 'efficientnet_lite0', which is no judge"):
+    with pytest.raises(ConfigError, match=r"a file for 'efficientnet_lite0', which is not a judge"):
         taken(COLOUR, extractor=[LITE, RESNET], weights={LITE: "a"})
 
 

@@ -117,7 +117,7 @@ def test_a_header_that_does_not_fit_its_tensors_is_refused(file: Path, tmp_path:
 def test_tensors_without_a_header_are_refused(header: str | None, tmp_path: Path) -> None:
     path = tmp_path / "bare.safetensors"
     save_file({"a": torch.zeros(1)}, path, None if header is None else {KEY: header})
-    with pytest.raises(ConfigError, match="no file of a trained classifier"):
+    with pytest.raises(ConfigError, match="not a file of a trained classifier"):
         check_evaluation(settings(path))
 
 

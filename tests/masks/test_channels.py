@@ -164,7 +164,7 @@ def test_the_actual_ratio_is_at_most_the_asked_for_one_and_near_it(choice):
 BAD_GROUPS = {
     "a group the model lacks": (lambda g: (99, *g[1:]), r"has groups 0 to \d+, not all of"),
     "a negative group": (lambda g: (-1, *g[1:]), r"has groups 0 to"),
-    "too few groups": (lambda g: g[1:], r"\d+ groups are named; the ratio means"),
+    "too few groups": (lambda g: g[1:], r"\d+ groups are named, but the ratio means"),
     "no groups": (lambda g: (), r"0 groups are named"),
     "groups out of order": (lambda g: (g[1], g[0], *g[2:]), "not in ascending order"),
 }

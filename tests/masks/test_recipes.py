@@ -167,8 +167,12 @@ def test_a_recipe_travels_by_names_with_a_version_and_its_familys_options_alone(
 ODD = {
     "an unknown name": ("random", {"scope": "biases"}, "scope = 'biases'; allowed: weights, all"),
     "a number for a name": ("topk", {"scope": "all", "per": 0}, "per = 0; allowed: tensor, global"),
-    "an option too few": ("topk", {"scope": "all"}, r"see \['per'\]"),
-    "another family's option": ("random", {"scope": "all", "per": "tensor"}, r"see \['per'\]"),
+    "an option too few": ("topk", {"scope": "all"}, r"these differ: \['per'\]"),
+    "another family's option": (
+        "random",
+        {"scope": "all", "per": "tensor"},
+        r"these differ: \['per'\]",
+    ),
     "a start beyond the circle": (
         "balanced",
         {"start": 2**32},

@@ -178,9 +178,9 @@ def test_masks_follow_a_theta_that_has_changed():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"ratios": (1, 2)}, "no ratios of workers"),
-        ({"ratios": (3, 2, 1)}, "no ratios of workers"),
-        ({"ratios": (1, 2, 1 << 40)}, "no ratios of workers"),
+        ({"ratios": (1, 2)}, "not ratios of workers"),
+        ({"ratios": (3, 2, 1)}, "not ratios of workers"),
+        ({"ratios": (1, 2, 1 << 40)}, "not ratios of workers"),
         ({"place": 2}, "no worker with keep"),
         ({"ratios": (1, 3, 2)}, "no worker with keep"),
         ({"by": "chance"}, "by = 'chance'"),

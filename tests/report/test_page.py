@@ -376,5 +376,5 @@ def test_a_damaged_part_costs_its_section_and_says_so(
         "Samples This part of the record is damaged and cannot be shown: IsADirectoryError" in text
     )
     assert "Images of clients 3 are copied" in text
-    assert "is without Samples" in caplog.text
+    assert "leaves out Samples" in caplog.text
     assert html.trained_on(html.read_record(run)) == "digits"

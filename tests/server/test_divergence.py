@@ -63,7 +63,7 @@ def test_a_step_size_that_is_too_large_is_named_with_one_to_try(tiny, tmp_path, 
     why = str(stopped.value)
     assert "round 1 diverged: of 5 clients 5 " in why
     assert f"local.eta = {eta:g}. Try a tenth of it: --set local.eta={eta / 10:g}." in why
-    assert why.endswith("No round was finished: start a new run with it.")
+    assert why.endswith("No round was finished: start a new run with the smaller step size.")
     assert "resume" not in why
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status == {"state": "stopped", "reason": why}

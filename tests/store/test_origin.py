@@ -97,7 +97,7 @@ DECIDES = {
 def test_a_setting_that_decides_on_bits_is_refused_with_both_values(case, accept, run):
     changes, words = DECIDES[case]
     edit(run, **changes)
-    message = refused(run, words, "these decide on every bit", accept=accept)
+    message = refused(run, words, "every result depends on these", accept=accept)
     assert f"Put {words.split(' =')[0]}" in message
 
 

@@ -157,7 +157,7 @@ def test_a_users_own_file_is_not_written_over_by_a_run_s_of_the_same_name(name, 
     mine.parent.mkdir(parents=True)
     mine.write_text("{}")
     assert main(["run", "digits", "--out", str(tmp_path / "mine")]) == 2
-    assert f"holds {name}, which no run has left there" in capsys.readouterr().err
+    assert f"holds {name}, which is not from a run" in capsys.readouterr().err
     assert [p for p in (tmp_path / "mine").rglob("*") if p.is_file()] == [mine]
     assert mine.read_text() == "{}"
 

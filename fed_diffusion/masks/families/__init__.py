@@ -20,7 +20,7 @@ KEY = "pruning.kind"
 
 
 class Full(Family):
-    """Everybody keeps everything."""
+    """Every client keeps everything."""
 
     def __init__(self, pruning: PruningConfig, seed: int):
         pass
@@ -55,7 +55,7 @@ FAMILIES: dict[str, FamilyFactory] = {
 
 
 def family_of(pruning: PruningConfig, seed: int) -> Family:
-    """The configured mask family.
+    """Return the configured mask family.
 
     Raises
     ------
@@ -68,14 +68,14 @@ def family_of(pruning: PruningConfig, seed: int) -> Family:
     with blamed(KEY, pruning.kind):
         family = made(pruning, seed)
         if not isinstance(family, Family):
-            raise TypeError("it gave no mask family: inherit from fed_diffusion.Family")
+            raise TypeError("it did not return a mask family: inherit from fed_diffusion.Family")
     return family
 
 
 def derive(
     family: Family, recipe: Recipe, theta: Mapping[str, Tensor], spaces: Layout | None = None
 ) -> Masks:
-    """The masks that a recipe describes; without any where everything is kept.
+    """Return the masks that a recipe describes, or none where everything is kept.
 
     Raises
     ------

@@ -17,7 +17,7 @@ Theta = Mapping[str, Tensor]
 
 
 class ChosenChannels(Family):
-    """Which groups stay is `choice`; see `masks.channels.CHOICES`.
+    """The setting `choice` says which groups stay; see `masks.channels.CHOICES`.
 
     Where only theta_r tells (magnitude), the recipe names the kept groups, all spaces one after
     another.
@@ -67,7 +67,9 @@ class ChosenChannels(Family):
 
 
 class BalancedChannels(Family):
-    """No group is dropped by many more clients of a round than others; see `channels.balanced`."""
+    """No group is dropped by many more clients of a round than other groups; see
+    `channels.balanced`.
+    """
 
     shrinks = True
 
@@ -97,7 +99,9 @@ class BalancedChannels(Family):
 
 def _known(spaces: Layout | None) -> Layout:
     if spaces is None:
-        raise RecipeError("recipe: channels of a network whose channel spaces are not known")
+        raise RecipeError(
+            "recipe: it drops channels of a network whose channel spaces are not known"
+        )
     return spaces
 
 

@@ -1,4 +1,4 @@
-"""A mask family of the user's own is tried on the run's network before anything is trained."""
+"""A test of a user's mask family on the run's network, before anything is trained."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def check_plan(
     Raises
     ------
     ValueError
-        Says which client's recipe is not as the contract has it.
+        The message says which client's recipe breaks the contract.
     """
     if recipes.keys() != keeps.keys():
-        raise ValueError(f"it planned for clients {sorted(recipes)}, and not {sorted(keeps)}")
+        raise ValueError(f"it planned for clients {sorted(recipes)}, not {sorted(keeps)}")
     for client, recipe in recipes.items():
         got = (recipe.kind, recipe.round, recipe.client, recipe.keep)
         wanted = (kind, round, client, keeps[client])
@@ -54,7 +54,7 @@ def check_family(
     Raises
     ------
     ValueError, TypeError, RecipeError
-        What is not as the contract has it.
+        The family breaks the contract; the message says how.
     """
     if family.sends_bits and family.shrinks:
         raise ValueError("it both sends bits and shrinks the network; blocks have no bits")
@@ -84,7 +84,7 @@ def check_family(
 def _on_a_client(
     family: Family, recipe: Recipe, theta: Mapping[str, Tensor], spaces: Layout | None
 ) -> dict[str, Mask]:
-    """The masks from names and shapes alone."""
+    """Return the masks from names and shapes alone."""
     blank = {name: torch.empty(value.shape, device="meta") for name, value in theta.items()}
     try:
         return dict(family.derive(recipe, blank, spaces))
@@ -104,7 +104,7 @@ def _check_masks(family: Family, masks: Masks, theta: Mapping[str, Tensor]) -> N
             raise ValueError(f"it masks {name!r}, which the network lacks")
         if not isinstance(mask, wanted):
             raise TypeError(
-                f"the mask of {name} is a {type(mask).__name__}, and not a {wanted.__name__} "
+                f"the mask of {name} is a {type(mask).__name__}, not a {wanted.__name__} "
                 f"(shrinks = {family.shrinks})"
             )
         if mask.shape != tuple(theta[name].shape):

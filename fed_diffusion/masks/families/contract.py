@@ -15,11 +15,13 @@ from fed_diffusion.masks.spaces import Layout
 
 @runtime_checkable
 class Family(Protocol):
-    """How the masks of a run come about. A family of the user's own inherits from this class.
+    """A mask family decides which values each client trains: the contract of what pruning.kind
+    names.
 
-    The server plans a round, and both the server and the client derive the mask of a recipe. Both
-    must come to the same bits: all that is random starts from the recipe's seed, round and client
-    (`common.rng.philox`), and nothing is remembered between rounds, because a run can be resumed.
+    A user's family inherits from this class. The server plans a round, and both the server and the
+    client derive the mask of a recipe. Both must come to the same bits: all that is random starts
+    from the recipe's seed, round and client (`common.rng.philox`), and nothing is remembered
+    between rounds, because a run can be resumed.
 
     Attributes
     ----------
@@ -45,12 +47,12 @@ class Family(Protocol):
         theta: Mapping[str, Tensor],
         spaces: Layout | None,
     ) -> dict[int, Recipe]:
-        """The recipe of every client that does not keep everything.
+        """Return the recipe of every client that does not keep everything.
 
         Parameters
         ----------
         round
-            Its number, from 1.
+            The number of the round, from 1.
         keeps
             Client -> keep ratio, above 0 and below 1; in the order of the clients' numbers.
         theta
@@ -67,7 +69,7 @@ class Family(Protocol):
         ...
 
     def derive(self, recipe: Recipe, theta: Mapping[str, Tensor], spaces: Layout | None) -> Masks:
-        """The masks that a recipe describes, by tensor name; unnamed tensors are kept whole.
+        """Return the masks that a recipe describes, by tensor name; unnamed tensors are kept whole.
 
         Parameters
         ----------
@@ -87,12 +89,12 @@ class Family(Protocol):
         ...
 
     def check_bits(self, recipe: Recipe, masks: Masks, theta: Mapping[str, Tensor]) -> None:
-        """On a client, refuse bits that cannot be the recipe's; only theta's shapes count.
+        """On a client, refuse bits that cannot belong to the recipe; only theta's shapes count.
 
         Raises
         ------
         RecipeError
-            Says what is wrong. A family need not check anything.
+            The message says what is wrong. A family need not check anything.
         """
         return None
 
@@ -100,7 +102,7 @@ class Family(Protocol):
 class FamilyFactory(Protocol):
     """What pruning.kind names: a class of families, or a function that makes one.
 
-    The server and every client make one of their own, with the same arguments.
+    The server and every client each call this, with the same arguments.
 
     Parameters
     ----------

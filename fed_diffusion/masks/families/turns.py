@@ -20,11 +20,11 @@ MOST_WORKERS = 1 << 20
 
 
 class BalancedByMagnitude(Family):
-    """The weak workers take turns among the smallest weights; see `masks.turns`.
+    """Weak workers take turns among the smallest weights; see `masks.turns`.
 
     A recipe names the ratios of all weak workers of the round, smallest first, as (numerator,
-    denominator, how many have it), and the worker's place among them. Within a ratio the places
-    move by one each round.
+    denominator, how many have this ratio), and the worker's place among them. Within a ratio the
+    places move by one each round.
     """
 
     sends_bits = True
@@ -38,7 +38,7 @@ class BalancedByMagnitude(Family):
         }
         self._seed = seed
         self._dealt: tuple[list[object], list[Tensor], dict[str, turns.Deal]] | None = None
-        """The last deal, and what it was made of: all clients of a round need the same one."""
+        """The last deal, and what it was made of: all clients of a round need the same deal."""
 
     def plan(
         self, round: int, keeps: Mapping[int, float], theta: Theta, spaces: Layout | None
@@ -73,7 +73,9 @@ class BalancedByMagnitude(Family):
         return {name: Scattered(bools) for name, bools in kept.items()}
 
     def check_bits(self, recipe: Recipe, masks: Masks, theta: Theta) -> None:
-        """They mask the tensors in scope, and drop as many weights as the ratio says."""
+        """Refuse bits that mask tensors out of scope, or drop another number of weights than the
+        ratio.
+        """
         scope, per, _, _ = self._read(recipe)
         sizes = sizes_of(masks, theta, scope)
         dropped = {name: size - masks[name].count() for name, size in sizes.items()}
@@ -107,7 +109,7 @@ class BalancedByMagnitude(Family):
 
     @staticmethod
     def _read(recipe: Recipe) -> tuple[str, str, list[Fraction], int]:
-        """scope, per, every worker's ratio by its place, and the worker's place."""
+        """Return scope, per, every worker's ratio by its place, and the worker's place."""
         *_, scope, per, flat, place = recipe.read(
             unit=("weights",),
             by=("magnitude",),
@@ -122,7 +124,7 @@ class BalancedByMagnitude(Family):
             for top, bottom, count in triples
         )
         if not legal or sum(count for *_, count in triples) > MOST_WORKERS:
-            raise RecipeError(f"recipe: ratios = {flat[:30]} are no ratios of workers")
+            raise RecipeError(f"recipe: ratios = {flat[:30]} are not ratios of workers")
         ratios = [Fraction(top, bottom) for top, bottom, count in triples for _ in range(count)]
         if place >= len(ratios) or ratios[place] != turns.as_fraction(recipe.keep):
             raise RecipeError(

@@ -64,7 +64,9 @@ class TopK(Family):
         return _masks(scattered.top_k_mask(in_scope(theta, scope), recipe.keep, per))
 
     def check_bits(self, recipe: Recipe, masks: Masks, theta: Theta) -> None:
-        """They mask the tensors in scope, and keep as many weights as the ratio says."""
+        """Refuse bits that mask tensors out of scope, or keep another number of weights than the
+        ratio.
+        """
         scope, per = recipe.read(scope=SCOPES, per=PER)
         sizes = sizes_of(masks, theta, scope)
         kept = {name: mask.count() for name, mask in masks.items()}
@@ -108,7 +110,7 @@ class BalancedWeights(Family):
         return _masks(scattered.balanced_mask(scoped, recipe.keep, per, start, end, stream))
 
     def check_bits(self, recipe: Recipe, masks: Masks, theta: Theta) -> None:
-        """They mask the tensors in scope."""
+        """Refuse bits that mask tensors out of scope."""
         sizes_of(masks, theta, self._read(recipe)[0])
 
     @staticmethod
@@ -120,7 +122,7 @@ class BalancedWeights(Family):
 
 
 def in_scope(theta: Theta, scope: str) -> dict[str, Tensor]:
-    """The tensors that a scattered mask may drop weights of.
+    """Return the tensors that a scattered mask may drop weights of.
 
     Parameters
     ----------
@@ -139,9 +141,11 @@ def _masks(bools: Theta) -> Masks:
 
 
 def sizes_of(masks: Masks, theta: Theta, scope: str) -> dict[str, int]:
-    """How many values the tensors in scope have; refuses masks of any others."""
+    """Return how many values the tensors in scope have; refuse masks of any other tensors."""
     sizes = {name: value.numel() for name, value in in_scope(theta, scope).items()}
     if masks.keys() != sizes.keys():
         odd = sorted(masks.keys() ^ sizes.keys())[:3]
-        raise RecipeError(f"recipe: bits for other tensors than it masks, first of them: {odd}")
+        raise RecipeError(
+            f"recipe: its bits are not for the tensors that it masks; they differ in {odd}"
+        )
     return sizes
