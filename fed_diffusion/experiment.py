@@ -13,26 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.build import Setup, with_class_names
 from fed_diffusion.checks import VERSIONS, check
 from fed_diffusion.common.compute import pinned_threads
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.data import (
-    ImageSet,
-    content_hash,
-    with_class_names,
-)
+from fed_diffusion.data import ImageSet, content_hash
 from fed_diffusion.finish import finish, small_grid
 from fed_diffusion.protocol.errors import Fault
 from fed_diffusion.protocol.messages import Task, Update
-from fed_diffusion.report.holdings import write_data
+from fed_diffusion.report.holdings import write_clients, write_real
 from fed_diffusion.report.live import LivePage
 from fed_diffusion.report.trackers import Trackers
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.server.divergence import Diverged
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.store.live import Live
-from fed_diffusion.store.origin import Standing, check_same_data, standing
+from fed_diffusion.store.origin import Standing, check_same_data, origin_of, standing
 from fed_diffusion.store.record import Record
 from fed_diffusion.store.rundir import RunDir
 from fed_diffusion.store.stopping import RunDiverged, RunStopped, ending
@@ -72,18 +68,22 @@ class Experiment:
         needs_data: bool = True,
         run: RunDir | None = None,
     ):
-        self.dataset = check(config, dataset, needs_data)
-        self.config = config = with_class_names(config, self.dataset)
-        self.trackers = Trackers(config)
+        setup = Setup.of(config)
+        self.dataset = check(setup, dataset, needs_data)
+        self.config = named = with_class_names(config, self.dataset)
+        self.setup = setup = setup if named is config else Setup.of(named)
+        self.trackers = Trackers(named)
         self.engine = "local"
         """What carries this run; the command that resumes it depends on it."""
         self._data = None if self.dataset is None else content_hash(self.dataset)
-        self.run = RunDir.create(path, config, self._data) if run is None else run
+        self.run = RunDir.create(path, named, self._data) if run is None else run
         self.live = Live(self.run, config.rounds)
         self.page = LivePage(self.run)
         try:
-            self.coordinator = Coordinator(config, parameters_of(build_network(config)))
-            self.record = Record(config, self.run, self._data, VERSIONS)
+            self.coordinator = Coordinator(setup, setup.theta())
+            device = setup.device.type
+            origin = origin_of(named.to_dict(), self._data, self.run, VERSIONS, device)
+            self.record = Record(self.run, origin)
             self._guarded = False
             self._round_began = time.perf_counter()
             if run is None:
@@ -128,7 +128,7 @@ class Experiment:
         return experiment
 
     def _go_on(self, found: Standing) -> None:
-        check_same_data(self.run, found.config, found.checkpoint, self._data)
+        check_same_data(self.run, found.config.data, found.checkpoint, self._data)
         if found.checkpoint is not None:
             state = found.checkpoint.state
             try:
@@ -178,7 +178,7 @@ class Experiment:
         """
         with self.guarded():
             if self.dataset is not None:
-                write_data(self.run.path, self.dataset, self.config)
+                write_data(self.run.path, self.dataset, self.setup)
             self.trackers.begin(self.run.path, [summary.to_dict() for summary in self.history])
             while self.coordinator.round < self.config.rounds:
                 summary = _round(self, exchange)
@@ -275,6 +275,17 @@ class Experiment:
     def _save_last(self) -> None:
         if self.record.unsaved(self.coordinator.round):
             self._checkpoint()
+
+
+def write_data(path: Path, dataset: ImageSet, setup: Setup) -> None:
+    """Write data.json and samples/real.png, for the report of a run that has only begun.
+
+    Under differential privacy no real image is written: what is in samples/ is covered there.
+    """
+    config = setup.config
+    write_clients(path, dataset, setup.shares(dataset), config.data.partition == "folders")
+    if config.privacy.clip is None:
+        write_real(path, dataset, config.evaluation.grid, setup.classes)
 
 
 def _round(experiment: Experiment, exchange: Callable[[int], None]) -> RoundSummary:

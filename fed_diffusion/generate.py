@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fed_diffusion.build import evaluator, network_with, time_grid
-from fed_diffusion.common.compute import device_of, kernels, pinned_threads
+from fed_diffusion.build import Setup
+from fed_diffusion.common.compute import kernels, pinned_threads
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.common.memory import peak_memory
 from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.common.rng import Purpose, torch_generator
 from fed_diffusion.config import Config, ConfigError, build_config
-from fed_diffusion.config.schema import LARGEST
-from fed_diffusion.data import class_count, image_shape, to_uint8
+from fed_diffusion.config.schema import LARGEST, EvaluationConfig
+from fed_diffusion.data import to_uint8
 from fed_diffusion.diffusion.process import Score, per_image, sigma
 from fed_diffusion.diffusion.samplers import SAMPLERS, Solver
 from fed_diffusion.masks.budget import MARGIN, memory_allowed
 from fed_diffusion.store.origin import trained
 from fed_diffusion.store.rundir import DEFAULT_ROOT, RunDir
 
-__all__ = ["DEFAULT_ROOT", "RunDir", "Sampler", "batches_at_once", "sampler_partition"]
+__all__ = ["DEFAULT_ROOT", "RunDir", "Sampler", "batches_at_once"]
 
 Sampled = Callable[[float], None]
 """Called while images are made with how many are done; a batch half way counts as half of it."""
@@ -44,18 +44,13 @@ def batches_at_once(device: torch.device, count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1)
 
 
-def sampler_partition(config: Config, steps: int | None = None) -> Tensor:
-    """The partition that samples are made on; `ConfigError` where it cannot be so short."""
-    return time_grid(config, config.evaluation.steps if steps is None else steps)
-
-
-def solver_of(config: Config) -> Solver:
+def solver_of(evaluation: EvaluationConfig) -> Solver:
     """The sampler that evaluation.sampler names; `ConfigError` where there is none."""
-    solver: Solver = resolve("evaluation.sampler", config.evaluation.sampler, SAMPLERS)
+    solver: Solver = resolve("evaluation.sampler", evaluation.sampler, SAMPLERS)
     return solver
 
 
-def check_sampler(config: Config) -> None:
+def check_sampler(setup: Setup) -> None:
     """Refuse a sampler of the user's own that does not do what `Solver` says.
 
     It is tried on two images whose score is known, s(y, u) = -y, which costs no network.
@@ -65,14 +60,15 @@ def check_sampler(config: Config) -> None:
     ConfigError
         Names evaluation.sampler and what went wrong.
     """
-    name, solve = config.evaluation.sampler, solver_of(config)
+    evaluation = setup.config.evaluation
+    name, solve = evaluation.sampler, solver_of(evaluation)
     if name in SAMPLERS:
         return
     noise = torch.Generator().manual_seed(0)
-    y = torch.randn((2, *image_shape(config.data)), generator=noise)
-    denoise, start = config.evaluation.denoise, y.clone()
+    y = torch.randn((2, *setup.shape), generator=noise)
+    u, denoise, start = setup.sampling_times(), evaluation.denoise, y.clone()
     with blamed("evaluation.sampler", name):
-        x = solve(lambda y, u: -y, y, sampler_partition(config), generator=noise, denoise=denoise)
+        x = solve(lambda y, u: -y, y, u, generator=noise, denoise=denoise)
         if not isinstance(x, Tensor) or (x.shape, x.dtype) != (y.shape, y.dtype):
             got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"it gives {got} for a start of {y.dtype} {list(y.shape)}")
@@ -85,20 +81,27 @@ def check_sampler(config: Config) -> None:
 class Sampler:
     """A trained score network that generates images.
 
+    Parameters
+    ----------
+    run
+        The configuration of the run, or the setup that was made of it.
+    theta
+        The trained parameters by name; copied.
+
     Examples
     --------
     >>> import fed_diffusion
     >>> images = fed_diffusion.load("runs/digits-20260101-120000").sample(16)  # doctest: +SKIP
     """
 
-    def __init__(self, config: Config, theta: dict[str, Tensor]):
-        self.config = config
-        self.device = device_of(config)
-        network = network_with(config, theta).to(self.device)
+    def __init__(self, run: Config | Setup, theta: dict[str, Tensor]):
+        self.setup = setup = Setup.of(run)
+        self.config = setup.config
+        self.device = setup.device
+        network = setup.network_with(theta).to(self.device)
         self.network = network.to(memory_format=torch.channels_last)
-        self._evaluate = evaluator(self.network, config, self.device)
-        self.shape = image_shape(config.data)
-        self.classes = class_count(config.data) if config.model.conditional else None
+        self._evaluate = setup.evaluator(self.network)
+        self.shape, self.classes = setup.shape, setup.classes
 
     @classmethod
     def from_run(cls, path: str | Path, *, ema: bool = True) -> Sampler:
@@ -140,7 +143,7 @@ class Sampler:
         ConfigError
             Fewer steps than the partition can have.
         """
-        return sampler_partition(self.config, steps)
+        return self.setup.sampling_times(steps)
 
     def _with(self, overrides: dict[str, Any]) -> Config:
         """The configuration with dotted keys replaced where a value is given, checked anew."""
@@ -247,12 +250,10 @@ class Sampler:
         purpose: Purpose,
         progress: Sampled | None,
     ) -> Iterator[Tensor]:
-        u, solve, guidance = (
-            sampler_partition(config),
-            solver_of(config),
-            config.evaluation.guidance,
-        )
-        count = _Count(progress, self.calls(u, config))
+        evaluation = config.evaluation
+        solve, guidance = solver_of(evaluation), evaluation.guidance
+        u = Setup.of(config).sampling_times()
+        count = _Count(progress, self.calls(u))
 
         @torch.no_grad()
         def generate(start: int) -> Tensor:
@@ -262,7 +263,7 @@ class Sampler:
             y = torch.randn((n, *self.shape), generator=noise, device=self.device)
             chosen = None if labels is None else labels[start : start + n].to(self.device)
             score = count.counted(self.score(chosen, guidance), start, n)
-            y = solve(score, y, u, generator=noise, denoise=config.evaluation.denoise)
+            y = solve(score, y, u, generator=noise, denoise=evaluation.denoise)
             count.note(start, n)
             return to_uint8(y).cpu()
 
@@ -270,7 +271,7 @@ class Sampler:
         if not starts:
             return
         few = min(batch, num, FEW)
-        with kernels(self.config, self.device):
+        with kernels(self.config.worker, self.device):
             at_once = self._at_once(
                 self.score(None if labels is None else labels[:few], guidance),
                 few,
@@ -306,13 +307,12 @@ class Sampler:
         though its two halves go through in one call.
         """
         guided = self.config.evaluation.guidance if guidance is None else guidance
-        once = self.calls(self.partition(steps), self.config)
+        once = self.calls(self.partition(steps))
         return once * (2 if guided and self.classes is not None else 1)
 
-    @staticmethod
-    def calls(u: Tensor, config: Config) -> int:
+    def calls(self, u: Tensor) -> int:
         """Calls of the score behind a batch on the partition u."""
-        return len(u) - 1 + int(config.evaluation.denoise)
+        return len(u) - 1 + int(self.config.evaluation.denoise)
 
 
 class _Count:

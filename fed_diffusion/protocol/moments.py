@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed_diffusion.config import Config
+from fed_diffusion.config.schema import LocalConfig
 from fed_diffusion.masks.mask import Mask, Masks, mask_of
 from fed_diffusion.protocol.codecs import Cast, Packed, cast, unpack
 from fed_diffusion.protocol.errors import UpdateError
@@ -29,14 +29,14 @@ TABLE = 256
 """Different counts of one tensor up to which each coordinate's is sent as one byte."""
 
 
-def is_shared(config: Config) -> bool:
+def is_shared(local: LocalConfig) -> bool:
     """Whether the optimiser's state outlives the round."""
-    return config.local.state == "shared"
+    return local.state == "shared"
 
 
-def blank(theta: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+def blank(theta: Mapping[str, Tensor], local: LocalConfig) -> dict[str, Tensor]:
     """The state before the first round; nothing where every round begins with a fresh one."""
-    if not is_shared(config):
+    if not is_shared(local):
         return {}
     return {p + n: torch.zeros(v.shape) for p in PREFIXES for n, v in theta.items()}
 
@@ -148,7 +148,7 @@ def cast_state(state: Mapping[str, Tensor]) -> dict[str, Cast | Counts]:
 
 
 def decode_state(
-    arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, config: Config
+    arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, local: LocalConfig
 ) -> dict[str, Tensor]:
     """The state that a client was sent, as it holds theta; counts may be of no dimension.
 
@@ -157,11 +157,11 @@ def decode_state(
     UpdateError
         Names, types, shapes or values that no server sends.
     """
-    if not is_shared(config):
+    if not is_shared(local):
         return {}
     held = {
         name: mask_of(masks, parameter_of(name), theta[parameter_of(name)]).hold(kept)
-        for name, kept in decode_moments(arrays, theta, masks, config).items()
+        for name, kept in decode_moments(arrays, theta, masks, local).items()
     }
     for name, whole in theta.items():
         mask, key = mask_of(masks, name, whole), STEPS + name
@@ -186,7 +186,7 @@ def encode_moments(moments: Mapping[str, Tensor], masks: Masks) -> dict[str, Pac
 
 
 def decode_moments(
-    arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, config: Config
+    arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, local: LocalConfig
 ) -> dict[str, Tensor]:
     """Both moments of every tensor: what its mask keeps.
 
@@ -197,7 +197,7 @@ def decode_moments(
         negative or not a number.
     """
     found = {}
-    for prefix in (FIRST, SECOND) if is_shared(config) else ():
+    for prefix in (FIRST, SECOND) if is_shared(local) else ():
         for name, whole in theta.items():
             key = prefix + name
             if key not in arrays:

@@ -200,9 +200,9 @@ EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
 """Trackers that need a package beside ours -> the package, which is also the name of the extra."""
 
 
-def check_trackers(config: Config) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Refuse names in trackers that cannot be found, before anything else is done."""
-    for name in config.trackers:
+    for name in names:
         resolve(KEY, name, TRACKERS)
         if (package := EXTRAS.get(name)) is not None and find_spec(package) is None:
             raise ConfigError(

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fed_diffusion.build import channel_layout
+from fed_diffusion.build import Setup
 from fed_diffusion.config import Config
 from fed_diffusion.masks.recipe import RecipeError
 from fed_diffusion.protocol.errors import DivergedError, Fault, UpdateError
@@ -41,8 +41,8 @@ class Coordinator:
 
     Parameters
     ----------
-    config
-        The run.
+    run
+        The configuration of the run, or the setup that was made of it.
     theta
         theta_0 by name, float32 on the CPU; copied.
 
@@ -58,24 +58,26 @@ class Coordinator:
         The round in progress; None between rounds.
     """
 
-    def __init__(self, config: Config, theta: Mapping[str, Tensor]):
-        self.config = config
+    def __init__(self, run: Config | Setup, theta: Mapping[str, Tensor]):
+        setup = Setup.of(run)
+        self.config = config = setup.config
         self.theta = {n: v.detach().to("cpu").float().clone() for n, v in theta.items()}
         self.ema = {name: value.clone() for name, value in self.theta.items()}
-        self.moments = blank(self.theta, config)
+        self.moments = blank(self.theta, config.local)
         self.round = 0
         self.clock = 0.0
         self.parameters = sum(value.numel() for value in self.theta.values())
-        self.layout = channel_layout(config)
-        self.participation = Participation(config, self.layout)
+        self.layout = setup.layout
+        self.participation = Participation(setup)
         self.policy: RoundPolicy = policy_of(config)
         self.flights = Flights(self.policy.overlapping)
         self.step = ServerStep(config.server, self.theta)
-        self.norms = NormLimit(config.round.max_norm, norm_factor(config))
-        self.diagnostics = Diagnostics(config)
-        self.ledger = Ledger(config, self.parameters)
+        factor = norm_factor(config.round, config.privacy.clip is not None)
+        self.norms = NormLimit(config.round.max_norm, factor)
+        self.diagnostics = Diagnostics(setup)
+        self.ledger = Ledger(setup, self.parameters)
         parts = self.participation, self.policy, self.norms, self.diagnostics, self.ledger
-        self._rounds = Rounds(config, self.layout, *parts)
+        self._rounds = Rounds(setup, *parts)
         self.open: OpenRound | None = None
 
     # --- what a checkpoint holds ----------------------------------------------------------------
@@ -252,8 +254,8 @@ class Coordinator:
         if len(state.clients) < needed:
             self.ledger.give_up(state)
             self.flights.again_from(round)
-            eta = self.config.local.eta
-            check_divergence(eta, eta_of(self.config, round), round, needed, state)
+            local, rounds = self.config.local, self.config.rounds
+            check_divergence(local.eta, eta_of(local, rounds, round), round, needed, state)
             raise BelowQuorum(_too_few(state, round, needed))
         mean, moments = parted(state.mean.result())
         self.theta, self.moments = self.step.move(self.theta, mean, state.mean), moments

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fed_diffusion.config import Config
+from fed_diffusion.config.schema import RoundConfig
 from fed_diffusion.masks.mask import Masks
 from fed_diffusion.protocol.codecs import difference
 from fed_diffusion.protocol.errors import DivergedError, UpdateError
@@ -82,14 +82,14 @@ class NormLimit:
         self.recent = (self.recent + sorted(fresh))[-KEPT:]
 
 
-def norm_factor(config: Config) -> float | None:
+def norm_factor(settings: RoundConfig, private: bool) -> float | None:
     """round.norm_factor as a number.
 
     Under privacy there is none: what others sent must not decide whether an update counts.
     """
-    factor = config.round.norm_factor
+    factor = settings.norm_factor
     if factor == "auto":
-        return AUTO if config.privacy.clip is None else None
+        return None if private else AUTO
     return factor
 
 

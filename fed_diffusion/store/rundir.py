@@ -108,7 +108,7 @@ class RunDir:
         """
         run = None
         try:
-            run = _claim_new(config, Path(root)) if path is None else cls(path)
+            run = _claim_new(config.preset, Path(root)) if path is None else cls(path)
             run.path.mkdir(parents=True, exist_ok=True)
             run.lock()
             run.refuse_existing()
@@ -384,9 +384,9 @@ class RunDir:
         (self.path / "status.json").unlink(missing_ok=True)
 
 
-def _claim_new(config: Config, root: Path) -> RunDir:
+def _claim_new(preset: str, root: Path) -> RunDir:
     """A directory that did not exist before and that nobody else has claimed."""
-    stem = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     root.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = root / (stem if number == 1 else f"{stem}-{number}")
