@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,11 @@ class Experiment:
         self.page = LivePage(self.run)
         try:
             self.coordinator = Coordinator(setup, setup.theta())
-            device = setup.device.type
-            origin = origin_of(named.to_dict(), self._data, self.run, VERSIONS, device)
-            self.record = Record(self.run, origin)
+            self.record = _record(self)
             self._guarded = False
             self._round_began = time.perf_counter()
             if run is None:
-                self._checkpoint()  # of round 0: from now on a run without one has lost it
+                _checkpoint(self)  # of round 0: from now on a run without one has lost it
         except BaseException:
             self.close()
             raise
@@ -121,29 +120,11 @@ class Experiment:
         try:
             found = standing(run, VERSIONS, accept_changes, changes)
             experiment = cls(found.config, run.path, dataset, needs_data, run)
-            experiment._go_on(found)
+            _go_on(experiment, found)
         except BaseException:
             run.unlock()
             raise
         return experiment
-
-    def _go_on(self, found: Standing) -> None:
-        check_same_data(self.run, found.config.data, found.checkpoint, self._data)
-        if found.checkpoint is not None:
-            state = found.checkpoint.state
-            try:
-                self.coordinator.restore(found.checkpoint.tensors, state["coordinator"])
-            except ValueError as error:
-                raise ConfigError(f"{self.run.path} cannot be resumed: {error}.") from error
-            self.record.go_on(found, state)
-            self.live.go_on([summary.seconds for summary in found.rounds])
-            self.coordinator.ledger.losses = [line.loss for line in found.rounds if line.clients]
-        self.run.begin_again(found.rounds)
-        self.run.note_beginning(self._data)
-        if found.config != self.run.config():
-            self.run.write_config(found.config)  # as it was typed with the command
-        if found.changed or found.checkpoint is None:
-            self._checkpoint()  # from here on the run is one with the new settings
 
     @property
     def history(self) -> list[RoundSummary]:
@@ -177,15 +158,14 @@ class Experiment:
             says how to resume, where that helps.
         """
         with self.guarded():
-            if self.dataset is not None:
-                write_data(self.run.path, self.dataset, self.setup)
+            write_data(self.run.path, self.dataset, self.setup)
             self.trackers.begin(self.run.path, [summary.to_dict() for summary in self.history])
             while self.coordinator.round < self.config.rounds:
                 summary = _round(self, exchange)
                 if progress is not None:
                     progress(summary.to_dict())
             if self.record.saved < self.coordinator.round:
-                self._checkpoint()
+                _checkpoint(self)
             return finish(self)
 
     @contextmanager
@@ -197,7 +177,8 @@ class Experiment:
             return
         self._guarded = True
         try:
-            with ending(self.run, self._save_last, lambda: self.record.how_to_resume(self.engine)):
+            save, how = partial(_save_last, self), lambda: self.record.how_to_resume(self.engine)
+            with ending(self.run, save, how):
                 yield
         finally:
             self._guarded = False
@@ -223,7 +204,7 @@ class Experiment:
         """See `Coordinator.receive`."""
         with self.record.timed("aggregate"), pinned_threads(self.config.worker.threads):
             counted = self.coordinator.receive(update, node)
-        self._answered()
+        _answered(self)
         return counted
 
     def reject(
@@ -236,16 +217,11 @@ class Experiment:
     ) -> None:
         """See `Coordinator.reject`."""
         self.coordinator.reject(client, reason, node, nbytes, fault)
-        self._answered()
+        _answered(self)
 
     def note_refused(self, nodes: list[dict[str, str]]) -> None:
         """See `Coordinator.note_refused`."""
         self.coordinator.note_refused(nodes)
-
-    def _answered(self) -> None:
-        if (state := self.coordinator.open) is not None:
-            overlapping = self.coordinator.policy.overlapping
-            self.live.answered(state.target if overlapping else len(state.recipes))
 
     def enough(self) -> bool:
         """See `Coordinator.enough`."""
@@ -259,29 +235,65 @@ class Experiment:
         summary.seconds = time.perf_counter() - self._round_began
         record.line(summary)
         if summary.round % config.round.checkpoint_every == 0:
-            self._checkpoint()
+            _checkpoint(self)
         self.trackers.round(summary.to_dict())
         self.live.closed(summary.seconds)
         self.page.refresh()
-        every = config.evaluation.every
-        if every and summary.round % every == 0 and summary.round < config.rounds:
-            small_grid(self, summary.round)
+        small_grid(self, summary.round)
         return summary
 
-    def _checkpoint(self) -> None:
-        coordinator = self.coordinator
-        self.record.checkpoint(coordinator.round, coordinator.tensors(), coordinator.state())
 
-    def _save_last(self) -> None:
-        if self.record.unsaved(self.coordinator.round):
-            self._checkpoint()
+def _go_on(experiment: Experiment, found: Standing) -> None:
+    """Bring a new experiment to where its run stands, and write that down."""
+    run, coordinator = experiment.run, experiment.coordinator
+    check_same_data(run, found.config.data, found.checkpoint, experiment._data)
+    if found.checkpoint is not None:
+        state = found.checkpoint.state
+        try:
+            coordinator.restore(found.checkpoint.tensors, state["coordinator"])
+        except ValueError as error:
+            raise ConfigError(f"{run.path} cannot be resumed: {error}.") from error
+        experiment.record.go_on(found, state)
+        experiment.live.go_on([summary.seconds for summary in found.rounds])
+        coordinator.ledger.losses = [line.loss for line in found.rounds if line.clients]
+    run.begin_again(found.rounds)
+    run.note_beginning(experiment._data)
+    if found.config != run.config():
+        run.write_config(found.config)  # as it was typed with the command
+    if found.changed or found.checkpoint is None:
+        _checkpoint(experiment)  # from here on the run is one with the new settings
 
 
-def write_data(path: Path, dataset: ImageSet, setup: Setup) -> None:
-    """Write data.json and samples/real.png, for the report of a run that has only begun.
+def _record(experiment: Experiment) -> Record:
+    settings, device = experiment.config.to_dict(), experiment.setup.device.type
+    origin = origin_of(settings, experiment._data, experiment.run, VERSIONS, device)
+    return Record(experiment.run, origin)
+
+
+def _answered(experiment: Experiment) -> None:
+    coordinator = experiment.coordinator
+    if (state := coordinator.open) is not None:
+        overlapping = coordinator.policy.overlapping
+        experiment.live.answered(state.target if overlapping else len(state.recipes))
+
+
+def _checkpoint(experiment: Experiment) -> None:
+    coordinator = experiment.coordinator
+    experiment.record.checkpoint(coordinator.round, coordinator.tensors(), coordinator.state())
+
+
+def _save_last(experiment: Experiment) -> None:
+    if experiment.record.unsaved(experiment.coordinator.round):
+        _checkpoint(experiment)
+
+
+def write_data(path: Path, dataset: ImageSet | None, setup: Setup) -> None:
+    """Write data.json and samples/real.png, where the server has the data, for a first report.
 
     Under differential privacy no real image is written: what is in samples/ is covered there.
     """
+    if dataset is None:
+        return
     config = setup.config
     write_clients(path, dataset, setup.shares(dataset), config.data.partition == "folders")
     if config.privacy.clip is None:

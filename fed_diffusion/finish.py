@@ -54,7 +54,10 @@ def _evaluate(experiment: Experiment) -> dict[str, Any]:
 
 
 def small_grid(experiment: Experiment, round: int) -> None:
-    """Images from the same noise each time."""
+    """Where evaluation.every says so, images from the same noise each time."""
+    every, rounds = experiment.config.evaluation.every, experiment.config.rounds
+    if not every or round % every or round >= rounds:
+        return
     with experiment.record.timed("evaluate"):
         images = _sampler(experiment).sample(
             SMALL,

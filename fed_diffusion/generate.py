@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ class Sampler:
             self._check_labels(labels, num)
         elif self.classes is not None:
             labels = torch.arange(num) % self.classes
-        made = self._batches(config, num, batch, seed, labels, purpose, progress)
+        made = _Batches(self, config, batch, seed, purpose).made(num, labels, progress)
         return torch.cat([torch.empty((0, *self.shape), dtype=torch.uint8), *made])
 
     def batches(
@@ -237,68 +238,8 @@ class Sampler:
         """The images of `sample(num)` in parts, in order, each as soon as it is made."""
         labels = None if self.classes is None else torch.arange(num) % self.classes
         config = self.config
-        size = config.evaluation.batch
-        yield from self._batches(config, num, size, config.seed, labels, purpose, progress)
-
-    def _batches(
-        self,
-        config: Config,
-        num: int,
-        batch: int,
-        seed: int,
-        labels: Tensor | None,
-        purpose: Purpose,
-        progress: Sampled | None,
-    ) -> Iterator[Tensor]:
-        evaluation = config.evaluation
-        solve, guidance = solver_of(evaluation), evaluation.guidance
-        u = Setup.of(config).sampling_times()
-        count = _Count(progress, self.calls(u))
-
-        @torch.no_grad()
-        def generate(start: int) -> Tensor:
-            n = min(batch, num - start)
-            # each batch has a stream of its own, so it does not matter which thread makes it
-            noise = torch_generator(seed, purpose, round=start // batch, device=self.device)
-            y = torch.randn((n, *self.shape), generator=noise, device=self.device)
-            chosen = None if labels is None else labels[start : start + n].to(self.device)
-            score = count.counted(self.score(chosen, guidance), start, n)
-            y = solve(score, y, u, generator=noise, denoise=evaluation.denoise)
-            count.note(start, n)
-            return to_uint8(y).cpu()
-
-        starts = range(0, num, batch)
-        if not starts:
-            return
-        few = min(batch, num, FEW)
-        with kernels(self.config.worker, self.device):
-            at_once = self._at_once(
-                self.score(None if labels is None else labels[:few], guidance),
-                few,
-                batch,
-                len(starts),
-            )
-            with batches_at_once(self.device, at_once) as pool:
-                yield from pool.map(generate, starts)
-
-    def _at_once(self, score: Score, few: int, batch: int, batches: int) -> int:
-        """How many batches the cores and the free memory allow at once; images depend on neither.
-
-        Parameters
-        ----------
-        score
-            The score of `few` images, which is asked once to see what memory it takes.
-        """
-        cores = min(usable_cores(), batches)
-        if self.device.type != "cpu" or cores <= 1:
-            return 1
-        y, u = torch.zeros((few, *self.shape)), torch.ones(few, dtype=torch.float64)
-        with pinned_threads(1), torch.no_grad():
-            score(y, u)  # the first call loads what later ones share
-            with peak_memory(self.device) as peak:
-                score(y, u)
-                each = MARGIN * peak() * batch / few
-        return max(1, min(cores, int(memory_allowed() / max(each, 1.0))))
+        batches = _Batches(self, config, config.evaluation.batch, config.seed, purpose)
+        yield from batches.made(num, labels, progress)
 
     def evaluations(self, steps: int | None = None, guidance: float | None = None) -> int:
         """Network evaluations per image (NFE): images that go through the network for one image.
@@ -313,6 +254,67 @@ class Sampler:
     def calls(self, u: Tensor) -> int:
         """Calls of the score behind a batch on the partition u."""
         return len(u) - 1 + int(self.config.evaluation.denoise)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """How a sampler's images are made: in batches, several at once where the machine allows it."""
+
+    sampler: Sampler
+    config: Config
+    batch: int
+    seed: int
+    purpose: Purpose
+
+    def made(self, num: int, labels: Tensor | None, progress: Sampled | None) -> Iterator[Tensor]:
+        """So many images with these labels, batch by batch, in order."""
+        sampler, batch, evaluation = self.sampler, self.batch, self.config.evaluation
+        solve, guidance = solver_of(evaluation), evaluation.guidance
+        u = Setup.of(self.config).sampling_times()
+        count = _Count(progress, sampler.calls(u))
+
+        @torch.no_grad()
+        def generate(start: int) -> Tensor:
+            n = min(batch, num - start)
+            # each batch has a stream of its own, so it does not matter which thread makes it
+            place = start // batch
+            noise = torch_generator(self.seed, self.purpose, round=place, device=sampler.device)
+            y = torch.randn((n, *sampler.shape), generator=noise, device=sampler.device)
+            chosen = None if labels is None else labels[start : start + n].to(sampler.device)
+            score = count.counted(sampler.score(chosen, guidance), start, n)
+            y = solve(score, y, u, generator=noise, denoise=evaluation.denoise)
+            count.note(start, n)
+            return to_uint8(y).cpu()
+
+        starts = range(0, num, batch)
+        if not starts:
+            return
+        few = min(batch, num, FEW)
+        with kernels(sampler.config.worker, sampler.device):
+            score = sampler.score(None if labels is None else labels[:few], guidance)
+            at_once = self._at_once(score, few, len(starts))
+            with batches_at_once(sampler.device, at_once) as pool:
+                yield from pool.map(generate, starts)
+
+    def _at_once(self, score: Score, few: int, batches: int) -> int:
+        """How many batches the cores and the free memory allow at once; images depend on neither.
+
+        Parameters
+        ----------
+        score
+            The score of `few` images, which is asked once to see what memory it takes.
+        """
+        sampler = self.sampler
+        cores = min(usable_cores(), batches)
+        if sampler.device.type != "cpu" or cores <= 1:
+            return 1
+        y, u = torch.zeros((few, *sampler.shape)), torch.ones(few, dtype=torch.float64)
+        with pinned_threads(1), torch.no_grad():
+            score(y, u)  # the first call loads what later ones share
+            with peak_memory(sampler.device) as peak:
+                score(y, u)
+                each = MARGIN * peak() * self.batch / few
+        return max(1, min(cores, int(memory_allowed() / max(each, 1.0))))
 
 
 class _Count:

@@ -192,3 +192,19 @@ def test_beside_build_only_trackers_are_told_the_whole_config():
     """`report.trackers.Tracker` says that a tracker is made with it."""
     made = {f"report.trackers.{name}.__init__" for name in ("Csv", "MLflow", "TensorBoard")}
     assert takes_the_whole_config(BESIDE_BUILD) == made | {"report.trackers.Trackers.__init__"}
+
+
+LONGEST_FILE, LONGEST_CLASS = 400, 199
+"""Lines of code and text together."""
+
+
+def test_no_file_and_no_class_is_too_long_to_be_read():
+    files, classes = {}, {}
+    for name, path in modules():
+        text = path.read_text("utf-8")
+        files[name] = len(text.splitlines())
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and node.end_lineno is not None:
+                classes[f"{name}.{node.name}"] = node.end_lineno - node.lineno + 1
+    assert {name: lines for name, lines in files.items() if lines > LONGEST_FILE} == {}
+    assert {name: lines for name, lines in classes.items() if lines > LONGEST_CLASS} == {}

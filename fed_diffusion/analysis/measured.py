@@ -28,7 +28,8 @@ from fed_diffusion.theory.bound import (
     theorem_4_11,
     to_F_scale,
 )
-from fed_diffusion.theory.estimates import SKETCH, Estimate, largest, pooled
+from fed_diffusion.theory.estimates import Estimate, largest, pooled
+from fed_diffusion.theory.sketch import SKETCH
 
 Measured = tuple[int, Mapping[str, Any]]
 """A round (1-based) and what it measured (`diagnostics.close`)."""

@@ -25,16 +25,15 @@ from fed_diffusion.theory.bound import Condition, Data, Training, to_F_scale
 from fed_diffusion.theory.curvature import curvature
 from fed_diffusion.theory.estimates import (
     Estimate,
-    Sketch,
     gradient_distance,
     gradient_norm,
     gradient_variance,
     largest,
     largest_mean,
     mean,
-    sampled_gradients,
     worker_distances,
 )
+from fed_diffusion.theory.sketch import Sketch, sampled_gradients
 
 HEAVY = 2**30
 """Parameters times pixels above which the probe takes few images: seconds for each, on a CPU."""

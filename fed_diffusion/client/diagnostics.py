@@ -29,10 +29,7 @@ from fed_diffusion.protocol.diagnostics import (
 )
 from fed_diffusion.protocol.messages import MEASURED_LIMIT, Task
 from fed_diffusion.theory.curvature import curvature
-from fed_diffusion.theory.estimates import (
-    Sketch,
-    sampled_gradients,
-)
+from fed_diffusion.theory.sketch import Sketch, sampled_gradients
 
 if TYPE_CHECKING:
     from fed_diffusion.client.worker import Worker

@@ -43,9 +43,7 @@ from fed_diffusion.protocol.errors import UpdateError
 from fed_diffusion.protocol.messages import MEASURED_LIMIT, Update
 from fed_diffusion.server.divergence import OUTLIER, usual_mean
 from fed_diffusion.theory.estimates import (
-    SKETCH,
     Estimate,
-    Sketch,
     gradient_distance,
     gradient_norm,
     gradient_variance,
@@ -55,6 +53,7 @@ from fed_diffusion.theory.estimates import (
     secant,
     worker_distances,
 )
+from fed_diffusion.theory.sketch import SKETCH, Sketch
 
 PRODUCTS = 3
 """Hessian products behind a curvature."""

@@ -22,6 +22,7 @@ from fed_diffusion.protocol.moments import (
     cast_state,
     decode_moments,
     group,
+    parted,
     spread,
 )
 from fed_diffusion.protocol.wire import (
@@ -138,6 +139,13 @@ class Rounds:
             most = largest_update(theta, kept, self._wire)
             flight = Flight(round, recipe, payload.nbytes, kept, w2, bits, steps, most)
             yield Task(round, client, payload), flight
+
+    def again(self, round: int, client: int, version: Theta) -> tuple[Task, Flight]:
+        """A client's task of an earlier round, from the theta and the state it began on."""
+        theta, state = parted(version)
+        recipe = self.recipes(round, self._participation.eligible(), theta)[client]
+        ((task, flight),) = self.tasks(round, theta, state, {client: recipe}, self.masks(theta))
+        return task, flight
 
     def take(
         self,

@@ -23,7 +23,7 @@ from fed_diffusion.server.diagnostics import MOST_WORKERS, PRODUCTS
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.theory.bound import Data, Steps, Training, theorem_4_11
 from fed_diffusion.theory.curvature import hessian_vector
-from fed_diffusion.theory.estimates import Sketch
+from fed_diffusion.theory.sketch import Sketch
 
 
 @pytest.fixture
