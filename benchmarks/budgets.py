@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import torch
 
-from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.build import Setup, build_network, parameters_of
 from fed_diffusion.client.budget import demand, seconds_of, training_step
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.compute import pinned_threads
@@ -63,9 +63,9 @@ def images_for(config: Config) -> ImageSet:
 def warm_up() -> None:
     """A step of a tiny network: what torch imports and allocates for the first one is no demand."""
     config = load_config("digits", {"model.widths": [8], "local.batch": 2})
-    worker = Worker(config)
-    demand(config, build_network(config).to("meta"))
-    training_step(config, build_network(config), worker.loss, worker.device)()
+    setup = Setup.of(config)
+    demand(setup, build_network(config).to("meta"))
+    training_step(setup, build_network(config), setup.device)()
 
 
 def whole_step(settings: dict[str, Any]) -> tuple[float, float]:
@@ -74,7 +74,7 @@ def whole_step(settings: dict[str, Any]) -> tuple[float, float]:
     warm_up()
     worker = Worker(config, images_for(config))
     with pinned_threads(config.worker.threads), peak_memory(worker.device) as peak:
-        step = training_step(config, build_network(config), worker.loss, worker.device)
+        step = training_step(worker.setup, build_network(config), worker.device)
         seconds_of(step, worker.device)
         return peak(), seconds_of(step, worker.device)
 

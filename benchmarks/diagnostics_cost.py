@@ -17,7 +17,6 @@ from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import Config, load_config, parse_pairs
 from fed_diffusion.data import load_dataset
-from fed_diffusion.protocol.diagnostics import is_due
 from fed_diffusion.server.coordinator import Coordinator
 
 
@@ -49,7 +48,7 @@ def main() -> None:
             took, sizes[config is measured] = seconds(config, worker)
             times[config is measured].append(took)
     with_it, without = (statistics.median(times[which]) for which in (True, False))
-    due = sum(is_due(measured, round) for round in range(1, measured.rounds + 1))
+    due = len(measured.diagnostic_rounds())
     print("| | CPU seconds, median | bytes up |\n|---|---|---|")
     print(f"| a plain round | {without:.2f} | {sizes[False]:,} |")
     print(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fed_diffusion.build import build_network, channel_layout, parameters_of, skeleton
+from fed_diffusion.build import Setup, build_network, parameters_of
 from fed_diffusion.client.budget import demand, sub_network
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.compute import arithmetic, compiled, kernels
@@ -154,7 +154,7 @@ def matrix_rate(precision: str, device: torch.device, n: int) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn((n, n), device=device).to(dtype) for _ in range(2))
     config = load_config("cifar10", {"worker.precision": precision, "worker.device": device.type})
-    with kernels(config, device):
+    with kernels(config.worker, device):
         return 2 * n**3 / seconds_per(lambda: a @ b, device)
 
 
@@ -169,12 +169,13 @@ def step_row(
         worker__precision=chosen.precision,
         worker__deterministic=chosen.deterministic,
     )
-    whole, layout = skeleton(wanted), channel_layout(wanted)
+    setup = Setup.of(wanted)
+    whole, layout = setup.skeleton, setup.layout
     network = reset(sub_network(whole, layout, chosen.keep, device))
     step = training_step(wanted, network, chosen, device)
-    with kernels(wanted, device), peak_memory(device) as peak:
+    with kernels(wanted.worker, device), peak_memory(device) as peak:
         seconds = seconds_per(graphed(step, device) if chosen.graph else step, device)
-        work = 2 * demand(wanted, sub_network(whole, layout, chosen.keep, "meta")).work
+        work = 2 * demand(setup, sub_network(whole, layout, chosen.keep, "meta")).work
         found = {
             "images/s": chosen.batch / seconds,
             "ms": 1e3 * seconds,
@@ -200,7 +201,7 @@ def training_step(
     index = torch.arange(chosen.batch, device=device)
 
     def forward(x: torch.Tensor, u: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        with arithmetic(config, device):
+        with arithmetic(config.worker, device):
             return call(x, u, labels).float()
 
     def step() -> None:
@@ -276,12 +277,12 @@ def diffusers_row(
         eps = torch.randn(x.shape, generator=draw, device=device)
         j = torch.randint(1000, (batch,), generator=draw, device=device)
         a = alphas[j][:, None, None, None]
-        with arithmetic(wanted, device):
+        with arithmetic(wanted.worker, device):
             out = network(a.sqrt() * x + (1 - a).sqrt() * eps, j).sample
         (out.float() - eps).square().mean().backward()
         optimizer.step()
 
-    with kernels(wanted, device):
+    with kernels(wanted.worker, device):
         seconds = seconds_per(step, device)
     parameters = sum(p.numel() for p in network.parameters())
     return {"images/s": batch / seconds, "ms": 1e3 * seconds, "M parameters": parameters / 1e6}
@@ -338,7 +339,7 @@ def bare_round(config: Config, device: torch.device) -> float:
     chosen = Setting(batch=config.local.batch)
     step = training_step(config, network, chosen, device)
     taken = []
-    with kernels(config, device):
+    with kernels(config.worker, device):
         for _ in range(3):
             began = time.perf_counter()
             for _ in range(10 * (config.local.steps or 0)):

@@ -31,7 +31,7 @@ began, used = time.perf_counter(), time.process_time()
 dataset = load_dataset(config.data)
 loaded, used = time.perf_counter() - began, time.process_time() - used
 worker = Worker(config, dataset)
-total = sum(int(part.sum()) for part in worker._images.split(1024))
+total = sum(int(part.sum()) for part in worker.images._images.split(1024))
 print(json.dumps({"loaded": loaded, "used": used, "total": total}), flush=True)
 sys.stdin.readline()
 pss = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("Pss:"))

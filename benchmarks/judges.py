@@ -61,7 +61,7 @@ def spoiled(half: ImageSet, rest: ImageSet, n: int) -> dict[str, Tensor]:
 
 def measured(config: Config, half: ImageSet, sets: dict[str, Tensor]) -> None:
     """Print a table per judge."""
-    device = device_of(config)
+    device = device_of(config.worker)
     for choice in choices(config.evaluation, tuple(half.images.shape[1:])):
         judge = extractor_of(choice.settings, half, 0).make(device)
         began = time.monotonic()

@@ -18,16 +18,14 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fed_diffusion.build import build_network, channel_layout, parameters_of, skeleton
+from fed_diffusion.build import Setup, build_network, parameters_of
 from fed_diffusion.client.budget import demand, seconds_of, sub_network, training_step
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.common.memory import peak_memory
 from fed_diffusion.config import Config, load_config
 from fed_diffusion.data import image_shape
-from fed_diffusion.diffusion.loss import DSMLoss
-from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.models.unet import reset
-from fed_diffusion.protocol.wire import Payload, decode_task, encode_update
+from fed_diffusion.protocol.wire import Payload, Wire, decode_task, encode_update
 from fed_diffusion.server.coordinator import Coordinator
 
 KEEP = (1.0, 0.75, 0.5, 0.25, 0.125)
@@ -59,7 +57,8 @@ def state_bytes(config: Config, keep: float, device: torch.device) -> int:
 
 
 def sub(config: Config, keep: float, device: torch.device | str) -> torch.nn.Module:
-    network = sub_network(skeleton(config), channel_layout(config), keep, device)
+    setup = Setup.of(config)
+    network = sub_network(setup.skeleton, setup.layout, keep, device)
     return network if str(device) == "meta" else reset(network)
 
 
@@ -79,26 +78,21 @@ def peak_of_two_steps(settings: dict[str, Any], keep: float) -> float:
     small = load_config(
         "digits", {"local.batch": 2}
     )  # torch's own buffers come with the first step
-    step = training_step(small, build_network(small).to(device), loss_of(small), device)
+    step = training_step(Setup.of(small), build_network(small).to(device), device)
     step()
     del step
     with peak_memory(device) as peak:
         network = sub(config, keep, device)
-        step = training_step(config, network, loss_of(config), device)
+        step = training_step(Setup.of(config), network, device)
         step()
         step()
         return peak()
 
 
-def loss_of(config: Config) -> DSMLoss:
-    diffusion = config.diffusion
-    return DSMLoss(PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K))
-
-
 def step_seconds(config: Config, rounds: int, device: torch.device) -> dict[float, float]:
     """Medians over rounds in which every size takes a step; the first round is warm-up."""
-    loss = loss_of(config)
-    steps = {keep: training_step(config, sub(config, keep, device), loss, device) for keep in KEEP}
+    setup = Setup.of(config)
+    steps = {keep: training_step(setup, sub(config, keep, device), device) for keep in KEEP}
     taken: dict[float, list[float]] = {keep: [] for keep in KEEP}
     for _ in range(rounds + 1):
         for keep, step in steps.items():
@@ -110,10 +104,12 @@ def payload_bytes(config: Config) -> list[tuple[int, int]]:
     """Bytes down and up of a client of every size, as the ledger counts them."""
     coordinator = Coordinator(config, parameters_of(build_network(config)))
     shapes = {n: torch.empty(v.shape, device="meta") for n, v in coordinator.theta.items()}
+    family = Setup.of(config).family
+    wire = Wire(config.wire, config.pruning, config.local, family, config.seed)
     sizes = []
     for task in coordinator.tasks(1):
-        recipe, masks, start = decode_task(task.payload, shapes, coordinator.layout, config)
-        arrays = encode_update(start, start, masks, config, 1, task.client)
+        recipe, masks, start = decode_task(task.payload, shapes, coordinator.layout, wire)
+        arrays = encode_update(start, start, masks, wire, 1, task.client)
         sizes.append((task.payload.nbytes, Payload(arrays, recipe.to_metrics()).nbytes))
     return sizes
 
@@ -126,8 +122,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     config, device = settings(arguments), torch.device(arguments.device)
-    layout = channel_layout(config)
-    needs = {keep: demand(config, sub(config, keep, "meta")) for keep in KEEP}
+    setup = Setup.of(config)
+    layout = setup.layout
+    needs = {keep: demand(setup, sub(config, keep, "meta")) for keep in KEEP}
     parameters = {keep: layout.kept(layout.counts(keep)) for keep in KEEP}
     context = multiprocessing.get_context("spawn")
     peaks = {}

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from fed_diffusion.aggregation.mean import MaskedMean
-from fed_diffusion.build import channel_layout
+from fed_diffusion.build import Setup
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, load_config
 from fed_diffusion.engines.local import simulate
 from fed_diffusion.generate import RunDir
-from fed_diffusion.masks.families import derive, family_of
+from fed_diffusion.masks.families import derive
 from fed_diffusion.masks.mask import kept_values, pruning_error
-from fed_diffusion.masks.plan import known_ratios, plan_round
+from fed_diffusion.masks.plan import plan_round
 
 PRESET = "digits-unequal"
 
@@ -136,9 +136,9 @@ def on_one_theta(path: Path) -> str:
 
 
 def spread(config: Config, theta: dict[str, torch.Tensor]) -> tuple[list[float], int]:
-    layout = channel_layout(config)
-    recipes = plan_round(config, config.rounds, known_ratios(config), theta, layout)
-    family = family_of(config.pruning, config.seed)
+    setup = Setup.of(config)
+    family, layout, keeps = setup.family, setup.layout, setup.known_ratios()
+    recipes = plan_round(family, config.pruning.kind, config.rounds, keeps, theta, layout)
     mean, w2 = MaskedMean(theta), []
     for recipe in recipes.values():
         kept = derive(family, recipe, theta, layout)

@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 
-from fed_diffusion.build import build_network, channel_layout, parameters_of
+from fed_diffusion.build import Setup, build_network, parameters_of
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, load_config
-from fed_diffusion.masks.families import derive, family_of
-from fed_diffusion.masks.plan import known_ratios, plan_round
+from fed_diffusion.masks.families import derive
+from fed_diffusion.masks.plan import plan_round
 from fed_diffusion.masks.recipe import Recipe
 from fed_diffusion.protocol.wire import (
     Payload,
+    Wire,
     cast_theta,
     decode_task,
     decode_update,
@@ -45,28 +46,29 @@ class Exchange:
     """A round's messages under one configuration, with a stopwatch on every part."""
 
     def __init__(self, config: Config, theta: dict[str, torch.Tensor]):
-        self.config, self.theta = config, theta
-        self.layout = channel_layout(config)
-        self.family = family_of(config.pruning, config.seed)
-        self.recipes = plan_round(config, 1, known_ratios(config), theta, self.layout)
+        setup, self.theta = Setup.of(config), theta
+        self.layout, self.family = setup.layout, setup.family
+        self.wire = Wire(config.wire, config.pruning, config.local, self.family, config.seed)
+        keeps = setup.known_ratios()
+        self.recipes = plan_round(self.family, config.pruning.kind, 1, keeps, theta, self.layout)
         self.shapes = {n: torch.empty(v.shape, device="meta") for n, v in theta.items()}
         self.casts: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
-        self._timed("cast", lambda: self.casts.update(cast_theta(theta, config, 1)))
+        self._timed("cast", lambda: self.casts.update(cast_theta(theta, self.wire, 1)))
 
     def client(self, recipe: Recipe) -> tuple[int, int]:
         """Bytes down and up of one client; the seconds of its parts are noted."""
-        config, theta, layout = self.config, self.theta, self.layout
+        wire, theta, layout = self.wire, self.theta, self.layout
         masks = self._timed("mask", lambda: derive(self.family, recipe, theta, layout))
         task = self._timed("encode task", lambda: encode_task(self.casts, recipe, masks))
         _, _, start = self._timed(
-            "decode task", lambda: decode_task(task, self.shapes, layout, config)
+            "decode task", lambda: decode_task(task, self.shapes, layout, wire)
         )
         end = {name: value * 1.01 for name, value in start.items()}
         arrays = self._timed(
-            "encode update", lambda: encode_update(end, start, masks, config, 1, recipe.client)
+            "encode update", lambda: encode_update(end, start, masks, wire, 1, recipe.client)
         )
-        self._timed("decode update", lambda: decode_update(arrays, theta, masks, config))
+        self._timed("decode update", lambda: decode_update(arrays, theta, masks, wire))
         return task.nbytes, Payload(arrays, recipe.to_metrics()).nbytes
 
     def wire_seconds(self, recipe: Recipe) -> float:

@@ -34,7 +34,8 @@ def worker_of(content: RecordDict, node: NodeConfig) -> Worker:
     key = (settings, *_own(node))
     if _resident is None or _resident[0] != key:
         config = build_config(json.loads(settings))
-        own = load_own(config, *_own(node)) if any(_own(node)) else None
+        data, conditional = config.data, config.model.conditional
+        own = load_own(data, conditional, *_own(node)) if any(_own(node)) else None
         _resident = (key, Worker(config, own, own=own is not None))
     return _resident[1]
 

@@ -1,26 +1,29 @@
-"""From the configuration to a time grid and a network, built in or the user's own."""
+"""One step from the configuration to objects: `Setup.of(config)`, made once and handed down."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fed_diffusion.common.compute import arithmetic
+from fed_diffusion.common.compute import arithmetic, device_of, precision_on
 from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.common.rng import Purpose, seed_torch
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.config.names import is_own, refuse_unknown
-from fed_diffusion.data import (
-    class_count,
-    image_shape,
-)
-from fed_diffusion.diffusion.loss import Network
+from fed_diffusion.config.schema import DiffusionConfig
+from fed_diffusion.data import ImageSet, Share, class_count, image_shape, named_classes, shares_of
+from fed_diffusion.diffusion.loss import DSMLoss, Network
 from fed_diffusion.diffusion.partitions import PARTITIONS, TimeGrid, check_times
 from fed_diffusion.masks.channels import ordered
-from fed_diffusion.masks.families import family_of
+from fed_diffusion.masks.families import Family, family_of
 from fed_diffusion.masks.levels import keep_ratios
+from fed_diffusion.masks.plan import known_ratios
 from fed_diffusion.masks.spaces import Layout, layout_of
 from fed_diffusion.masks.subnetwork import resized
 from fed_diffusion.models.own import NetworkFactory, check_network
@@ -30,8 +33,176 @@ NETWORKS = ("unet",)
 """The names of networks that are built in."""
 
 
-def time_grid(config: Config, steps: int | None = None) -> Tensor:
-    """Return the partition of time u_0 = T > ... > u_K = delta, float64 [K + 1].
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """The objects that a configuration describes, each made when it is first asked for, and once.
+
+    Whoever needs one of them is handed the setup, and makes none anew. Nothing in it depends on a
+    round, and nobody changes it.
+
+    Attributes
+    ----------
+    config
+        The configuration of the run.
+    """
+
+    config: Config
+    _split: list[tuple[ImageSet, list[Share]]] = field(default_factory=list, init=False, repr=False)
+    """The images that were split last, and how."""
+
+    @classmethod
+    def of(cls, run: Config | Setup) -> Setup:
+        """The setup of a configuration; a setup is returned as it is."""
+        return run if isinstance(run, Setup) else cls(run)
+
+    # --- images ---------------------------------------------------------------------------------
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return image_shape(self.config.data)
+
+    @cached_property
+    def d(self) -> int:
+        """The number of values of an image."""
+        return math.prod(self.shape)
+
+    @cached_property
+    def classes(self) -> int | None:
+        """How many labels the network is conditioned on; None where it knows no labels."""
+        return class_count(self.config.data) if self.config.model.conditional else None
+
+    def shares(self, dataset: ImageSet) -> list[Share]:
+        """What each client trains on and holds out, as indices of the images that all share."""
+        if not any(known is dataset for known, _ in self._split):
+            config = self.config
+            found = shares_of(dataset, config.data, config.clients, config.seed)
+            self._split[:] = [(dataset, found)]
+        return self._split[0][1]
+
+    # --- time and the loss ----------------------------------------------------------------------
+
+    @cached_property
+    def u(self) -> Tensor:
+        """The partition of time that the loss is of, float64 [K + 1]."""
+        return time_grid(self.config.diffusion)
+
+    def sampling_times(self, steps: int | None = None) -> Tensor:
+        """The partition that samples are made on; `steps` defaults to evaluation.steps.
+
+        Raises
+        ------
+        ConfigError
+            The partition cannot be so short.
+        """
+        config = self.config
+        return time_grid(config.diffusion, config.evaluation.steps if steps is None else steps)
+
+    @cached_property
+    def loss(self) -> DSMLoss:
+        """The estimator of F_n (5)."""
+        return DSMLoss(self.u)
+
+    @cached_property
+    def Z(self) -> float:
+        """The sum of the loss's weights: F_n = Z d times the simple loss."""
+        return self.loss.Z
+
+    # --- the network and its masks --------------------------------------------------------------
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The network's structure, of which only shapes may be used; see `skeleton`."""
+        return skeleton(self.config)
+
+    @cached_property
+    def shapes(self) -> dict[str, Tensor]:
+        """The skeleton's parameters by name, of which only the shapes count."""
+        return parameters_of(self.skeleton)
+
+    def network(self) -> nn.Module:
+        """A new network that holds theta_0; see `build_network`."""
+        return build_network(self.config)
+
+    def theta(self) -> dict[str, Tensor]:
+        """A new copy of theta_0, by name."""
+        return parameters_of(self.network())
+
+    def network_with(self, theta: dict[str, Tensor]) -> nn.Module:
+        """A new network that holds theta, in evaluation mode."""
+        network = self.network()
+        for name, parameter in parameters_of(network).items():
+            parameter.copy_(theta[name])
+        return network.eval()
+
+    def check_network(self) -> None:
+        """Refuse a network that cannot be built, or the user's own that is no noise estimate."""
+        name, network = self.config.model.name, self.skeleton
+        if is_own(name):
+            with blamed("model.name", name):
+                check_network(network, *_images(self.config))
+
+    @cached_property
+    def family(self) -> Family:
+        """The mask family; `ConfigError` where there is no such family."""
+        return family_of(self.config.pruning, self.config.seed)
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """The network's channel spaces, where workers drop whole channels; else None.
+
+        Raises
+        ------
+        ConfigError
+            Which channels of a network of the user's own belong together is not known.
+        """
+        if not self.family.shrinks:
+            return None
+        try:
+            return layout_of(self.skeleton)
+        except TypeError as error:
+            kind = self.config.pruning.kind
+            raise ConfigError(f"pruning.kind = {kind!r}: {error}.") from error
+
+    def known_ratios(self) -> dict[int, float]:
+        """Client -> keep ratio, as far as the configuration knows it; else the nodes say it."""
+        return known_ratios(self.config.pruning, self.config.clients)
+
+    # --- how this machine computes --------------------------------------------------------------
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of worker.device on this machine."""
+        return device_of(self.config.worker)
+
+    @cached_property
+    def precision(self) -> Literal["fp32", "tf32", "bf16"]:
+        """What a network computes in on this machine's device."""
+        return precision_on(self.config.worker, self.device)
+
+    def evaluator(self, network: Callable[..., Tensor]) -> Network:
+        """A network as the function that losses and samplers call, in the configured precision."""
+        worker, device = self.config.worker, self.device
+
+        def evaluate(x: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
+            with arithmetic(worker, device):
+                return network(x, u, labels).float()
+
+        return evaluate
+
+
+def with_class_names(config: Config, dataset: ImageSet | None) -> Config:
+    """The configuration with the names of an image folder's classes, as they are numbered.
+
+    So a run's record says them, a resumed run finds that they are the same still, and nodes with
+    folders of their own number their classes alike.
+    """
+    data = named_classes(config.data, dataset)
+    return config if data is config.data else config.model_copy(update={"data": data})
+
+
+def time_grid(diffusion: DiffusionConfig, steps: int | None = None) -> Tensor:
+    """The partition of time u_0 = T > ... > u_K = delta, float64 [K + 1].
 
     Parameters
     ----------
@@ -43,7 +214,6 @@ def time_grid(config: Config, steps: int | None = None) -> Tensor:
     ConfigError
         There is no such partition, or the user's own breaks the contract.
     """
-    diffusion = config.diffusion
     key, name = "diffusion.partition", diffusion.partition
     K = diffusion.K if steps is None else steps
     make: TimeGrid = resolve(key, name, PARTITIONS)
@@ -92,35 +262,11 @@ def skeleton(config: Config) -> nn.Module:
     return _meta_unet(config)
 
 
-def check_structure(config: Config) -> None:
-    """Refuse a network that cannot be built, or a user's network that returns no noise estimate."""
-    network = skeleton(config)
-    if is_own(config.model.name):
-        with blamed("model.name", config.model.name):
-            check_network(network, *_images(config))
-
-
-def channel_layout(config: Config) -> Layout | None:
-    """Return the network's channel spaces, where workers drop whole channels; else None.
-
-    Raises
-    ------
-    ConfigError
-        For a user's network, it is not known which channels belong together.
-    """
-    if not family_of(config.pruning, config.seed).shrinks:
-        return None
-    try:
-        return layout_of(skeleton(config))
-    except TypeError as error:
-        raise ConfigError(f"pruning.kind = {config.pruning.kind!r}: {error}.") from error
-
-
 def _smallest(config: Config) -> dict[str, tuple[int, ...]]:
     """Return the parameters' shapes in the sub-network of the smallest keep ratio."""
     layout = layout_of(_meta_unet(config))
     try:
-        counts = layout.counts(min(keep_ratios(config)))
+        counts = layout.counts(min(keep_ratios(config.pruning, config.clients)))
     except ValueError as error:
         raise ConfigError(f"pruning: {error}.") from error
     return layout.shapes_of(layout.blocks(ordered(layout, counts)))
@@ -187,23 +333,3 @@ def parameters_of(network: nn.Module) -> dict[str, Tensor]:
     memory.
     """
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
-
-
-def evaluator(network: Callable[..., Tensor], config: Config, device: torch.device) -> Network:
-    """Return a network as the function that losses and samplers call, in the configured
-    precision.
-    """
-
-    def evaluate(x: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
-        with arithmetic(config, device):
-            return network(x, u, labels).float()
-
-    return evaluate
-
-
-def network_with(config: Config, theta: dict[str, Tensor]) -> nn.Module:
-    """Return a network that holds theta, in evaluation mode."""
-    network = build_network(config)
-    for name, parameter in parameters_of(network).items():
-        parameter.copy_(theta[name])
-    return network.eval()

@@ -9,26 +9,12 @@ import torch
 
 from fed_diffusion.aggregation.named import ROBUST, check_aggregator
 from fed_diffusion.aggregation.private import spent
-from fed_diffusion.build import (
-    channel_layout,
-    check_structure,
-    parameters_of,
-    skeleton,
-    time_grid,
-)
+from fed_diffusion.build import Setup
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.data import (
-    ImageSet,
-    augmentation,
-    content_hash,
-    image_shape,
-    load_dataset,
-    partition,
-    tell,
-)
+from fed_diffusion.data import ImageSet, augmentation, content_hash, load_dataset, tell
 from fed_diffusion.evaluation import check_evaluation
 from fed_diffusion.evaluation.reference import reference_set
-from fed_diffusion.generate import check_sampler, sampler_partition
+from fed_diffusion.generate import check_sampler
 from fed_diffusion.masks.plan import check_own_family, check_pruning
 from fed_diffusion.protocol import wire
 from fed_diffusion.report.trackers import check_trackers
@@ -44,21 +30,28 @@ from fed_diffusion.store.rundir import RunDir
 
 
 def check(
-    config: Config, dataset: ImageSet | None = None, needs_data: bool = True
+    run: Config | Setup, dataset: ImageSet | None = None, needs_data: bool = True
 ) -> ImageSet | None:
     """Refuse everything that can be refused before compute, and return the data set.
 
     A server without data (needs_data=False) gets None.
+
+    Parameters
+    ----------
+    run
+        The configuration of the run, or the setup that was made of it.
 
     Raises
     ------
     ConfigError
         The message names the key, the value, what is allowed and how to fix it.
     """
-    check_training(config)
-    check_evaluation(config)
+    setup = Setup.of(run)
+    config = setup.config
+    check_training(setup)
+    check_evaluation(setup)
     if config.round.aggregation in ROBUST:
-        warn_of_undefended(config, parameters_of(skeleton(config)), channel_layout(config))
+        warn_of_undefended(setup)
     if dataset is None and needs_data:
         dataset = tell(load_dataset(config.data))
     if dataset is not None:
@@ -67,33 +60,33 @@ def check(
                 f"model.conditional = True needs labels, and data.name = {config.data.name!r} has "
                 "none (a folder needs a sub-folder per class); set model.conditional=false."
             )
-        partition(dataset, config)
+        setup.shares(dataset)
     if config.evaluation.samples and config.evaluation.reference not in ("data", "none"):
-        reference_set(config, dataset)  # a broken file in it is found now, not after training
+        reference_set(setup, dataset)  # a broken file in it is found now, not after training
     return dataset
 
 
-def check_training(config: Config) -> None:
-    """Make the checks of `check` that look at no files; raise `ConfigError`."""
-    time_grid(config)
-    sampler_partition(config)
-    check_sampler(config)
-    check_device(config)
-    spent(config, 1)  # needs the accountant, if anything
-    check_structure(config)
-    augmentation(config.data, image_shape(config.data))
-    check_trackers(config)
+def check_training(run: Config | Setup) -> None:
+    """The part of `check` that looks at no files; raises `ConfigError`."""
+    setup = Setup.of(run)
+    config, pruning = setup.config, setup.config.pruning
+    _ = setup.u, setup.sampling_times()
+    check_sampler(setup)
+    check_device(config.worker.device)
+    spent(config.privacy, config.round.fraction, 1)  # needs the accountant, if anything
+    setup.check_network()
+    augmentation(config.data, setup.shape)
+    check_trackers(config.trackers)
     check_aggregator(config.round)
     check_optimizer(config.server)
     policy_of(config)
-    layout = channel_layout(config)
-    check_pruning(config, layout)
-    check_own_family(config, parameters_of(skeleton(config)), layout)
+    layout, clients, seed = setup.layout, config.clients, config.seed
+    check_pruning(pruning, clients, layout)
+    check_own_family(setup.family, pruning, clients, seed, setup.shapes, layout)
 
 
-def check_device(config: Config) -> None:
-    """Refuse a device that this machine does not have."""
-    device = config.worker.device
+def check_device(device: str) -> None:
+    """Refuse a device that this machine has not."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             f"worker.device = {device!r}, but torch sees no CUDA device; use auto or cpu."
@@ -118,7 +111,7 @@ def check_resume(
     found = standing(run, VERSIONS, accept_changes, changes)
     dataset = check(found.config)
     data = None if dataset is None else content_hash(dataset)
-    check_same_data(run, found.config, found.checkpoint, data)
+    check_same_data(run, found.config.data, found.checkpoint, data)
     return found.config, data
 
 

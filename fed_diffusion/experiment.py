@@ -10,29 +10,26 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.build import Setup, with_class_names
 from fed_diffusion.checks import VERSIONS, check
 from fed_diffusion.common.compute import pinned_threads
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.data import (
-    ImageSet,
-    content_hash,
-    with_class_names,
-)
+from fed_diffusion.data import ImageSet, content_hash
 from fed_diffusion.finish import finish, small_grid
 from fed_diffusion.protocol.errors import Fault
 from fed_diffusion.protocol.messages import Task, Update
-from fed_diffusion.report.holdings import write_data
+from fed_diffusion.report.holdings import write_clients, write_real
 from fed_diffusion.report.live import LivePage
 from fed_diffusion.report.trackers import Trackers
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.server.divergence import Diverged
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.store.live import Live
-from fed_diffusion.store.origin import Standing, check_same_data, standing
+from fed_diffusion.store.origin import Standing, check_same_data, origin_of, standing
 from fed_diffusion.store.record import Record
 from fed_diffusion.store.rundir import RunDir
 from fed_diffusion.store.stopping import RunDiverged, RunStopped, ending
@@ -73,22 +70,24 @@ class Experiment:
         needs_data: bool = True,
         run: RunDir | None = None,
     ):
-        self.dataset = check(config, dataset, needs_data)
-        self.config = config = with_class_names(config, self.dataset)
-        self.trackers = Trackers(config)
+        setup = Setup.of(config)
+        self.dataset = check(setup, dataset, needs_data)
+        self.config = named = with_class_names(config, self.dataset)
+        self.setup = setup = setup if named is config else Setup.of(named)
+        self.trackers = Trackers(named)
         self.engine = "local"
         """The engine of this run, which stands in the command that resumes it."""
         self._data = None if self.dataset is None else content_hash(self.dataset)
-        self.run = RunDir.create(path, config, self._data) if run is None else run
+        self.run = RunDir.create(path, named, self._data) if run is None else run
         self.live = Live(self.run, config.rounds)
         self.page = LivePage(self.run)
         try:
-            self.coordinator = Coordinator(config, parameters_of(build_network(config)))
-            self.record = Record(config, self.run, self._data, VERSIONS)
+            self.coordinator = Coordinator(setup, setup.theta())
+            self.record = _record(self)
             self._guarded = False
             self._round_began = time.perf_counter()
             if run is None:
-                self._checkpoint()  # of round 0: from now on a run without one has lost it
+                _checkpoint(self)  # of round 0: from now on a run without one has lost it
         except BaseException:
             self.close()
             raise
@@ -122,29 +121,11 @@ class Experiment:
         try:
             found = standing(run, VERSIONS, accept_changes, changes)
             experiment = cls(found.config, run.path, dataset, needs_data, run)
-            experiment._go_on(found)
+            _go_on(experiment, found)
         except BaseException:
             run.unlock()
             raise
         return experiment
-
-    def _go_on(self, found: Standing) -> None:
-        check_same_data(self.run, found.config, found.checkpoint, self._data)
-        if found.checkpoint is not None:
-            state = found.checkpoint.state
-            try:
-                self.coordinator.restore(found.checkpoint.tensors, state["coordinator"])
-            except ValueError as error:
-                raise ConfigError(f"{self.run.path} cannot be resumed: {error}.") from error
-            self.record.go_on(found, state)
-            self.live.go_on([summary.seconds for summary in found.rounds])
-            self.coordinator.ledger.losses = [line.loss for line in found.rounds if line.clients]
-        self.run.begin_again(found.rounds)
-        self.run.note_beginning(self._data)
-        if found.config != self.run.config():
-            self.run.write_config(found.config)  # as it was typed with the command
-        if found.changed or found.checkpoint is None:
-            self._checkpoint()  # from here on the run is one with the new settings
 
     @property
     def history(self) -> list[RoundSummary]:
@@ -179,15 +160,14 @@ class Experiment:
             says how to resume, where that helps.
         """
         with self.guarded():
-            if self.dataset is not None:
-                write_data(self.run.path, self.dataset, self.config)
+            write_data(self.run.path, self.dataset, self.setup)
             self.trackers.begin(self.run.path, [summary.to_dict() for summary in self.history])
             while self.coordinator.round < self.config.rounds:
                 summary = _round(self, exchange)
                 if progress is not None:
                     progress(summary.to_dict())
             if self.record.saved < self.coordinator.round:
-                self._checkpoint()
+                _checkpoint(self)
             return finish(self)
 
     @contextmanager
@@ -202,7 +182,8 @@ class Experiment:
             return
         self._guarded = True
         try:
-            with ending(self.run, self._save_last, lambda: self.record.how_to_resume(self.engine)):
+            save, how = partial(_save_last, self), lambda: self.record.how_to_resume(self.engine)
+            with ending(self.run, save, how):
                 yield
         finally:
             self._guarded = False
@@ -230,7 +211,7 @@ class Experiment:
         """Take an update; see `Coordinator.receive`."""
         with self.record.timed("aggregate"), pinned_threads(self.config.worker.threads):
             counted = self.coordinator.receive(update, node)
-        self._answered()
+        _answered(self)
         return counted
 
     def reject(
@@ -243,16 +224,11 @@ class Experiment:
     ) -> None:
         """Note that a client's update does not count; see `Coordinator.reject`."""
         self.coordinator.reject(client, reason, node, nbytes, fault)
-        self._answered()
+        _answered(self)
 
     def note_refused(self, nodes: list[dict[str, str]]) -> None:
         """Note nodes that cannot be used; see `Coordinator.note_refused`."""
         self.coordinator.note_refused(nodes)
-
-    def _answered(self) -> None:
-        if (state := self.coordinator.open) is not None:
-            overlapping = self.coordinator.policy.overlapping
-            self.live.answered(state.target if overlapping else len(state.recipes))
 
     def enough(self) -> bool:
         """Whether the round has enough updates; see `Coordinator.enough`."""
@@ -266,22 +242,69 @@ class Experiment:
         summary.seconds = time.perf_counter() - self._round_began
         record.line(summary)
         if summary.round % config.round.checkpoint_every == 0:
-            self._checkpoint()
+            _checkpoint(self)
         self.trackers.round(summary.to_dict())
         self.live.closed(summary.seconds)
         self.page.refresh()
-        every = config.evaluation.every
-        if every and summary.round % every == 0 and summary.round < config.rounds:
-            small_grid(self, summary.round)
+        small_grid(self, summary.round)
         return summary
 
-    def _checkpoint(self) -> None:
-        coordinator = self.coordinator
-        self.record.checkpoint(coordinator.round, coordinator.tensors(), coordinator.state())
 
-    def _save_last(self) -> None:
-        if self.record.unsaved(self.coordinator.round):
-            self._checkpoint()
+def _go_on(experiment: Experiment, found: Standing) -> None:
+    """Bring a new experiment to where its run stands, and write that down."""
+    run, coordinator = experiment.run, experiment.coordinator
+    check_same_data(run, found.config.data, found.checkpoint, experiment._data)
+    if found.checkpoint is not None:
+        state = found.checkpoint.state
+        try:
+            coordinator.restore(found.checkpoint.tensors, state["coordinator"])
+        except ValueError as error:
+            raise ConfigError(f"{run.path} cannot be resumed: {error}.") from error
+        experiment.record.go_on(found, state)
+        experiment.live.go_on([summary.seconds for summary in found.rounds])
+        coordinator.ledger.losses = [line.loss for line in found.rounds if line.clients]
+    run.begin_again(found.rounds)
+    run.note_beginning(experiment._data)
+    if found.config != run.config():
+        run.write_config(found.config)  # as it was typed with the command
+    if found.changed or found.checkpoint is None:
+        _checkpoint(experiment)  # from here on the run is one with the new settings
+
+
+def _record(experiment: Experiment) -> Record:
+    settings, device = experiment.config.to_dict(), experiment.setup.device.type
+    origin = origin_of(settings, experiment._data, experiment.run, VERSIONS, device)
+    return Record(experiment.run, origin)
+
+
+def _answered(experiment: Experiment) -> None:
+    coordinator = experiment.coordinator
+    if (state := coordinator.open) is not None:
+        overlapping = coordinator.policy.overlapping
+        experiment.live.answered(state.target if overlapping else len(state.recipes))
+
+
+def _checkpoint(experiment: Experiment) -> None:
+    coordinator = experiment.coordinator
+    experiment.record.checkpoint(coordinator.round, coordinator.tensors(), coordinator.state())
+
+
+def _save_last(experiment: Experiment) -> None:
+    if experiment.record.unsaved(experiment.coordinator.round):
+        _checkpoint(experiment)
+
+
+def write_data(path: Path, dataset: ImageSet | None, setup: Setup) -> None:
+    """Write data.json and samples/real.png, where the server has the data, for a first report.
+
+    Under differential privacy no real image is written: what is in samples/ is covered there.
+    """
+    if dataset is None:
+        return
+    config = setup.config
+    write_clients(path, dataset, setup.shares(dataset), config.data.partition == "folders")
+    if config.privacy.clip is None:
+        write_real(path, dataset, config.evaluation.grid, setup.classes)
 
 
 def _round(experiment: Experiment, exchange: Callable[[int], None]) -> RoundSummary:

@@ -28,7 +28,7 @@ def finish(experiment: Experiment) -> dict[str, Any]:
     run.write_results(_results(experiment, no_quality(UNFINISHED, 0, 0)) | {"evaluation": None})
     with record.timed("evaluate"):
         quality = _evaluate(experiment)
-    entry = evaluation_entry(experiment.config, experiment.coordinator.round, quality)
+    entry = evaluation_entry(experiment.config.evaluation, experiment.coordinator.round, quality)
     results = _results(experiment, quality) | {"evaluation": run.append_evaluation(entry)}
     run.write_results(results)
     experiment.live.step("writing the report")
@@ -43,7 +43,8 @@ def finish(experiment: Experiment) -> dict[str, Any]:
 
 def _evaluate(experiment: Experiment) -> dict[str, Any]:
     """Draw the grid first, then the other images that the figures need, and measure."""
-    live, labels = experiment.live, grid_labels(experiment.config)
+    live, count = experiment.live, experiment.config.evaluation.grid
+    labels = grid_labels(count, experiment.setup.classes)
     return evaluate(
         _sampler(experiment),
         experiment.dataset,
@@ -53,7 +54,10 @@ def _evaluate(experiment: Experiment) -> dict[str, Any]:
 
 
 def small_grid(experiment: Experiment, round: int) -> None:
-    """Draw images from the same noise each time."""
+    """Where evaluation.every says so, images from the same noise each time."""
+    every, rounds = experiment.config.evaluation.every, experiment.config.rounds
+    if not every or round % every or round >= rounds:
+        return
     with experiment.record.timed("evaluate"):
         images = _sampler(experiment).sample(
             SMALL,
@@ -71,15 +75,16 @@ def _save(
 
 
 def _sampler(experiment: Experiment) -> Sampler:
-    """Return a sampler of the moving average, or of theta where there is none."""
-    config, coordinator = experiment.config, experiment.coordinator
-    return Sampler(config, coordinator.ema if config.ema.decay > 0 else coordinator.theta)
+    """A sampler of the moving average, or of theta where there is none."""
+    setup, coordinator = experiment.setup, experiment.coordinator
+    averaged = setup.config.ema.decay > 0
+    return Sampler(setup, coordinator.ema if averaged else coordinator.theta)
 
 
 def _results(experiment: Experiment, quality: dict[str, Any]) -> dict[str, Any]:
     record, coordinator = experiment.record, experiment.coordinator
     return results_of(
-        experiment.config,
+        experiment.setup,
         record.history,
         coordinator.theta,
         seconds=record.seconds(),

@@ -5,28 +5,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fed_diffusion.build import evaluator, network_with, time_grid
-from fed_diffusion.common.compute import device_of, kernels, pinned_threads
+from fed_diffusion.build import Setup
+from fed_diffusion.common.compute import kernels, pinned_threads
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.common.memory import peak_memory
 from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.common.rng import Purpose, torch_generator
 from fed_diffusion.config import Config, ConfigError, build_config
-from fed_diffusion.config.schema import LARGEST
-from fed_diffusion.data import class_count, image_shape, to_uint8
+from fed_diffusion.config.schema import LARGEST, EvaluationConfig
+from fed_diffusion.data import to_uint8
 from fed_diffusion.diffusion.process import Score, per_image, sigma
 from fed_diffusion.diffusion.samplers import SAMPLERS, Solver
 from fed_diffusion.masks.budget import MARGIN, memory_allowed
 from fed_diffusion.store.origin import trained
 from fed_diffusion.store.rundir import DEFAULT_ROOT, RunDir
 
-__all__ = ["DEFAULT_ROOT", "RunDir", "Sampler", "batches_at_once", "sampler_partition"]
+__all__ = ["DEFAULT_ROOT", "RunDir", "Sampler", "batches_at_once"]
 
 Sampled = Callable[[float], None]
 """A function that is called with how many images are done; half a batch counts as half of it."""
@@ -44,21 +45,14 @@ def batches_at_once(device: torch.device, count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1)
 
 
-def sampler_partition(config: Config, steps: int | None = None) -> Tensor:
-    """Return the partition that samples are made on; raise `ConfigError` if it cannot be so
-    short.
-    """
-    return time_grid(config, config.evaluation.steps if steps is None else steps)
-
-
-def solver_of(config: Config) -> Solver:
-    """Return the sampler that evaluation.sampler names; raise `ConfigError` where there is none."""
-    solver: Solver = resolve("evaluation.sampler", config.evaluation.sampler, SAMPLERS)
+def solver_of(evaluation: EvaluationConfig) -> Solver:
+    """The sampler that evaluation.sampler names; `ConfigError` where there is none."""
+    solver: Solver = resolve("evaluation.sampler", evaluation.sampler, SAMPLERS)
     return solver
 
 
-def check_sampler(config: Config) -> None:
-    """Refuse a user's sampler that does not do what `Solver` says.
+def check_sampler(setup: Setup) -> None:
+    """Refuse a sampler of the user's own that does not do what `Solver` says.
 
     It is tried on two images whose score is known, s(y, u) = -y, which costs no network.
 
@@ -67,14 +61,15 @@ def check_sampler(config: Config) -> None:
     ConfigError
         The message names evaluation.sampler and what went wrong.
     """
-    name, solve = config.evaluation.sampler, solver_of(config)
+    evaluation = setup.config.evaluation
+    name, solve = evaluation.sampler, solver_of(evaluation)
     if name in SAMPLERS:
         return
     noise = torch.Generator().manual_seed(0)
-    y = torch.randn((2, *image_shape(config.data)), generator=noise)
-    denoise, start = config.evaluation.denoise, y.clone()
+    y = torch.randn((2, *setup.shape), generator=noise)
+    u, denoise, start = setup.sampling_times(), evaluation.denoise, y.clone()
     with blamed("evaluation.sampler", name):
-        x = solve(lambda y, u: -y, y, sampler_partition(config), generator=noise, denoise=denoise)
+        x = solve(lambda y, u: -y, y, u, generator=noise, denoise=denoise)
         if not isinstance(x, Tensor) or (x.shape, x.dtype) != (y.shape, y.dtype):
             got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"it returns {got} for a start of {y.dtype} {list(y.shape)}")
@@ -87,20 +82,27 @@ def check_sampler(config: Config) -> None:
 class Sampler:
     """A trained score network that generates images.
 
+    Parameters
+    ----------
+    run
+        The configuration of the run, or the setup that was made of it.
+    theta
+        The trained parameters by name; copied.
+
     Examples
     --------
     >>> import fed_diffusion
     >>> images = fed_diffusion.load("runs/digits-20260101-120000").sample(16)  # doctest: +SKIP
     """
 
-    def __init__(self, config: Config, theta: dict[str, Tensor]):
-        self.config = config
-        self.device = device_of(config)
-        network = network_with(config, theta).to(self.device)
+    def __init__(self, run: Config | Setup, theta: dict[str, Tensor]):
+        self.setup = setup = Setup.of(run)
+        self.config = setup.config
+        self.device = setup.device
+        network = setup.network_with(theta).to(self.device)
         self.network = network.to(memory_format=torch.channels_last)
-        self._evaluate = evaluator(self.network, config, self.device)
-        self.shape = image_shape(config.data)
-        self.classes = class_count(config.data) if config.model.conditional else None
+        self._evaluate = setup.evaluator(self.network)
+        self.shape, self.classes = setup.shape, setup.classes
 
     @classmethod
     def from_run(cls, path: str | Path, *, ema: bool = True) -> Sampler:
@@ -142,7 +144,7 @@ class Sampler:
         ConfigError
             The partition cannot have so few steps.
         """
-        return sampler_partition(self.config, steps)
+        return self.setup.sampling_times(steps)
 
     def _with(self, overrides: dict[str, Any]) -> Config:
         """Return the configuration with dotted keys replaced where a value is given, checked
@@ -229,7 +231,7 @@ class Sampler:
             self._check_labels(labels, num)
         elif self.classes is not None:
             labels = torch.arange(num) % self.classes
-        made = self._batches(config, num, batch, seed, labels, purpose, progress)
+        made = _Batches(self, config, batch, seed, purpose).made(num, labels, progress)
         return torch.cat([torch.empty((0, *self.shape), dtype=torch.uint8), *made])
 
     def batches(
@@ -238,71 +240,8 @@ class Sampler:
         """Yield the images of `sample(num)` in parts, in order, each as soon as it is made."""
         labels = None if self.classes is None else torch.arange(num) % self.classes
         config = self.config
-        size = config.evaluation.batch
-        yield from self._batches(config, num, size, config.seed, labels, purpose, progress)
-
-    def _batches(
-        self,
-        config: Config,
-        num: int,
-        batch: int,
-        seed: int,
-        labels: Tensor | None,
-        purpose: Purpose,
-        progress: Sampled | None,
-    ) -> Iterator[Tensor]:
-        u, solve, guidance = (
-            sampler_partition(config),
-            solver_of(config),
-            config.evaluation.guidance,
-        )
-        count = _Count(progress, self.calls(u, config))
-
-        @torch.no_grad()
-        def generate(start: int) -> Tensor:
-            n = min(batch, num - start)
-            # each batch has a stream of its own, so it does not matter which thread makes it
-            noise = torch_generator(seed, purpose, round=start // batch, device=self.device)
-            y = torch.randn((n, *self.shape), generator=noise, device=self.device)
-            chosen = None if labels is None else labels[start : start + n].to(self.device)
-            score = count.counted(self.score(chosen, guidance), start, n)
-            y = solve(score, y, u, generator=noise, denoise=config.evaluation.denoise)
-            count.note(start, n)
-            return to_uint8(y).cpu()
-
-        starts = range(0, num, batch)
-        if not starts:
-            return
-        few = min(batch, num, FEW)
-        with kernels(self.config, self.device):
-            at_once = self._at_once(
-                self.score(None if labels is None else labels[:few], guidance),
-                few,
-                batch,
-                len(starts),
-            )
-            with batches_at_once(self.device, at_once) as pool:
-                yield from pool.map(generate, starts)
-
-    def _at_once(self, score: Score, few: int, batch: int, batches: int) -> int:
-        """Return how many batches the cores and the free memory allow at once; images depend on
-        neither.
-
-        Parameters
-        ----------
-        score
-            The score of `few` images, which is asked once to see what memory it takes.
-        """
-        cores = min(usable_cores(), batches)
-        if self.device.type != "cpu" or cores <= 1:
-            return 1
-        y, u = torch.zeros((few, *self.shape)), torch.ones(few, dtype=torch.float64)
-        with pinned_threads(1), torch.no_grad():
-            score(y, u)  # the first call loads what later ones share
-            with peak_memory(self.device) as peak:
-                score(y, u)
-                each = MARGIN * peak() * batch / few
-        return max(1, min(cores, int(memory_allowed() / max(each, 1.0))))
+        batches = _Batches(self, config, config.evaluation.batch, config.seed, purpose)
+        yield from batches.made(num, labels, progress)
 
     def evaluations(self, steps: int | None = None, guidance: float | None = None) -> int:
         """Return the network evaluations per image (NFE).
@@ -311,13 +250,73 @@ class Sampler:
         them, though its two halves go through in one call.
         """
         guided = self.config.evaluation.guidance if guidance is None else guidance
-        once = self.calls(self.partition(steps), self.config)
+        once = self.calls(self.partition(steps))
         return once * (2 if guided and self.classes is not None else 1)
 
-    @staticmethod
-    def calls(u: Tensor, config: Config) -> int:
-        """Return the calls of the score for a batch on the partition u."""
-        return len(u) - 1 + int(config.evaluation.denoise)
+    def calls(self, u: Tensor) -> int:
+        """Calls of the score behind a batch on the partition u."""
+        return len(u) - 1 + int(self.config.evaluation.denoise)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """How a sampler's images are made: in batches, several at once where the machine allows it."""
+
+    sampler: Sampler
+    config: Config
+    batch: int
+    seed: int
+    purpose: Purpose
+
+    def made(self, num: int, labels: Tensor | None, progress: Sampled | None) -> Iterator[Tensor]:
+        """So many images with these labels, batch by batch, in order."""
+        sampler, batch, evaluation = self.sampler, self.batch, self.config.evaluation
+        solve, guidance = solver_of(evaluation), evaluation.guidance
+        u = Setup.of(self.config).sampling_times()
+        count = _Count(progress, sampler.calls(u))
+
+        @torch.no_grad()
+        def generate(start: int) -> Tensor:
+            n = min(batch, num - start)
+            # each batch has a stream of its own, so it does not matter which thread makes it
+            place = start // batch
+            noise = torch_generator(self.seed, self.purpose, round=place, device=sampler.device)
+            y = torch.randn((n, *sampler.shape), generator=noise, device=sampler.device)
+            chosen = None if labels is None else labels[start : start + n].to(sampler.device)
+            score = count.counted(sampler.score(chosen, guidance), start, n)
+            y = solve(score, y, u, generator=noise, denoise=evaluation.denoise)
+            count.note(start, n)
+            return to_uint8(y).cpu()
+
+        starts = range(0, num, batch)
+        if not starts:
+            return
+        few = min(batch, num, FEW)
+        with kernels(sampler.config.worker, sampler.device):
+            score = sampler.score(None if labels is None else labels[:few], guidance)
+            at_once = self._at_once(score, few, len(starts))
+            with batches_at_once(sampler.device, at_once) as pool:
+                yield from pool.map(generate, starts)
+
+    def _at_once(self, score: Score, few: int, batches: int) -> int:
+        """How many batches the cores and the free memory allow at once; images depend on neither.
+
+        Parameters
+        ----------
+        score
+            The score of `few` images, which is asked once to see what memory it takes.
+        """
+        sampler = self.sampler
+        cores = min(usable_cores(), batches)
+        if sampler.device.type != "cpu" or cores <= 1:
+            return 1
+        y, u = torch.zeros((few, *sampler.shape)), torch.ones(few, dtype=torch.float64)
+        with pinned_threads(1), torch.no_grad():
+            score(y, u)  # the first call loads what later ones share
+            with peak_memory(sampler.device) as peak:
+                score(y, u)
+                each = MARGIN * peak() * self.batch / few
+        return max(1, min(cores, int(memory_allowed() / max(each, 1.0))))
 
 
 class _Count:

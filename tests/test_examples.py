@@ -75,7 +75,7 @@ def test_the_sampler_runs_and_is_of_order_two(tmp_path):
 
 def test_the_time_grid_is_the_runs_and_even_in_a_power_of_edms_noise_level(tmp_path):
     run = run_as_told("own_time_grid", tmp_path / "run")
-    u = time_grid(run.config())
+    u = time_grid(run.config().diffusion)
     assert u.tolist() == karras(4.13, 1e-3, 20).tolist()
     assert (u[0], u[-1], len(u)) == (4.13, 1e-3, 21)
     levels = np.sqrt(np.exp(2 * u.numpy()) - 1) ** (1 / 7)
@@ -102,7 +102,8 @@ def test_the_network_is_what_is_trained_and_samples(tmp_path, conditional):
 
 def test_the_split_gives_the_darkest_images_to_the_first_client(tmp_path, digits):
     run = run_as_told("own_split", tmp_path / "run", clients=3)
-    parts = partition(digits, run.config())
+    config = run.config()
+    parts = partition(digits, config.data, config.clients, config.seed)
     means = [digits.images[part].double().mean(dim=(1, 2, 3)) for part in parts]
     assert float(means[0].max()) <= float(means[1].min())
     assert float(means[1].max()) <= float(means[2].min())

@@ -147,3 +147,64 @@ def test_the_table_in_contributing_is_this_one():
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ") and "`" in line]
     assert [tuple(line.split("`")[1::2]) for line in rows] == list(FLOORS)
+
+
+WHOLE = {
+    "config.load._absolute",
+    "config.load.with_overrides",
+    "config.methods.method_name",
+    "store.rundir.RunDir.create",
+    "store.rundir.RunDir.write_config",
+}
+"""What may take the whole `Config` below build.py: it makes one of another, or writes it down."""
+BELOW_BUILD = {room for room, floor in FLOOR.items() if floor > FLOOR["build"]}
+BESIDE_BUILD = set(FLOORS[FLOOR["build"]]) - {"build"}
+
+
+def takes_the_whole_config(rooms: set[str]) -> set[str]:
+    """The functions of these rooms with a parameter annotated as `Config`, by their dotted name."""
+    found = set()
+
+    def look(node: ast.AST, name: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                look(child, f"{name}.{child.name}")
+            else:
+                look(child, name)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            told = node.args
+            for given in (*told.posonlyargs, *told.args, *told.kwonlyargs):
+                words = ast.walk(given.annotation) if given.annotation else ()
+                if any(isinstance(w, ast.Name) and w.id in ("Config", "Setup") for w in words):
+                    found.add(name.removeprefix("fed_diffusion."))
+
+    for module, path in modules():
+        if room_of(module) in rooms:
+            look(ast.parse(path.read_text("utf-8")), module)
+    return found
+
+
+def test_below_build_a_function_takes_a_section_of_the_config_and_never_all_of_it():
+    assert takes_the_whole_config(BELOW_BUILD) == WHOLE
+
+
+def test_beside_build_only_trackers_are_told_the_whole_config():
+    """`report.trackers.Tracker` says that a tracker is made with it."""
+    made = {f"report.trackers.{name}.__init__" for name in ("Csv", "MLflow", "TensorBoard")}
+    assert takes_the_whole_config(BESIDE_BUILD) == made | {"report.trackers.Trackers.__init__"}
+
+
+LONGEST_FILE, LONGEST_CLASS = 400, 199
+"""Lines of code and text together."""
+
+
+def test_no_file_and_no_class_is_too_long_to_be_read():
+    files, classes = {}, {}
+    for name, path in modules():
+        text = path.read_text("utf-8")
+        files[name] = len(text.splitlines())
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and node.end_lineno is not None:
+                classes[f"{name}.{node.name}"] = node.end_lineno - node.lineno + 1
+    assert {name: lines for name, lines in files.items() if lines > LONGEST_FILE} == {}
+    assert {name: lines for name, lines in classes.items() if lines > LONGEST_CLASS} == {}

@@ -228,8 +228,8 @@ def test_times_of_ones_own_are_the_samplers_too(own, tmp_path):
     )
     config = load_config("digits", TINY | {"diffusion.partition": "own_times:cubic"})
     check_training(config)
-    assert (len(time_grid(config)), len(time_grid(config, 7))) == (21, 8)
-    assert time_grid(config, 7).tolist() == pytest.approx(
+    assert (len(time_grid(config.diffusion)), len(time_grid(config.diffusion, 7))) == (21, 8)
+    assert time_grid(config.diffusion, 7).tolist() == pytest.approx(
         [((1 - k / 7) * 4.13 ** (1 / 3) + k / 7 * 0.1) ** 3 for k in range(8)]
     )
 
@@ -238,7 +238,8 @@ def test_a_split_of_ones_own_may_leave_images_out(own, tmp_path, digits):
     (tmp_path / "own_few.py").write_text(
         "def few(dataset, clients, draw): return [[9, 2], [5], [3], [1], [0]]\n"
     )
-    parts = partition(digits, load_config("digits", TINY | {"data.partition": "own_few:few"}))
+    config = load_config("digits", TINY | {"data.partition": "own_few:few"})
+    parts = partition(digits, config.data, config.clients, config.seed)
     assert [part.tolist() for part in parts] == [[2, 9], [5], [3], [1], [0]]
 
 

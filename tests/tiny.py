@@ -2,8 +2,11 @@
 
 import pytest
 
+from fed_diffusion.build import Setup
 from fed_diffusion.config import load_config
 from fed_diffusion.data import load_dataset
+from fed_diffusion.masks.plan import plan_round
+from fed_diffusion.protocol.wire import Wire
 
 TINY = {
     "model.widths": [8, 16],
@@ -39,3 +42,16 @@ def tiny():
         )
 
     return make
+
+
+def wire_of(config):
+    """How the tensors of a run with this configuration travel."""
+    family = Setup.of(config).family
+    return Wire(config.wire, config.pruning, config.local, family, config.seed)
+
+
+def planned(config, round, theta, layout=None):
+    """The recipes of all clients of a run whose configuration says every keep ratio."""
+    setup = Setup.of(config)
+    keeps = setup.known_ratios()
+    return plan_round(setup.family, config.pruning.kind, round, keeps, theta, layout)

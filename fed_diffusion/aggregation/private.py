@@ -35,7 +35,7 @@ from torch import Tensor
 from fed_diffusion.aggregation.coverage import Coverage
 from fed_diffusion.aggregation.exact import BLOCK, SCALE, ExactSums
 from fed_diffusion.aggregation.update import Room, check_update
-from fed_diffusion.config.schema import Config, ConfigError, PrivacyConfig
+from fed_diffusion.config.schema import ConfigError, PrivacyConfig
 from fed_diffusion.masks.mask import Masks
 from fed_diffusion.protocol.clipping import factor_of
 from fed_diffusion.protocol.codecs import difference
@@ -181,27 +181,30 @@ def epsilon(noise_multiplier: float, rate: float, rounds: int, delta: float) -> 
     return float(accountant.get_epsilon(delta))
 
 
-def spent(config: Config, opened: int, finished: int = 0) -> dict[str, Any] | None:
-    """Return what results.json says of a run's privacy; None for a run without privacy.clip.
+def spent(
+    privacy: PrivacyConfig, fraction: float, opened: int, finished: int = 0
+) -> dict[str, Any] | None:
+    """What results.json says of a run's privacy; None where it has none.
 
     Parameters
     ----------
+    fraction
+        The part of the clients that a round asks: round.fraction.
     opened
         How many rounds were sent to clients; a round that was sent twice counts twice.
     finished
         How many of those rounds changed the model.
     """
-    privacy = config.privacy
     if privacy.clip is None:
         return None
-    found = epsilon(privacy.noise_multiplier, config.round.fraction, opened, privacy.delta)
+    found = epsilon(privacy.noise_multiplier, fraction, opened, privacy.delta)
     return {
         "epsilon": found,
         "delta": privacy.delta,
         "sigma": privacy.noise_multiplier * privacy.clip,
         "clip": privacy.clip,
         "noise_multiplier": privacy.noise_multiplier,
-        "sampling_rate": config.round.fraction,
+        "sampling_rate": fraction,
         "rounds": opened,
         "repeated": opened - finished,
         "covers": COVERS,

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fed_diffusion.build import build_network
-from fed_diffusion.common.compute import device_of, precision_on
+from fed_diffusion.build import Setup
 from fed_diffusion.common.rng import Purpose, seed_torch, torch_generator
-from fed_diffusion.config import Config
 from fed_diffusion.config.names import is_own
-from fed_diffusion.data import class_count, image_shape
+from fed_diffusion.config.schema import LocalConfig
 from fed_diffusion.theory.bound import Condition, yes_or_no
 
 NOISY_LAYERS = (
@@ -27,7 +25,7 @@ TRIED = 16
 
 
 def assumptions(
-    config: Config, steps: Collection[int], precisions: Collection[str] = ()
+    setup: Setup, steps: Collection[int], precisions: Collection[str] = ()
 ) -> tuple[Condition, ...]:
     """Return what is asked of the settings, a condition each; `bound.conditions` has the rest.
 
@@ -43,11 +41,12 @@ def assumptions(
     precisions
         What they computed in; default: what this machine computes in.
     """
+    config = setup.config
     local, rounds, wire, model = config.local, config.round, config.wire, config.model
     varies = [f"local.warmup = {local.warmup}"] if local.warmup else []
     varies += [f"local.schedule = {local.schedule}"] if local.schedule != "constant" else []
     clip = config.privacy.clip
-    computed = set(precisions) or {precision_on(config, device_of(config))}
+    computed = set(precisions) or {setup.precision}
     fewest, most = min(steps), max(steps)
     return (
         yes_or_no(
@@ -73,7 +72,7 @@ def assumptions(
         ),
         yes_or_no("one eta", not varies, ", ".join(varies) or f"local.eta = {local.eta:g}"),
         yes_or_no("no proximal term", local.prox == 0, f"local.prox = {local.prox:g}"),
-        _no_dropout(config),
+        _no_dropout(setup),
         yes_or_no(
             "no dropped labels",
             model.label_dropout == 0,
@@ -97,37 +96,39 @@ def assumptions(
     )
 
 
-def _no_dropout(config: Config) -> Condition:
-    """Return a condition on dropout: F_n is a loss of the network that samples, without dropout."""
-    model, says = config.model, f"model.dropout = {config.model.dropout:g}"
+def _no_dropout(setup: Setup) -> Condition:
+    """F_n is a loss of the network that samples, and dropout trains another one."""
+    model = setup.config.model
+    says = f"model.dropout = {model.dropout:g}"
     layers: set[str] = set()
     differs = ""
     if is_own(model.name):
-        network = build_network(config)
+        network = setup.network()
         modules = network.modules()
         noisy = [module for module in modules if isinstance(module, NOISY_LAYERS)]
         layers = {type(module).__name__ for module in noisy if getattr(module, "p", 1) != 0}
-        differs = ", ".join(sorted(layers)) or _differs_in_training(network, config)
+        differs = ", ".join(sorted(layers)) or _differs_in_training(network, setup)
         says += f", and {model.name} has {differs or 'nothing of that kind'}"
     return yes_or_no("no dropout", model.dropout == 0 and not differs, says)
 
 
 @torch.no_grad()
-def _differs_in_training(network: nn.Module, config: Config) -> str:
-    """Return how a network differs between training and sampling; empty where it does not.
+def _differs_in_training(network: nn.Module, setup: Setup) -> str:
+    """How a network is another function in training than in sampling; empty where it is not.
 
     The network is tried on noise, with noise added to its parameters: layers that start at 0 hide
     others.
     """
-    noise = torch_generator(config.seed, Purpose.PROBE)
+    seed = setup.config.seed
+    noise = torch_generator(seed, Purpose.PROBE)
     for parameter in network.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.1)
-    x = torch.randn((TRIED, *image_shape(config.data)), generator=noise)
+    x = torch.randn((TRIED, *setup.shape), generator=noise)
     u, labels = torch.ones(TRIED, dtype=torch.float64), None
-    if config.model.conditional and (classes := class_count(config.data)):
+    if classes := setup.classes:
         labels = torch.arange(TRIED) % classes
     with torch.random.fork_rng(devices=[]):
-        seed_torch(config.seed, Purpose.PROBE, cuda=False)
+        seed_torch(seed, Purpose.PROBE, cuda=False)
         try:
             found = [network.train(mode)(x, u, labels) for mode in (False, True)]
         except Exception as error:  # a user's code, at the end of a run that must not be lost
@@ -135,13 +136,14 @@ def _differs_in_training(network: nn.Module, config: Config) -> str:
     return "" if torch.equal(*found) else "another value in training than in sampling"
 
 
-def images(config: Config) -> dict[str, Any]:
-    """Return the images that the bound is about, those that the run samples, and what differs."""
+def images(setup: Setup) -> dict[str, Any]:
+    """The images that the bound is about, those that the run samples, and how these differ."""
+    config = setup.config
     diffusion, evaluation = config.diffusion, config.evaluation
     steps = evaluation.steps or diffusion.K
     averaged = config.ema.decay > 0
     conditional = config.model.conditional
-    precision = precision_on(config, device_of(config))
+    precision = setup.precision
     about = (
         f"theta_R, sampled by the exponential integrator in K = {diffusion.K} steps of the "
         f"partition {diffusion.partition} from T = {diffusion.T:g} to delta = {diffusion.delta:g}, "
@@ -173,8 +175,8 @@ def images(config: Config) -> dict[str, Any]:
     }
 
 
-def caveats(config: Config, steps: Collection[int]) -> list[str]:
-    """Return what holds for every run: what the theorem leaves open, or its proof assumes."""
+def caveats(local: LocalConfig, steps: Collection[int]) -> list[str]:
+    """What holds for every run: what the theorem leaves open, or its proof takes for granted."""
     found = [
         "sigma_1, sigma_2 and L are measured at a few theta, and the theorem asks for their "
         "largest values anywhere: the bound, and the condition on eta, are as good as these "
@@ -187,7 +189,7 @@ def caveats(config: Config, steps: Collection[int]) -> list[str]:
             "The proof has independent minibatches; a worker takes its images in random order, "
             "each once before any comes again, so that those of a round are not independent."
         )
-    if config.local.epochs is not None:
+    if local.epochs is not None:
         found.append(
             "The last batch of a pass over a worker's images may be smaller: sigma_1 is that of "
             "full batches, and a smaller one's is larger."

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from fed_diffusion.analysis.advisor import advice
 from fed_diffusion.analysis.covered import assumptions, caveats, images
-from fed_diffusion.build import build_network, parameters_of, time_grid
+from fed_diffusion.build import Setup
 from fed_diffusion.config import Config
-from fed_diffusion.data import image_shape
-from fed_diffusion.diffusion.loss import DSMLoss
+from fed_diffusion.config.schema import LocalConfig
 from fed_diffusion.protocol.codecs import difference
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.theory.bound import (
@@ -29,14 +28,15 @@ from fed_diffusion.theory.bound import (
     theorem_4_11,
     to_F_scale,
 )
-from fed_diffusion.theory.estimates import SKETCH, Estimate, largest, pooled
+from fed_diffusion.theory.estimates import Estimate, largest, pooled
+from fed_diffusion.theory.sketch import SKETCH
 
 Measured = tuple[int, Mapping[str, Any]]
 """A round (1-based) and what was measured in it (`diagnostics.close`)."""
 
 
 def measured(
-    config: Config, history: Sequence[RoundSummary], theta: Mapping[str, Tensor]
+    setup: Setup, history: Sequence[RoundSummary], theta: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Return the `theory` part of results.json; {"why": ...} where the bound cannot be evaluated.
 
@@ -54,6 +54,7 @@ def measured(
     theta
         theta_R.
     """
+    config = setup.config
     asked = [(s.round, s.theory) for s in history if s.theory is not None]
     unanswered = [
         {"round": number, **entry} for number, r in asked for entry in r.get("unanswered", ())
@@ -64,13 +65,11 @@ def measured(
         return {"why": why} | ({"unanswered": unanswered} if unanswered else {})
     first = rounds[0][1]
     found = _estimates(rounds)
-    d = math.prod(image_shape(config.data))
-    u = time_grid(config)
-    Z = DSMLoss(u).Z
-    steps = steps_taken(config, history)
-    simple = _training(config, history, found, theta, max(steps))
+    d, u, Z = setup.d, setup.u, setup.Z
+    steps = steps_taken(config.local, history)
+    simple = _training(setup, history, found, theta, max(steps))
     training, data = to_F_scale(simple, Z, d), Data(d, float(first["M2"]))
-    asks = assumptions(config, steps, precisions(history))
+    asks = assumptions(setup, steps, precisions(history))
 
     def bound(training: Training, variant: Variant) -> Bound:
         return theorem_4_11(data, Steps.of(u), training, variant=variant, settings=asks)
@@ -95,16 +94,15 @@ def measured(
             {"name": c.name, "holds": c.holds, "ratio": _finite(c.ratio), "says": c.says}
             for c in proved.conditions
         ],
-        "caveats": [*caveats(config, steps), *_unresolved(found, training, Z * d)],
-        "images": images(config),
+        "caveats": [*caveats(config.local, steps), *_unresolved(found, training, Z * d)],
+        "images": images(setup),
         "lemma_4_6": _lemma_4_6(rounds, training, Z * d),
         "says": advice(proved),
     }
 
 
-def steps_taken(config: Config, history: Sequence[RoundSummary]) -> set[int]:
-    """Return S of all clients in all rounds, from the number of images that they report."""
-    local = config.local
+def steps_taken(local: LocalConfig, history: Sequence[RoundSummary]) -> set[int]:
+    """S of all clients in all rounds, by what they report of their images."""
     if local.steps is not None:
         return {local.steps}
     epochs = local.epochs or 1
@@ -198,15 +196,15 @@ def _why_not(config: Config, history: Sequence[RoundSummary], rounds: Sequence[M
 
 
 def _training(
-    config: Config,
+    setup: Setup,
     history: Sequence[RoundSummary],
     found: Mapping[str, Estimate],
     theta: Mapping[str, Tensor],
     S: int,
 ) -> Training:
-    """Return what Lemmas 4.6 and 4.7 read, on the scale of the simple loss."""
-    start = parameters_of(build_network(config))
-    square, _ = difference(dict(theta), start, {})
+    """What Lemmas 4.6 and 4.7 read, on the scale of the simple loss."""
+    config = setup.config
+    square, _ = difference(dict(theta), setup.theta(), {})
     return Training(
         N=config.clients,
         S=S,

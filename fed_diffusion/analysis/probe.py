@@ -11,30 +11,29 @@ from torch import Tensor
 
 from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.analysis.covered import assumptions
-from fed_diffusion.build import build_network, channel_layout, parameters_of
+from fed_diffusion.build import Setup
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.compute import kernels, pinned_threads
 from fed_diffusion.common.rng import Purpose, torch_generator
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.data import ImageSet, class_count, image_shape
-from fed_diffusion.masks.families import derive, family_of
+from fed_diffusion.data import ImageSet, class_count
+from fed_diffusion.masks.families import derive
 from fed_diffusion.masks.families.weights import in_scope
 from fed_diffusion.masks.mask import Masks, Scattered, kept_values, pruning_error
-from fed_diffusion.masks.plan import able, known_ratios, plan_round
+from fed_diffusion.masks.plan import able, plan_round
 from fed_diffusion.theory.bound import Condition, Data, Training, to_F_scale
 from fed_diffusion.theory.curvature import curvature
 from fed_diffusion.theory.estimates import (
     Estimate,
-    Sketch,
     gradient_distance,
     gradient_norm,
     gradient_variance,
     largest,
     largest_mean,
     mean,
-    sampled_gradients,
     worker_distances,
 )
+from fed_diffusion.theory.sketch import Sketch, sampled_gradients
 
 HEAVY = 2**30
 """Parameters times pixels above which the probe takes few images, at seconds each on a CPU."""
@@ -91,21 +90,20 @@ class Probe:
         return replace(t, eta=eta, drift=t.drift * eta / t.eta)
 
 
-def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Probe:
+def probe(setup: Setup, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Probe:
     """Measure theta_0 on a few minibatches of a run's workers.
 
     sigma_1^2 is brought to the real batch size as the variance of independent images; stratified
     times make larger minibatches better than that. F_n(theta_0) is that of the worker where it is
     largest. ||theta_R - theta_0|| is eta S R ||grad F(theta_0)||, as if every step were the first.
     """
-    theta = parameters_of(build_network(config))
-    worker = Worker(config, dataset)
-    d = math.prod(image_shape(config.data))
-    effort = _effort(config, sum(value.numel() for value in theta.values()))
+    config, d, theta = setup.config, setup.d, setup.theta()
+    worker = Worker(setup, dataset)
+    effort = _effort(setup, sum(value.numel() for value in theta.values()))
     sketch = Sketch(config.seed, SKETCH)
     losses, sketches = [], []
     threads = config.worker.threads
-    with torch.random.fork_rng(), pinned_threads(threads), kernels(config, worker.device):
+    with torch.random.fork_rng(), pinned_threads(threads), kernels(config.worker, worker.device):
         for client in range(effort.workers):
             parameters, network, drawn = worker.minibatches(
                 theta, client, 0, effort.minibatches, effort.images
@@ -116,8 +114,8 @@ def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Pro
             sketches.append(gradients)
         L = _curvature(worker, theta, effort)
     gradients = torch.stack(sketches)
-    gamma, w2, full = _masks(config, theta)
-    M2 = max(map(worker.second_moment, range(config.clients)))
+    gamma, w2, full = _masks(setup, theta)
+    M2 = max(map(worker.images.second_moment, range(config.clients)))
     sizes = set(map(worker.examples, range(config.clients)))
     steps = {worker.steps(size) for size in sizes}
     S = max(steps)
@@ -150,17 +148,17 @@ def probe(config: Config, dataset: ImageSet, notes: tuple[str, ...] = ()) -> Pro
     )
     return Probe(
         data=Data(d, M2),
-        training=to_F_scale(simple, worker.loss.Z, d),
-        Z=worker.loss.Z,
-        theta_norm2=pruning_error(_nothing_kept(config, theta), theta),
+        training=to_F_scale(simple, setup.Z, d),
+        Z=setup.Z,
+        theta_norm2=pruning_error(_nothing_kept(config.pruning.scope, theta), theta),
         estimates=found,
-        settings=assumptions(config, steps),
+        settings=assumptions(setup, steps),
         notes=(*notes, _looked_at(config, effort)),
     )
 
 
-def stand_in(config: Config, M2: float | None = None) -> tuple[ImageSet, tuple[str, ...]]:
-    """Return images where the real ones are out of reach: every pixel +-sqrt(M_2 / d), at random.
+def stand_in(setup: Setup, M2: float | None = None) -> tuple[ImageSet, tuple[str, ...]]:
+    """Images where the real ones are out of reach: every pixel +-sqrt(M_2 / d), at random.
 
     M_2 = d unless it is known; images in [-1, 1] cannot have more.
 
@@ -169,8 +167,7 @@ def stand_in(config: Config, M2: float | None = None) -> tuple[ImageSet, tuple[s
     ConfigError
         No images in [-1, 1] have this M_2.
     """
-    shape = image_shape(config.data)
-    d = math.prod(shape)
+    config, shape, d = setup.config, setup.shape, setup.d
     if M2 is not None and not 0 < M2 <= d:
         raise ConfigError(
             f"--data-moment = {M2:g} is not allowed; E ||X_0||^2 of images in [-1, 1] with "
@@ -192,8 +189,8 @@ def stand_in(config: Config, M2: float | None = None) -> tuple[ImageSet, tuple[s
     return ImageSet(images, labels, name=config.data.name), (note,)
 
 
-def _effort(config: Config, parameters: int) -> Effort:
-    _, height, width = image_shape(config.data)
+def _effort(setup: Setup, parameters: int) -> Effort:
+    config, (_, height, width) = setup.config, setup.shape
     if parameters * height * width > HEAVY:
         return Effort(min(config.clients, 2), 2, min(config.local.batch, 2), 1)
     return Effort(min(config.clients, MOST_WORKERS), 4, min(config.local.batch, 32), 10)
@@ -204,18 +201,18 @@ def _curvature(worker: Worker, theta: dict[str, Tensor], effort: Effort) -> Esti
     return curvature(parameters, network, next(drawn), effort.products)
 
 
-def _masks(config: Config, theta: dict[str, Tensor]) -> tuple[int, float, bool]:
-    """Return Gamma, w^2 of the first round's masks, and whether every worker takes part."""
-    layout, ratios = channel_layout(config), known_ratios(config)
-    keeps = {client: ratios[client] for client in able(config, ratios)}
+def _masks(setup: Setup, theta: dict[str, Tensor]) -> tuple[int, float, bool]:
+    """Gamma, w^2 of the first round's masks, and whether every worker takes part."""
+    config, family, layout = setup.config, setup.family, setup.layout
+    ratios = setup.known_ratios()
+    keeps = {client: ratios[client] for client in able(config.pruning, ratios)}
     if config.pruning.budget != "level":  # nodes have not said yet: as if all could carry it
         keeps = dict.fromkeys(range(config.clients), 1.0)
     full = len(keeps) == config.clients and config.round.fraction == 1
-    recipes = plan_round(config, 1, keeps, theta, layout)
+    recipes = plan_round(family, config.pruning.kind, 1, keeps, theta, layout)
     if all(recipe.whole() for recipe in recipes.values()):
         return len(keeps), 0.0, full
     mean, w2 = MaskedMean(theta, config.clients), 0.0
-    family = family_of(config.pruning, config.seed)
     for recipe in recipes.values():
         masks = derive(family, recipe, theta, layout)
         mean.add(kept_values(theta, masks), masks)
@@ -223,8 +220,8 @@ def _masks(config: Config, theta: dict[str, Tensor]) -> tuple[int, float, bool]:
     return mean.coverage.gamma(), w2, full
 
 
-def _nothing_kept(config: Config, theta: dict[str, Tensor]) -> Masks:
-    scoped = in_scope(theta, config.pruning.scope)
+def _nothing_kept(scope: str, theta: dict[str, Tensor]) -> Masks:
+    scoped = in_scope(theta, scope)
     return {n: Scattered(torch.zeros(v.shape, dtype=torch.bool)) for n, v in scoped.items()}
 
 

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fed_diffusion.aggregation.private import spent
 from fed_diffusion.analysis.measured import measured
-from fed_diffusion.config import Config, method_name
+from fed_diffusion.build import Setup
+from fed_diffusion.config import method_name
 from fed_diffusion.store.ledger import RoundSummary
 
 
 def results_of(
-    config: Config,
+    setup: Setup,
     history: Sequence[RoundSummary],
     theta: Mapping[str, Tensor],
     *,
@@ -41,7 +42,7 @@ def results_of(
     changes
         The settings that differ from those that the run began with, if it was resumed so.
     """
-    last = history[-1]
+    config, last = setup.config, history[-1]
     results = {
         "preset": config.preset,
         "method": config.method or method_name(config),
@@ -59,12 +60,12 @@ def results_of(
         "bytes_down": sum(s.bytes_down for s in history),
         "seconds": {what: round(spent_on, 3) for what, spent_on in seconds.items()},
         "rejected": sum(len(s.rejected) for s in history),
-        "theory": measured(config, history, theta),
+        "theory": measured(setup, history, theta),
         "quality": quality,
     }
     if data is not None:
         results["data"] = data
-    privacy = spent(config, opened, last.round)
+    privacy = spent(config.privacy, config.round.fraction, opened, last.round)
     if privacy is not None:
         results["privacy"] = privacy
     recorded = {s.round for s in history}

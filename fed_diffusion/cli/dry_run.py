@@ -23,9 +23,9 @@ MOST_CLIENTS = 20
 
 
 def print_run(config: Config, engine: str, done: int = 0) -> int:
-    """Check all that `run` checks, then print what the run would be and take; write nothing."""
+    """All that `run` checks, then what it would be and take; nothing is written."""
+    from fed_diffusion.build import with_class_names
     from fed_diffusion.checks import check
-    from fed_diffusion.data import with_class_names
     from fed_diffusion.engines.forecast import forecast, size_of
 
     dataset = check(config)

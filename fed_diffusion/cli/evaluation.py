@@ -118,6 +118,7 @@ def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure_again(run: RunDir, typed: dict[str, Any]) -> dict[str, Any]:
+    from fed_diffusion.build import Setup
     from fed_diffusion.data import content_hash, load_dataset, tell
     from fed_diffusion.evaluation.checks import OWN_DATA, check_evaluation
     from fed_diffusion.evaluation.generated import evaluate, evaluation_entry
@@ -134,21 +135,22 @@ def _measure_again(run: RunDir, typed: dict[str, Any]) -> dict[str, Any]:
             f"its checkpoint of round {done}. Finish it first: {resume_command(run.path)}"
         )
     config = with_overrides(own, typed)
-    check_evaluation(config)
-    check_sampler(config)
-    sampler = Sampler(config, checkpoint.tensors["ema"])
+    setup = Setup.of(config)
+    check_evaluation(setup)
+    check_sampler(setup)
+    sampler = Sampler(setup, checkpoint.tensors["ema"])
     sampler.partition()  # refuses too few steps
     dataset = None
     if config.evaluation.reference in OWN_DATA and config.evaluation.samples:
         dataset = tell(load_dataset(config.data))
-        check_same_data(run, config, checkpoint, content_hash(dataset))
+        check_same_data(run, config.data, checkpoint, content_hash(dataset))
     live = Live(run, config.rounds)
     try:
         with Display(config) as shown, followed(run, shown.live):
             quality = evaluate(sampler, dataset, told=live.step)
     finally:
         live.end()
-    number = run.append_evaluation(evaluation_entry(config, done, quality))
+    number = run.append_evaluation(evaluation_entry(config.evaluation, done, quality))
     if config.evaluation == own.evaluation and _has_none(results):
         run.write_results(results | {"quality": quality, "evaluation": number})
     write_report(run.path)
@@ -187,8 +189,9 @@ def features_train_command(arguments: argparse.Namespace) -> int:
     from fed_diffusion.common.compute import device_of
     from fed_diffusion.evaluation.trained import save_features, train_features
 
-    check_device(config)
-    network, header = train_features(config.data, arguments.epochs, config.seed, device_of(config))
+    check_device(config.worker.device)
+    device = device_of(config.worker)
+    network, header = train_features(config.data, arguments.epochs, config.seed, device)
     save_features(out, network, header)
     say(json.dumps(header.to_dict(), indent=2))
     say(out.resolve())

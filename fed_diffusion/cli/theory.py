@@ -20,6 +20,7 @@ from fed_diffusion.store.files import check_writable
 if TYPE_CHECKING:
     from fed_diffusion.analysis.advisor import Plan, Row
     from fed_diffusion.analysis.probe import Probe
+    from fed_diffusion.build import Setup
     from fed_diffusion.theory.bound import Training
 
 K_MAX = 1000
@@ -77,13 +78,15 @@ def plan_command(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.preset, parse_pairs(arguments.set))
     from fed_diffusion.analysis import advisor
     from fed_diffusion.analysis.probe import probe
+    from fed_diffusion.build import Setup
     from fed_diffusion.checks import check_training
 
-    check_training(config)
+    setup = Setup.of(config)
+    check_training(setup)
     for name in ("plot", "apply"):
         if (path := getattr(arguments, name)) is not None:
             check_writable(path, f"--{name}")
-    probed = probe(config, *_images(config, arguments.data_moment))
+    probed = probe(setup, *_images(setup, arguments.data_moment))
     if arguments.data_moment is not None:  # exactly, not as the stand-in's bytes have it
         probed = replace(probed, data=replace(probed.data, M2=arguments.data_moment))
 
@@ -101,7 +104,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
     if plan.eta > 0:  # the drift goes with the step size
         plan = planned(probed.at(plan.eta))
     console = plain_console()
-    for table in (_estimates(probed), _comparison(config, probed, plan)):
+    for table in (_estimates(probed), _comparison(setup, probed, plan)):
         console.print(table)
     for note in (*plan.notes, *probed.notes):
         console.print(f"- {note}", soft_wrap=True)
@@ -138,20 +141,21 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--apply {arguments.apply} exists already; give another name.")
 
 
-def _images(config: Config, M2: float | None) -> tuple[Any, tuple[str, ...]]:
-    """Return the run's images, or a stand-in where they cannot be downloaded or M_2 is given."""
+def _images(setup: Setup, M2: float | None) -> tuple[Any, tuple[str, ...]]:
+    """The run's images; where they cannot be downloaded, or M_2 is given, a stand-in for them."""
     from fed_diffusion.analysis.probe import stand_in
     from fed_diffusion.data import load_dataset
     from fed_diffusion.data.datasets import DOWNLOADED
 
+    data = setup.config.data
     if M2 is None:
         try:
-            return load_dataset(config.data), ()
+            return load_dataset(data), ()
         except ConfigError as error:
-            if config.data.name not in DOWNLOADED:
+            if data.name not in DOWNLOADED:
                 raise
             why = str(error).splitlines()[0]
-    dataset, notes = stand_in(config, M2)
+    dataset, notes = stand_in(setup, M2)
     return dataset, notes if M2 is not None else (*notes, f"Why: {why}")
 
 
@@ -176,12 +180,11 @@ def _estimates(probed: Probe) -> Table:
     return table
 
 
-def _comparison(config: Config, probed: Probe, plan: Plan) -> Table:
-    from fed_diffusion.build import time_grid
+def _comparison(setup: Setup, probed: Probe, plan: Plan) -> Table:
     from fed_diffusion.theory.bound import Steps, theorem_4_11
 
-    own = config.diffusion
-    steps = Steps.of(time_grid(config))
+    config, own = setup.config, setup.config.diffusion
+    steps = Steps.of(setup.u)
     bound = theorem_4_11(probed.data, steps, probed.training, settings=probed.settings)
     table = Table(title=f"{config.preset} and its plan", title_justify="left")
     for name in ("", "preset", "plan"):
@@ -245,8 +248,8 @@ def _nats(value: float) -> str:
 
 
 def _apply(config: Config, probed: Probe, plan: Plan, path: Path) -> None:
-    """Write the preset with the plan's diffusion, and its eta if the theorem allows it."""
-    from fed_diffusion.generate import sampler_partition
+    """The preset with the plan's diffusion, and its eta where the theorem covers the optimiser."""
+    from fed_diffusion.build import Setup
     from fed_diffusion.store.files import write_atomic
 
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"preset"})
@@ -258,7 +261,9 @@ def _apply(config: Config, probed: Probe, plan: Plan, path: Path) -> None:
     }
     if config.local.optimizer == "sgd" and plan.eta > 0:
         settings["local"] = settings["local"] | {"eta": _eta(probed, plan)}
-    sampler_partition(build_config(settings))  # a plan that cannot be sampled from is not written
+    Setup.of(
+        build_config(settings)
+    ).sampling_times()  # a plan that cannot be sampled from is not written
     header = f"# {config.preset}, planned by Remark 4.12 (fed-diffusion plan)."
     if config.local.optimizer != "sgd":
         header += " local.eta is the preset's:\n"

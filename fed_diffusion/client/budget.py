@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fed_diffusion.build import Setup
 from fed_diffusion.common.memory import peak_memory
-from fed_diffusion.config import Config
-from fed_diffusion.data import class_count, image_shape
-from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.masks.budget import (
     BYTES_PER_PARAMETER,
     MB,
@@ -28,7 +26,6 @@ from fed_diffusion.masks.channels import ordered
 from fed_diffusion.masks.spaces import Layout
 from fed_diffusion.masks.subnetwork import resized
 from fed_diffusion.models.unet import UNet, reset
-from fed_diffusion.protocol.diagnostics import is_due
 from fed_diffusion.protocol.moments import is_shared
 from fed_diffusion.theory.curvature import gradient, images_within, saved_bytes
 
@@ -44,17 +41,15 @@ MOMENT_BYTES = 8
 """The bytes for each parameter whose moments come with the task: both, as they arrived."""
 
 
-def measure_budget(
-    config: Config, whole: UNet, layout: Layout, loss: DSMLoss, device: torch.device, steps: int
-) -> Budget:
-    """Return the largest ratio of pruning.ladder that this machine can carry.
+def measure_budget(setup: Setup, steps: int) -> Budget:
+    """The largest ratio of pruning.ladder that this machine can carry.
 
     Only the two smallest sub-networks are run, a few steps each, on blank images.
 
     Parameters
     ----------
-    whole
-        The whole network's structure, on the meta device.
+    setup
+        Of a run with the built-in U-Net and masks of whole channels.
     steps
         Local steps of a round.
 
@@ -63,14 +58,18 @@ def measure_budget(
     BudgetError
         Not even the smallest ratio fits.
     """
+    config, device = setup.config, setup.device
+    whole, layout = setup.skeleton, setup.layout
+    assert isinstance(whole, UNet)
+    assert layout is not None
     ladder = sorted(set(config.pruning.ladder))
     demands = {
-        keep: demand(config, sub_network(whole, layout, keep, "meta"), measures=keep == 1)
+        keep: demand(setup, sub_network(whole, layout, keep, "meta"), measures=keep == 1)
         for keep in ladder
     }
     allowed = memory_allowed(config.worker.memory_mb)
     if device.type == "cuda":
-        allowed = _cuda_memory_allowed(config, device)
+        allowed = _cuda_memory_allowed(config.worker.memory_mb, device)
     with peak_memory(device) as peak:
         probes: dict[float, Probe] = {}
         for keep in ladder[:2]:
@@ -78,7 +77,7 @@ def measure_budget(
             if expected_memory(demands, probes, keep) > allowed:
                 break
             network = reset(sub_network(whole, layout, keep, device))
-            step = training_step(config, network, loss, device)
+            step = training_step(setup, network, device)
             seconds = sorted(seconds_of(step, device) for _ in range(STEPS))
             probes[keep] = Probe(peak(), seconds[STEPS // 2])
             del network, step
@@ -91,8 +90,8 @@ def sub_network(whole: UNet, layout: Layout, keep: float, device: torch.device |
     return resized(whole, layout.shapes_of(blocks), device=device)
 
 
-def demand(config: Config, network: UNet, measures: bool = False) -> Demand:
-    """Return what a training step needs by its shapes: nothing is computed, the network is on meta.
+def demand(setup: Setup, network: UNet, measures: bool = False) -> Demand:
+    """What a training step needs by its shapes: nothing is computed, the network is on meta.
 
     Parameters
     ----------
@@ -100,14 +99,14 @@ def demand(config: Config, network: UNet, measures: bool = False) -> Demand:
         Diagnostic rounds are among the worker's: then it is the more of a step and a measurement.
         Only workers with the whole network are asked.
     """
-    images, u, labels = _batch(config, torch.device("meta"))
+    images, u, labels = _batch(setup, torch.device("meta"))
     own = list(network.parameters())
     with FlopCounterMode(display=False) as flops, saved_bytes(own) as kept:
         network(images, u, labels).square().mean().backward()
     bytes_each, activations = BYTES_PER_PARAMETER, kept()
-    if is_shared(config):
+    if is_shared(setup.config.local):
         bytes_each += MOMENT_BYTES
-    if measures and any(is_due(config, round) for round in range(1, config.rounds + 1)):
+    if measures and setup.config.diagnostic_rounds():
         bytes_each = max(bytes_each, DIAGNOSTIC_BYTES)
         one = None if labels is None else labels[:1]
         with saved_bytes(own) as kept, sdpa_kernel(SDPBackend.MATH):
@@ -122,18 +121,16 @@ def demand(config: Config, network: UNet, measures: bool = False) -> Demand:
     )
 
 
-def training_step(
-    config: Config, network: nn.Module, loss: DSMLoss, device: torch.device
-) -> Callable[[], None]:
-    """Return a function that takes one local step on blank images, as a worker does when alone."""
+def training_step(setup: Setup, network: nn.Module, device: torch.device) -> Callable[[], None]:
+    """A function that takes one local step, on blank images, as a worker does on its own."""
     network = network.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.local.eta, fused=True)
+    optimizer = torch.optim.Adam(network.parameters(), lr=setup.config.local.eta, fused=True)
     noise = torch.Generator(device).manual_seed(0)
-    images, _, labels = _batch(config, device)
+    images, _, labels = _batch(setup, device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss(network, images, noise, labels).backward()
+        setup.loss(network, images, noise, labels).backward()
         optimizer.step()
 
     return step
@@ -147,17 +144,14 @@ def seconds_of(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def _batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    n = config.local.batch
-    images = torch.zeros((n, *image_shape(config.data)), device=device)
+def _batch(setup: Setup, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    n = setup.config.local.batch
+    images = torch.zeros((n, *setup.shape), device=device)
     u = torch.ones(n, dtype=torch.float64, device=device)
-    labels = None
-    if config.model.conditional and class_count(config.data):
-        labels = torch.zeros(n, dtype=torch.int64, device=device)
+    labels = torch.zeros(n, dtype=torch.int64, device=device) if setup.classes else None
     return images, u, labels
 
 
-def _cuda_memory_allowed(config: Config, device: torch.device) -> float:
+def _cuda_memory_allowed(stated: float | None, device: torch.device) -> float:
     free = float(torch.cuda.mem_get_info(device)[0])
-    stated = config.worker.memory_mb
     return free if stated is None else min(free, stated * MB)

@@ -26,14 +26,10 @@ from fed_diffusion.protocol.diagnostics import (
     M2,
     TOGETHER,
     L,
-    is_due,
 )
 from fed_diffusion.protocol.messages import MEASURED_LIMIT, Task
 from fed_diffusion.theory.curvature import curvature
-from fed_diffusion.theory.estimates import (
-    Sketch,
-    sampled_gradients,
-)
+from fed_diffusion.theory.sketch import Sketch, sampled_gradients
 
 if TYPE_CHECKING:
     from fed_diffusion.client.worker import Worker
@@ -94,7 +90,7 @@ def minibatches(config: Config, steps: int, workers: int, most: int = MOST_MINIB
     As many as SHARE of its steps in the whole run pay for, beside its part in the one curvature
     that the workers measure.
     """
-    due = sum(is_due(config, round) for round in range(1, config.rounds + 1))
+    due = len(config.diagnostic_rounds())
     affordable = SHARE * steps * config.rounds / max(due, 1) - CURVATURE_STEPS / max(workers, 1)
     count = math.floor(affordable / MINIBATCH_STEPS + 1e-9)
     return max(MINIBATCHES, min(count, most, MOST_MINIBATCHES))
@@ -113,7 +109,7 @@ def _gradients(
     losses = (partial(batch.loss, network) for batch in drawn)
     values, gradients = sampled_gradients(parameters, losses, Sketch(config.seed))
     data = gradients.to(torch.float32)
-    moment = worker.second_moment(task.client)
+    moment = worker.images.second_moment(task.client)
     _check_range(*values, moment, float(data.abs().max()))
     numbers: Numbers = {
         LOSS: math.fsum(values) / count,

@@ -8,9 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fed_diffusion.config import Config
+from fed_diffusion.config.schema import LocalConfig
 from fed_diffusion.protocol.moments import FIRST, SECOND, STEPS, is_shared
-from fed_diffusion.protocol.schedules import eta_of
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 """Adam's parameters, as torch has them."""
@@ -23,23 +22,21 @@ class Optimiser(Protocol):
     def step(self) -> object: ...
 
 
-def fresh_optimiser(config: Config, network: nn.Module, round: int) -> Optimiser:
-    """Return the optimiser of a round that begins without a state."""
-    eta, parameters = eta_of(config, round), list(network.parameters())
-    if config.local.optimizer == "sgd":
+def fresh_optimiser(local: LocalConfig, network: nn.Module, eta: float) -> Optimiser:
+    """The optimiser of a round that begins without a state."""
+    parameters = list(network.parameters())
+    if local.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=eta)
     return torch.optim.Adam(parameters, lr=eta, fused=True)
 
 
 def optimiser_of(
-    config: Config, network: nn.Module, round: int, state: Mapping[str, Tensor]
+    local: LocalConfig, network: nn.Module, eta: float, state: Mapping[str, Tensor]
 ) -> Optimiser:
-    """Return the optimiser of a round, which goes on from the state that came where it is
-    shared.
-    """
-    if is_shared(config):
-        return SharedAdam(dict(network.named_parameters()), eta_of(config, round), state)
-    return fresh_optimiser(config, network, round)
+    """The optimiser of a round, going on from the state that came where it is shared."""
+    if is_shared(local):
+        return SharedAdam(dict(network.named_parameters()), eta, state)
+    return fresh_optimiser(local, network, eta)
 
 
 class SharedAdam:

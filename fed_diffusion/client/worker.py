@@ -10,45 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fed_diffusion.build import channel_layout, evaluator, parameters_of, skeleton, time_grid
+from fed_diffusion.build import Setup, parameters_of
 from fed_diffusion.client import diagnostics
 from fed_diffusion.client.budget import measure_budget
+from fed_diffusion.client.images import ClientImages
+from fed_diffusion.client.networks import Networks
 from fed_diffusion.client.optimisers import Optimiser, SharedAdam, optimiser_of
-from fed_diffusion.common.compute import (
-    compiled,
-    device_of,
-    kernels,
-    pinned_threads,
-    precision_on,
-)
+from fed_diffusion.common.compute import kernels, pinned_threads
 from fed_diffusion.common.rng import Purpose, generator, seed_torch, torch_generator
 from fed_diffusion.config import Config
-from fed_diffusion.data import (
-    ImageSet,
-    augmentation,
-    class_count,
-    load_dataset,
-    partition,
-    split_holdout,
-    to_unit,
-)
-from fed_diffusion.diffusion.loss import DSMLoss, Network, NoisyBatch
+from fed_diffusion.data import ImageSet
+from fed_diffusion.diffusion.loss import Network, NoisyBatch
 from fed_diffusion.masks.budget import Budget
 from fed_diffusion.masks.mask import Masks
 from fed_diffusion.masks.recipe import Numbers
-from fed_diffusion.masks.subnetwork import resized
-from fed_diffusion.models.unet import UNet
 from fed_diffusion.protocol.clipping import clipped
 from fed_diffusion.protocol.divergence import FIRST_LOSS, exploded
 from fed_diffusion.protocol.messages import PRECISION, PRECISIONS, Task, Update
 from fed_diffusion.protocol.moments import decode_state, encode_moments
-from fed_diffusion.protocol.wire import Payload, decode_task, encode_update
-from fed_diffusion.theory.estimates import second_moment
-
-MOMENT_IMAGES = 1024
-"""The number of images that M_{n,2} reads together, so that a client's images are not copied
-whole.
-"""
+from fed_diffusion.protocol.schedules import eta_of
+from fed_diffusion.protocol.wire import Payload, Wire, decode_task, encode_update
 
 
 class Worker:
@@ -60,6 +41,8 @@ class Worker:
 
     Parameters
     ----------
+    run
+        The configuration of the run, or the setup that was made of it.
     dataset
         The images; by default those that the configuration names.
     own
@@ -67,30 +50,24 @@ class Worker:
         number still says which randomness is its). Default: it is shared, and partitioned.
     """
 
-    def __init__(self, config: Config, dataset: ImageSet | None = None, *, own: bool = False):
-        self.config = config
-        self.device = device_of(config)
-        self.dataset = dataset if dataset is not None else load_dataset(config.data)
-        self._parts = None if own else partition(self.dataset, config)
-        self._skeleton = skeleton(config)
-        self._shapes = parameters_of(self._skeleton)
-        self._layout = channel_layout(config)
-        self._networks: dict[tuple[torch.Size, ...], tuple[nn.Module, Network, Network]] = {}
-        self._images = self.dataset.images.to(self.device)  # once: bytes, a GPU has room for them
-        self._labels = None if self.dataset.labels is None else self.dataset.labels.to(self.device)
+    def __init__(self, run: Config | Setup, dataset: ImageSet | None = None, *, own: bool = False):
+        self.setup = setup = Setup.of(run)
+        self.config = config = setup.config
+        self.device = setup.device
+        self.images = ClientImages(setup, dataset, own)
+        self.dataset = self.images.dataset
+        self.networks = Networks(setup)
+        self.wire = Wire(config.wire, config.pruning, config.local, setup.family, config.seed)
+        self.shapes, self.layout, self.loss = setup.shapes, setup.layout, setup.loss
         self._budget: Budget | None = None
-        self._moments: dict[int, float] = {}
-        self._augment = augmentation(config.data)
-        self._no_label = class_count(config.data) or 0  # the label behind the last class
-        self.loss = DSMLoss(time_grid(config))
 
     def run(self, task: Task) -> Update:
         """Decode theta_{r,n,0}, take S local steps (7), send back what the mask keeps."""
-        threads = self.config.worker.threads
+        worker = self.config.worker
         with (
-            pinned_threads(threads),
+            pinned_threads(worker.threads),
             torch.random.fork_rng(),
-            kernels(self.config, self.device),
+            kernels(worker, self.device),
         ):
             return self._run(task)
 
@@ -98,30 +75,34 @@ class Worker:
         began = time.perf_counter()
         config, seed = self.config, self.config.seed
         seed_torch(seed, Purpose.DROPOUT, task.round, task.client)
-        recipe, masks, start = decode_task(task.payload, self._shapes, self._layout, config)
-        train, holdout = split_holdout(self._images_of(task.client), config, task.client)
+        recipe, masks, start = decode_task(task.payload, self.shapes, self.layout, self.wire)
+        train, holdout = self.images.of(task.client)
         measured, sketches = diagnostics.measure(self, start, task)
-        network, forward, fast = self._network(start)
+        network, forward, fast = self.networks.holding(start)
         numbers: Numbers = recipe.to_metrics() | measured
         if len(holdout):
             numbers["holdout_loss"] = self._holdout_loss(network, forward, holdout, task.client)
-        batches = self._batches(task, train, self.steps(len(train)))
-        state = decode_state(task.payload.arrays, self._shapes, masks, config)
-        optimiser = optimiser_of(config, network, task.round, state)
+        batches = self.images.batches(task.round, task.client, train, self.steps(len(train)))
+        arrays, dtype = task.payload.arrays, config.wire.state
+        state = decode_state(arrays, self.shapes, masks, config.local, dtype)
+        eta = eta_of(config.local, config.rounds, task.round)
+        optimiser = optimiser_of(config.local, network, eta, state)
         loss, first = self._train(network, forward, fast, task, batches, masks, optimiser)
         numbers["loss"] = loss
         if exploded(loss, first):
             numbers[FIRST_LOSS] = first
         numbers["images"] = sum(map(len, batches))
         numbers["examples"] = len(train)
-        numbers[PRECISION] = PRECISIONS.index(precision_on(config, self.device))
+        numbers[PRECISION] = PRECISIONS.index(self.setup.precision)
         numbers["seconds"] = time.perf_counter() - began
         end = parameters_of(network)
         if config.privacy.clip is not None:
             end = clipped(end, start, config.privacy.clip)
-        arrays = encode_update(end, start, masks, config, task.round, task.client) | sketches
+        arrays = encode_update(end, start, masks, self.wire, task.round, task.client) | sketches
         if isinstance(optimiser, SharedAdam):
-            arrays |= encode_moments(optimiser.moments(), masks, config, task.round, task.client)
+            arrays |= encode_moments(
+                optimiser.moments(), masks, dtype, config.seed, task.round, task.client
+            )
         return Update(task.round, task.client, Payload(arrays, numbers))
 
     def minibatches(
@@ -137,9 +118,9 @@ class Worker:
         parameters, network, batches
             What to differentiate by; `count` minibatches, whose `loss(network)` does not change.
         """
-        network, forward, _ = self._network(theta)
+        network, forward, _ = self.networks.holding(theta)
         network.eval()
-        train = self._training_images(client)
+        train = self.images.of(client).train
         if self.config.local.epochs is not None:
             size = min(size, len(train))
 
@@ -149,57 +130,14 @@ class Worker:
                 index = draw.choice(train, size, replace=size > len(train))
                 noise = torch_generator(_seed(draw), Purpose.DIAGNOSTIC, device=self.device)
                 chosen = torch.from_numpy(index).to(self.device)
-                images, labels = self._batch(chosen, noise, draw)
+                images, labels = self.images.batch(chosen, noise, draw)
                 yield self.loss.draw(images, noise, labels)
 
         return list(network.parameters()), forward, drawn()
 
     def examples(self, client: int) -> int:
-        """Return how many images a client trains on."""
-        return len(self._training_images(client))
-
-    def _training_images(self, client: int) -> np.ndarray:
-        """Return the indices of a client's images without those that are held out."""
-        return split_holdout(self._images_of(client), self.config, client)[0]
-
-    def _network(self, theta: dict[str, Tensor]) -> tuple[nn.Module, Network, Network]:
-        """Return a network that holds theta; one of each size stays resident.
-
-        Returns
-        -------
-        network, plain, fast
-            The module, and two ways to call it: as it is, for batches of any size and for second
-            derivatives, and for the batches of training, compiled where worker.compile says so.
-        """
-        shapes = tuple(value.shape for value in theta.values())
-        if shapes not in self._networks:
-            network = self._skeleton
-            if isinstance(network, UNet):
-                network = resized(network, {name: tuple(v.shape) for name, v in theta.items()})
-            # channels_last: 1.2x the training speed of the digits U-Net on a CPU
-            network = network.to(self.device).to(memory_format=torch.channels_last)
-            plain = evaluator(network, self.config, self.device)
-            fast = plain
-            if self.config.worker.compile:
-                fast = evaluator(compiled(network), self.config, self.device)
-            self._networks[shapes] = network, plain, fast
-        parameters = parameters_of(self._networks[shapes][0])
-        for name, value in theta.items():
-            parameters[name].copy_(value)
-        return self._networks[shapes]
-
-    def _images_of(self, client: int) -> np.ndarray:
-        """Return the indices of a client's images."""
-        return np.arange(len(self.dataset)) if self._parts is None else self._parts[client]
-
-    def second_moment(self, client: int) -> float:
-        """Return M_{n,2} of the images that a client trains on, exact; it is computed once."""
-        if client not in self._moments:
-            index = torch.from_numpy(self._training_images(client))
-            parts = ((part, self.dataset.images[part]) for part in index.split(MOMENT_IMAGES))
-            total = math.fsum(len(part) * second_moment(images) for part, images in parts)
-            self._moments[client] = total / len(index)
-        return self._moments[client]
+        """How many images a client trains on."""
+        return len(self.images.of(client).train)
 
     def budget(self) -> Budget:
         """Return the keep ratio that this machine can carry (pruning.budget: auto); measured once.
@@ -210,25 +148,17 @@ class Worker:
             Not even the smallest ratio of pruning.ladder fits.
         """
         if self._budget is None:
-            assert isinstance(self._skeleton, UNet)
-            assert self._layout is not None
-            clients = range(self.config.clients if self._parts is not None else 1)
+            config = self.config
+            clients = range(config.clients if self.images.shares is not None else 1)
             most = max(map(self.examples, clients))
+            local = config.local.model_copy(update={"batch": config.local.batch_of(most)})
+            setup = Setup.of(config.model_copy(update={"local": local}))
             with (
-                pinned_threads(self.config.worker.threads),
+                pinned_threads(config.worker.threads),
                 torch.random.fork_rng(),
-                kernels(self.config, self.device),
+                kernels(config.worker, self.device),
             ):
-                local = self.config.local
-                local = local.model_copy(update={"batch": local.batch_of(most)})
-                self._budget = measure_budget(
-                    self.config.model_copy(update={"local": local}),
-                    self._skeleton,
-                    self._layout,
-                    self.loss,
-                    self.device,
-                    self.steps(most),
-                )
+                self._budget = measure_budget(setup, self.steps(most))
         return self._budget
 
     def steps(self, examples: int) -> int:
@@ -267,7 +197,7 @@ class Worker:
         weight = 0.0
         indices = torch.from_numpy(np.concatenate(batches)).to(self.device)  # once, not per step
         for batch in indices.split([len(batch) for batch in batches]):
-            images, labels = self._batch(batch, noise, changes)
+            images, labels = self.images.batch(batch, noise, changes)
             optimiser.zero_grad(set_to_none=True)
             # a compiled network is compiled for one batch size
             forward = fast if len(batch) == config.local.batch else plain
@@ -280,41 +210,6 @@ class Worker:
             weight += share
             first = loss.detach() if first is None else first
         return float(total) / weight, math.nan if first is None else float(first)
-
-    def _batches(self, task: Task, train: np.ndarray, steps: int) -> list[np.ndarray]:
-        """Yield the image indices of each step, from one random order of the client's images after
-        another.
-
-        With local.epochs each order is cut by itself, and its last batch may be smaller. With
-        local.steps they are strung together, so that every batch is full.
-        """
-        local = self.config.local
-        draw = generator(self.config.seed, Purpose.BATCHES, task.round, task.client)
-        if local.epochs is not None:
-            cuts = range(local.batch, len(train), local.batch)
-            orders = [draw.permutation(train) for _ in range(local.epochs)]
-            return [batch for order in orders for batch in np.split(order, cuts)]
-        needed = steps * local.batch
-        orders = [draw.permutation(train) for _ in range(-(-needed // len(train)))]
-        return list(np.concatenate(orders)[:needed].reshape(steps, -1))
-
-    def _batch(
-        self, index: Tensor, noise: torch.Generator, changes: np.random.Generator
-    ) -> tuple[Tensor, Tensor | None]:
-        pixels = self._images[index]
-        if self._augment is not None:
-            pixels = self._augment(pixels, changes)
-        images = to_unit(pixels)
-        if self.config.data.flip:
-            flipped = torch.rand(len(images), generator=noise, device=self.device) < 0.5
-            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
-        if not self.config.model.conditional or self._labels is None:
-            return images, None
-        labels = self._labels[index]
-        if part := self.config.model.label_dropout:
-            dropped = torch.rand(len(labels), generator=noise, device=self.device) < part
-            labels = torch.where(dropped, self._no_label, labels)
-        return images, labels
 
     @torch.no_grad()
     def _holdout_loss(
@@ -333,9 +228,7 @@ class Worker:
         total = 0.0
         for start in range(0, len(indices), size):
             index = torch.from_numpy(indices[start : start + size]).to(self.device)
-            images, labels = to_unit(self._images[index]), None
-            if self.config.model.conditional and self._labels is not None:
-                labels = self._labels[index]
+            images, labels = self.images.plain(index)
             total += float(self.loss(forward, images, noise, labels)) * len(index)
         return total / len(indices)
 

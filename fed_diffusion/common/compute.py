@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fed_diffusion.config.schema import Config
+from fed_diffusion.config.schema import WorkerConfig
 
 # cuBLAS is deterministic only with workspaces of a fixed size, chosen before its first use
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -28,21 +28,21 @@ def pinned_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def device_of(config: Config) -> torch.device:
-    """Return the device of config.worker.device; auto takes CUDA where there is one."""
-    name = config.worker.device
+def device_of(worker: WorkerConfig) -> torch.device:
+    """The device of worker.device; auto takes CUDA where there is one."""
+    name = worker.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 
-def precision_on(config: Config, device: torch.device) -> Literal["fp32", "tf32", "bf16"]:
-    """Return what a network computes in on this device (worker.precision).
+def precision_on(worker: WorkerConfig, device: torch.device) -> Literal["fp32", "tf32", "bf16"]:
+    """What a network computes in on this device (worker.precision).
 
     `auto` is bf16 on a GPU with bf16 units, and fp32 on every CPU: bf16 autocast of small networks
     is many times slower there, even where the CPU has instructions for it.
     """
-    precision = config.worker.precision
+    precision = worker.precision
     if precision == "auto":
         return "bf16" if device.type == "cuda" and computes_bf16(device) else "fp32"
     return precision
@@ -56,15 +56,15 @@ def computes_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in units)
 
 
-def arithmetic(config: Config, device: torch.device) -> torch.autocast:
-    """Return the autocast context of one call of a network; theta and the loss stay in fp32."""
-    bf16 = precision_on(config, device) == "bf16"
+def arithmetic(worker: WorkerConfig, device: torch.device) -> torch.autocast:
+    """The autocast context of one call of a network; theta and the loss stay in fp32."""
+    bf16 = precision_on(worker, device) == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 @contextmanager
-def kernels(config: Config, device: torch.device) -> Iterator[None]:
-    """Let forward and backward passes in the block use the kernels that worker.* asks for.
+def kernels(worker: WorkerConfig, device: torch.device) -> Iterator[None]:
+    """Forward and backward passes inside use the kernels that worker.* asks for.
 
     On a GPU, TF32 is off unless worker.precision is tf32 (torch's own default computes
     convolutions in TF32), and with worker.deterministic two runs end with the same bits. On a CPU
@@ -78,7 +78,7 @@ def kernels(config: Config, device: torch.device) -> Iterator[None]:
     searching = cudnn.benchmark
     strict = torch.are_deterministic_algorithms_enabled()
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    wanted, exact = precision_on(config, device) == "tf32", config.worker.deterministic
+    wanted, exact = precision_on(worker, device) == "tf32", worker.deterministic
     try:
         cudnn.allow_tf32 = matmul.allow_tf32 = wanted
         cudnn.benchmark = not exact  # the search for the fastest kernel may end differently

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
 from fed_diffusion.config.methods import method_name, method_settings
 from fed_diffusion.config.names import UNKNOWN
-from fed_diffusion.config.schema import Config, ConfigError, Section, by_type, is_free_text
-from fed_diffusion.config.section import complaint, is_list, is_mapping
-from fed_diffusion.config.yaml import absolute, expanded, parse_yaml, read_yaml
+from fed_diffusion.config.pairs import field_of, parse_pairs, read_value, refuse_overlaps
+from fed_diffusion.config.schema import Config, ConfigError, Section, by_type
+from fed_diffusion.config.section import complaint, is_mapping
+from fed_diffusion.config.yaml import absolute, expanded, read_yaml
 
 __all__ = [
     "Config",
@@ -37,8 +37,7 @@ __all__ = [
 ]
 
 RECORDED = {"data", "model", "diffusion", "local", "round", "worker", "evaluation"}
-"""The sections in a run's config.yaml; its key `preset` says what the run was started as."""
-NULLS = ("", "~", "null", "Null", "NULL")
+"""Sections that the config.yaml of a run has; its key `preset` says what the run was started as."""
 
 
 def conf_dir() -> Path:
@@ -91,71 +90,6 @@ def _load_preset(name: str, folder: Path, extending: tuple[Path, ...]) -> dict[s
     refuse_overlaps(dict(_flat(found)), f"preset {path}")
     _change(settings, dict(_flat(found)))
     return {**settings, "preset": path.stem}
-
-
-def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
-    """Return `["pruning.level=S", "rounds=20"]` as a flat mapping; `read_value` reads the
-    values.
-    """
-    flat: dict[str, Any] = {}
-    for pair in pairs:
-        key, sep, text = pair.partition("=")
-        if not sep or not key.strip():
-            raise ConfigError(f"set: {pair!r} is not of the form key=value, as in rounds=20.")
-        refuse_overlaps([*flat, key.strip()], "set")
-        flat[key.strip()] = read_value(key.strip(), text)
-    return flat
-
-
-def read_value(key: str, text: str) -> Any:
-    """Return a typed value, as far as it can be read without a check.
-
-    A setting that takes any text (a path, a name) takes it as typed, and null where it may be
-    none; one that takes several texts takes them as a list in brackets, or in braces where each
-    has a name. For the others [1, 0.5], {steps: 3} and "S" are YAML, and everything else is text,
-    which the setting's type reads: numbers are decimal.
-
-    Raises
-    ------
-    ConfigError
-        A list or a mapping cannot be read.
-    """
-    field = _field(key)
-    if field is not None and is_free_text(field.annotation):
-        ends = f"{text[:1]}{text[-1:]}"
-        if (ends == "[]" and is_list(field.annotation)) or (
-            ends == "{}" and is_mapping(field.annotation)
-        ):
-            return parse_yaml(text, f"set: the value in {f'{key}={text}'!r}")
-        may_be_none = type(None) in get_args(field.annotation)
-        return None if may_be_none and text in ("", "null") else text
-    text = text.strip()
-    if text in NULLS:
-        return None
-    if f"{text[0]}{text[-1]}" in ("[]", "{}", '""', "''"):
-        return parse_yaml(text, f"set: the value in {f'{key}={text}'!r}")
-    return text
-
-
-def refuse_overlaps(keys: Iterable[str], where: str) -> None:
-    """Refuse a key that stands twice, and a key that stands beside its whole section.
-
-    Raises
-    ------
-    ConfigError
-        The message names the two keys; `where` says where they stand.
-    """
-    known: list[str] = []
-    for key in keys:
-        for other in known:
-            if key == other:
-                raise ConfigError(f"{where}: {key} is given twice; give it once.")
-            if key.startswith(f"{other}.") or other.startswith(f"{key}."):
-                raise ConfigError(
-                    f"{where}: {other} and {key} are given, and one holds the other; give either "
-                    "the section or its keys."
-                )
-        known.append(key)
 
 
 def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -297,21 +231,9 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def _field(key: str) -> FieldInfo | None:
-    """Return the setting with this dotted name; None where there is none."""
-    model: Any = Config
-    field = None
-    for part in key.split("."):
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return None
-        field = model.model_fields.get(part)
-        model = field.annotation if field else None
-    return field
-
-
 def _as_read(key: str, value: Any) -> Any:
-    """Return a value as its setting reads it, so that values can be compared; else as it is."""
-    field = _field(key)
+    """A value as its setting reads it, so that values can be compared; else as it is."""
+    field = field_of(key)
     if field is None:
         return value
     try:

@@ -212,6 +212,21 @@ class Config(Section):
             )
         return self
 
+    def is_diagnostic(self, round: int) -> bool:
+        """Whether a round (1-based) is one in which the theory's quantities are measured.
+
+        Never under privacy, where a gradient would leave its client unclipped, and never in
+        buffered rounds, whose workers train on different theta.
+        """
+        every = self.theory.every
+        if every == 0 or self.privacy.clip is not None or self.round.mode != "synchronous":
+            return False
+        return round in (1, self.rounds) or (every is not None and round % every == 0)
+
+    def diagnostic_rounds(self) -> list[int]:
+        """The rounds of the run in which the theory's quantities are measured."""
+        return [round for round in range(1, self.rounds + 1) if self.is_diagnostic(round)]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts and lists, as YAML and JSON take them."""
         return self.model_dump(mode="json")

@@ -9,18 +9,19 @@ from fed_diffusion.data.datasets import (
     content_hash,
     image_shape,
     load_dataset,
+    named_classes,
     tell,
     to_uint8,
     to_unit,
-    with_class_names,
 )
 from fed_diffusion.data.image_set import ImageSet
 from fed_diffusion.data.own import load_own
-from fed_diffusion.data.partition import Split, partition, split_holdout
+from fed_diffusion.data.partition import Share, Split, partition, shares_of, split_holdout
 
 __all__ = [
     "ImageSet",
     "Loader",
+    "Share",
     "Split",
     "augmentation",
     "class_count",
@@ -28,10 +29,11 @@ __all__ = [
     "image_shape",
     "load_dataset",
     "load_own",
+    "named_classes",
     "partition",
+    "shares_of",
     "split_holdout",
     "tell",
     "to_uint8",
     "to_unit",
-    "with_class_names",
 ]

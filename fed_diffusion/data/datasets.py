@@ -17,7 +17,7 @@ import torch
 
 from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.config.names import refuse_unknown
-from fed_diffusion.config.schema import Config, ConfigError, DataConfig
+from fed_diffusion.config.schema import ConfigError, DataConfig
 from fed_diffusion.data.decode import BadImage
 from fed_diffusion.data.fit import HOW, fit
 from fed_diffusion.data.image_folder import WITHOUT_CLASSES, read_folder
@@ -164,17 +164,11 @@ def tell(dataset: ImageSet) -> ImageSet:
     return dataset
 
 
-def with_class_names(config: Config, dataset: ImageSet | None) -> Config:
-    """Return the configuration with the names of an image folder's classes, as they are numbered.
-
-    A run's record then says them, a resumed run finds that they are still the same, and nodes with
-    folders of their own number their classes alike.
-    """
-    data = config.data
+def named_classes(data: DataConfig, dataset: ImageSet | None) -> DataConfig:
+    """The settings with the names of an image folder's classes, as they are numbered."""
     if dataset is None or dataset.class_names is None or data.name != "image_folder":
-        return config
-    data = data.model_copy(update={"class_names": dataset.class_names})
-    return config.model_copy(update={"data": data})
+        return data
+    return data.model_copy(update={"class_names": dataset.class_names})
 
 
 def _load_folder(

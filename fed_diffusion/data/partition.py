@@ -6,13 +6,13 @@ import heapq
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.common.rng import Purpose, generator
-from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.config import ConfigError
 from fed_diffusion.config.schema import DataConfig
 from fed_diffusion.data.datasets import ImageSet
 
@@ -43,6 +43,15 @@ class Split(Protocol):
     ) -> Sequence[np.ndarray]: ...
 
 
+class Share(NamedTuple):
+    """What one client of a run holds, as sorted int64 indices of the images."""
+
+    train: np.ndarray
+    """The images that the client trains on."""
+    held: np.ndarray
+    """The images that are held out, for the client's held-out loss."""
+
+
 def splits(config: DataConfig) -> dict[str, Split]:
     """Return the built-in splits by name, with the settings that they take."""
     return {
@@ -53,7 +62,13 @@ def splits(config: DataConfig) -> dict[str, Split]:
     }
 
 
-def partition(dataset: ImageSet, config: Config) -> list[np.ndarray]:
+def shares_of(dataset: ImageSet, data: DataConfig, clients: int, seed: int) -> list[Share]:
+    """What each client trains on and holds out: `partition`, and then `split_holdout`."""
+    parts = partition(dataset, data, clients, seed)
+    return [split_holdout(part, data.holdout, seed, client) for client, part in enumerate(parts)]
+
+
+def partition(dataset: ImageSet, data: DataConfig, clients: int, seed: int) -> list[np.ndarray]:
     """Split the images over the clients as data.partition says.
 
     - ``iid``: at random; sizes differ by at most 1.
@@ -77,20 +92,20 @@ def partition(dataset: ImageSet, config: Config) -> list[np.ndarray]:
         With more clients than images, or a partition that needs labels or folders the set lacks,
         or one of the user's own that gives something else.
     """
-    n, kind, built_in = len(dataset), config.data.partition, splits(config.data)
+    n, kind, built_in = len(dataset), data.partition, splits(data)
     split: Split = resolve("data.partition", kind, built_in)
-    if config.clients > n and kind != "folders":
+    if clients > n and kind != "folders":
         raise ConfigError(
-            f"clients = {config.clients} is more than the {n} images of {dataset.name!r}; every "
+            f"clients = {clients} is more than the {n} images of {dataset.name!r}; every "
             f"client needs at least one to train on. Use at most {n} clients, or more images."
         )
-    draw = generator(config.seed, Purpose.PARTITION)
+    draw = generator(seed, Purpose.PARTITION)
     if kind in built_in:
-        parts: Sequence[np.ndarray] = split(dataset, config.clients, draw)
+        parts: Sequence[np.ndarray] = split(dataset, clients, draw)
     else:
         with blamed("data.partition", kind):
-            parts = [np.asarray(part) for part in split(dataset, config.clients, draw)]
-            _check_parts(parts, n, config.clients)
+            parts = [np.asarray(part) for part in split(dataset, clients, draw)]
+            _check_parts(parts, n, clients)
     return [np.sort(part).astype(np.int64) for part in parts]
 
 
@@ -118,22 +133,25 @@ def _iid(dataset: ImageSet, clients: int, draw: np.random.Generator) -> list[np.
     return np.array_split(draw.permutation(len(dataset)), clients)
 
 
-def split_holdout(
-    indices: np.ndarray, config: Config, client: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Set floor(data.holdout * n) of a client's n images aside for its held-out loss.
+def split_holdout(indices: np.ndarray, holdout: float, seed: int, client: int) -> Share:
+    """Set floor(holdout * n) of a client's n images aside for its held-out loss.
+
+    Parameters
+    ----------
+    holdout
+        The part that is held out: data.holdout.
 
     Returns
     -------
-    train, holdout
+    train, held
         Sorted int64 arrays, disjoint, together `indices`; `train` is never empty unless `indices`
         is.
     """
     indices = np.sort(np.asarray(indices, dtype=np.int64))
     n = len(indices)
-    held = max(0, min(math.floor(config.data.holdout * n), n - 1))
-    order = generator(config.seed, Purpose.HOLDOUT, client=client).permutation(n)
-    return indices[np.sort(order[held:])], indices[np.sort(order[:held])]
+    held = max(0, min(math.floor(holdout * n), n - 1))
+    order = generator(seed, Purpose.HOLDOUT, client=client).permutation(n)
+    return Share(indices[np.sort(order[held:])], indices[np.sort(order[:held])])
 
 
 def _labels(dataset: ImageSet, kind: str) -> np.ndarray:

@@ -327,14 +327,15 @@ def _ask(
 
 def _data(machine: Machine) -> Iterator[Finding]:
     where = machine.data or machine.dataset
-    if machine.config is not None:
+    if (config := machine.config) is not None:
+        data, conditional = config.data, config.model.conditional
         try:
-            found = load_own(machine.config, machine.data, machine.dataset)
+            found = load_own(data, conditional, machine.data, machine.dataset)
         except ConfigError as error:
             yield Finding(False, "data", str(error))
         else:
             shape = " x ".join(map(str, found.images.shape[1:]))
-            text = f"{len(found)} images of {shape} in {where}, as {machine.config.preset} needs"
+            text = f"{len(found)} images of {shape} in {where}, as {config.preset} needs"
             if found.class_names:
                 each = (f"{name} ({count})" for name, count in found.per_class().items())
                 text += f"; classes: {', '.join(each)}"

@@ -304,7 +304,7 @@ def _gpus_per_client(config: Config) -> float:
         return 0.0
     from fed_diffusion.common.compute import device_of  # torch takes seconds to import
 
-    return float(device_of(config).type == "cuda")
+    return float(device_of(config.worker).type == "cuda")
 
 
 @contextmanager

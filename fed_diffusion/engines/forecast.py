@@ -13,21 +13,20 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fed_diffusion.build import build_network, parameters_of, skeleton, time_grid
+from fed_diffusion.build import Setup
 from fed_diffusion.client import diagnostics
 from fed_diffusion.client.budget import demand
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.compute import kernels, pinned_threads
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config
-from fed_diffusion.data import ImageSet, class_count, image_shape, partition, split_holdout
+from fed_diffusion.data import ImageSet
 from fed_diffusion.engines.local import processes_of
 from fed_diffusion.evaluation.generated import images_needed
 from fed_diffusion.evaluation.reference import reference_set
 from fed_diffusion.finish import SMALL
 from fed_diffusion.generate import Sampler
 from fed_diffusion.models.unet import UNet
-from fed_diffusion.protocol.diagnostics import is_due
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.server.coordinator import Coordinator
 
@@ -113,33 +112,32 @@ class Forecast:
 
 
 def size_of(config: Config, dataset: ImageSet) -> Size:
-    """Return everything about a run that needs no training step."""
-    network = skeleton(config)
+    """Everything about a run that needs no training step."""
+    setup = Setup.of(config)
+    network = setup.skeleton
     return Size(
         parameters=sum(value.numel() for value in network.parameters()),
-        macs=_macs(config, network),
-        memory=demand(config, network).memory if isinstance(network, UNet) else None,
-        clients=_clients(config, dataset),
+        macs=_macs(setup, network),
+        memory=demand(setup, network).memory if isinstance(network, UNet) else None,
+        clients=_clients(setup, dataset),
     )
 
 
-def _macs(config: Config, network: torch.nn.Module) -> float:
+def _macs(setup: Setup, network: torch.nn.Module) -> float:
     device = next(network.parameters()).device
-    images = torch.zeros((1, *image_shape(config.data)), device=device)
+    images = torch.zeros((1, *setup.shape), device=device)
     u = torch.ones(1, dtype=torch.float64, device=device)
-    labelled = config.model.conditional and class_count(config.data)
-    labels = torch.zeros(1, dtype=torch.int64, device=device) if labelled else None
+    labels = torch.zeros(1, dtype=torch.int64, device=device) if setup.classes else None
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         network(images, u, labels)
     return flops.get_total_flops() / 2
 
 
-def _clients(config: Config, dataset: ImageSet) -> list[Client]:
+def _clients(setup: Setup, dataset: ImageSet) -> list[Client]:
     found = []
-    for number, part in enumerate(partition(dataset, config)):
-        train, held = split_holdout(part, config, number)
+    for number, (train, held) in enumerate(setup.shares(dataset)):
         labels = dataset.subset(train).per_class() if dataset.labels is not None else {}
-        steps = config.local.steps_of(len(train))
+        steps = setup.config.local.steps_of(len(train))
         found.append(Client(number, len(train), len(held), labels, steps))
     return found
 
@@ -157,7 +155,8 @@ def forecast(
         Rounds that a resumed run has behind it.
     """
     rounds = config.rounds - done
-    clients = _clients(config, dataset)
+    setup = Setup.of(config)
+    clients = _clients(setup, dataset)
     processes = processes_of(config)
     with torch.random.fork_rng():
         timed = _Timed(config, dataset)
@@ -168,7 +167,7 @@ def forecast(
         parts = {
             "start": START_S[engine],
             "training": rounds * training + measured,
-            **evaluation_seconds(config, dataset, rounds),
+            **evaluation_seconds(setup, dataset, rounds),
         }
     return Forecast(parts, timed.down, timed.up, processes, timed.keeps, timed.step)
 
@@ -201,8 +200,9 @@ class _Timed:
 
     def __init__(self, config: Config, dataset: ImageSet):
         self._config = _with_steps(config, 1)
-        self._worker = Worker(self._config, dataset)
-        coordinator = Coordinator(self._config, parameters_of(build_network(config)))
+        setup = Setup.of(self._config)
+        self._worker = Worker(setup, dataset)
+        coordinator = Coordinator(setup, setup.theta())
         _announce(config, coordinator, self._worker)
         tasks, made = _took(lambda: list(islice(coordinator.tasks(1), 2 * config.clients)))
         state = coordinator.open
@@ -266,10 +266,8 @@ def _announce(config: Config, coordinator: Coordinator, worker: Worker) -> None:
 
 
 def _diagnostics(config: Config, timed: _Timed, clients: list[Client], done: int) -> float:
-    """Return the seconds of all workers in the remaining diagnostic rounds, beside their
-    training.
-    """
-    due = sum(is_due(config, round) for round in range(done + 1, config.rounds + 1))
+    """Seconds of all workers in the diagnostic rounds that are left, beside their training."""
+    due = sum(round > done for round in config.diagnostic_rounds())
     whole = [n for n in timed.asked if timed.keep[n] == 1]
     if not due or not whole:
         return 0.0
@@ -279,22 +277,26 @@ def _diagnostics(config: Config, timed: _Timed, clients: list[Client], done: int
 
 
 def evaluation_seconds(
-    config: Config, dataset: ImageSet | None, rounds: int = 0
+    run: Config | Setup, dataset: ImageSet | None, rounds: int = 0
 ) -> dict[str, float]:
     """Return the seconds of sampling and measuring, from one timed call of the network.
 
     Parameters
     ----------
+    run
+        The configuration of the run, or the setup that was made of it.
     rounds
         Rounds before it, with their small grids; 0: `fed-diffusion evaluate`, without a grid.
     """
-    settings, needed = config.evaluation, images_needed(config)
+    setup = Setup.of(run)
+    settings = setup.config.evaluation
+    needed = images_needed(settings)
     shown = settings.grid if rounds else 0
     num = max(shown, needed)
-    sampler = Sampler(config, parameters_of(build_network(config)))
+    sampler = Sampler(setup, setup.theta())
     batch = min(settings.batch, max(num, SMALL))
     call = _score_seconds(sampler, batch)
-    calls = sampler.calls(time_grid(config, settings.steps), config)
+    calls = sampler.calls(setup.sampling_times())
     cores = usable_cores() if sampler.device.type == "cpu" else 1
     sizes = [min(batch, num - start) for start in range(0, num, batch)]
     at_once = SIDE_BY_SIDE if min(cores, len(sizes)) > 1 else 1.0
@@ -303,7 +305,7 @@ def evaluation_seconds(
     sampling += small * SMALL * calls * call
     measuring = 0.0
     if needed:
-        measuring = _figures_seconds(config, dataset, needed, _macs(config, sampler.network) / call)
+        measuring = _figures_seconds(setup, dataset, needed, _macs(setup, sampler.network) / call)
     return {"sampling": sampling, "measuring": measuring}
 
 
@@ -322,7 +324,7 @@ def _score_seconds(sampler: Sampler, batch: int) -> float:
         return lambda: score(y, u).sum().item()
 
     threads = 1 if sampler.device.type == "cpu" else torch.get_num_threads()
-    with torch.no_grad(), pinned_threads(threads), kernels(sampler.config, sampler.device):
+    with torch.no_grad(), pinned_threads(threads), kernels(sampler.config.worker, sampler.device):
         few = min(SMALL, batch)
         call(few)()
         each = _took(call(few))[1] / few
@@ -332,12 +334,12 @@ def _score_seconds(sampler: Sampler, batch: int) -> float:
     return each
 
 
-def _figures_seconds(config: Config, dataset: ImageSet | None, images: int, rate: float) -> float:
-    """Return the seconds of extractor and figures; `rate` is the network's multiply-adds/s."""
-    reference = reference_set(config, dataset)
+def _figures_seconds(setup: Setup, dataset: ImageSet | None, images: int, rate: float) -> float:
+    """Seconds of the extractor and of the figures; `rate` is the network's multiply-adds/s."""
+    reference = reference_set(setup, dataset)
     if reference is None:
         return 0.0
-    settings = config.evaluation
+    config, settings = setup.config, setup.config.evaluation
     seen = images + len(reference.images)
     if settings.extractor == "inception":
         looking = seen * INCEPTION_MACS / rate / usable_cores()

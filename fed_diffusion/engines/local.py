@@ -70,14 +70,14 @@ def run_in_process(
     at_once = processes_of(config) if processes is None else min(processes, config.clients)
     with experiment.guarded():
         announce_budgets(experiment)
-        with task_runner(config, experiment.dataset, at_once) as run:
+        with task_runner(experiment.setup, experiment.dataset, at_once) as run:
             return experiment.train(Exchange(experiment, run), progress)
 
 
 def processes_of(config: Config) -> int:
     """Return the number of clients at once: cores / worker.threads on the CPU, one on each GPU."""
     processes = max(1, usable_cores() // config.worker.threads)
-    if (device := device_of(config)).type == "cuda":
+    if (device := device_of(config.worker)).type == "cuda":
         processes = 1 if device.index is not None else torch.cuda.device_count()
     return min(processes, config.clients)
 
@@ -165,5 +165,5 @@ def announce_budgets(experiment: Experiment) -> None:
     if config.pruning.budget == "auto" and (known := experiment.run.budgets()):
         experiment.announce(known)  # a resumed run goes on as it was
     elif config.pruning.budget == "auto":
-        budget = Worker(config, experiment.dataset).budget().to_metrics()
+        budget = Worker(experiment.setup, experiment.dataset).budget().to_metrics()
         experiment.announce(dict.fromkeys(range(config.clients), budget))

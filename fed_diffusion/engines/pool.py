@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fed_diffusion.build import Setup
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.compute import device_of
 from fed_diffusion.config import Config
@@ -35,12 +36,12 @@ class Runner(Protocol):
 
 
 @contextmanager
-def task_runner(config: Config, dataset: ImageSet, processes: int) -> Iterator[Runner]:
-    """Yield a runner of tasks in this process, or in a pool of the standard library's processes."""
+def task_runner(run: Config | Setup, dataset: ImageSet, processes: int) -> Iterator[Runner]:
+    """Runs tasks in this process, or in a pool of the standard library's processes."""
     if processes == 1:
-        yield _InTurn(Worker(config, dataset))
+        yield _InTurn(Worker(run, dataset))
         return
-    runner = _InProcesses(config, processes)
+    runner = _InProcesses(Setup.of(run).config, processes)
     try:
         yield runner
     except BaseException:
@@ -165,10 +166,8 @@ _worker: Worker | None = None
 
 
 def _device_of_process(config: Config, process: int) -> str:
-    """Return the device of a process: several GPUs share the clients, unless one is named by
-    number.
-    """
-    if device_of(config) != torch.device("cuda"):
+    """Several GPUs share the clients; a device that is named by its number is meant alone."""
+    if device_of(config.worker) != torch.device("cuda"):
         return config.worker.device
     return f"cuda:{process % torch.cuda.device_count()}"
 

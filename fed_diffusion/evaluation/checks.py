@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from fed_diffusion.common.compute import device_of
+from fed_diffusion.build import Setup
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.config.yaml import expanded
-from fed_diffusion.data.datasets import class_count, image_shape
+from fed_diffusion.data.datasets import class_count
 from fed_diffusion.evaluation.choice import WEIGHTS_FILE, Choice, choices
 from fed_diffusion.evaluation.judge import check_judge
 from fed_diffusion.evaluation.weights import check_features
@@ -22,17 +22,23 @@ OWN_DATA = ("data", "train", "test")
 """The words of evaluation.reference that mean the run's own data set, or a part of it."""
 
 
-def check_evaluation(config: Config) -> None:
+def check_evaluation(run: Config | Setup) -> None:
     """Refuse, before training, an evaluation that is bound to fail after it.
 
     Where evaluation.extractor is auto, a log line says which judge is taken, and why.
+
+    Parameters
+    ----------
+    run
+        The configuration of the run, or the setup that was made of it.
 
     Raises
     ------
     ConfigError
     The message names the key under `evaluation`, the value and what is allowed.
     """
-    settings = config.evaluation
+    setup = Setup.of(run)
+    settings = setup.config.evaluation
     if settings.samples == 0 or settings.reference == "none":
         return
     if settings.samples < FEWEST_IMAGES:
@@ -49,27 +55,27 @@ def check_evaluation(config: Config) -> None:
             "own data set), train or test (parts of it), none (no quality figures) or an existing "
             "folder of images."
         )
-    for choice in choices(settings, image_shape(config.data)):
-        _check_choice(config, choice, folder)
+    for choice in choices(settings, setup.shape):
+        _check_choice(setup, choice, folder)
         if choice.because is not None:
             logger.warning("evaluation.extractor = auto takes %s: %s.", choice.name, choice.because)
 
 
-def _check_choice(config: Config, choice: Choice, folder: Path | None) -> None:
+def _check_choice(setup: Setup, choice: Choice, folder: Path | None) -> None:
     settings = choice.settings
     if choice.name not in ("inception", "classifier"):
-        check_judge(settings, image_shape(config.data), device_of(config))
+        check_judge(settings, setup.shape, setup.device)
     elif choice.name == "inception":
         if settings.weights is not None:
             check_weights(str(settings.weights))
     elif settings.weights is not None:
-        check_features(str(settings.weights), image_shape(config.data))
+        check_features(str(settings.weights), setup.shape)
     elif folder is not None:
         _check_class_folders(folder)
-    elif class_count(config.data) is None:
+    elif class_count(setup.config.data) is None:
         raise ConfigError(
             "evaluation.extractor = 'classifier' needs labelled images, and the number of classes "
-            f"of data.name = {config.data.name!r} is unknown. Images without classes need "
+            f"of data.name = {setup.config.data.name!r} is unknown. Images without classes need "
             "evaluation.extractor=inception, or evaluation.weights (a trained classifier), or "
             "evaluation.samples=0 (no figures); else set data.classes."
         )

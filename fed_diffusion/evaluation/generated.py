@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 
-from fed_diffusion.common.compute import device_of
-from fed_diffusion.config import Config
-from fed_diffusion.data import (
-    ImageSet,
-)
+from fed_diffusion.config.schema import EvaluationConfig
+from fed_diffusion.data import ImageSet
 from fed_diffusion.evaluation import no_quality
 from fed_diffusion.evaluation.reference import reference_set
 from fed_diffusion.generate import Sampler
@@ -22,9 +19,8 @@ Told = Callable[[str, float, int], None]
 """A function that is called with what is done now, and how much of how much is done if known."""
 
 
-def images_needed(config: Config) -> int:
-    """Return how many images the figures are of: 0 where there is nothing to compare them with."""
-    settings = config.evaluation
+def images_needed(settings: EvaluationConfig) -> int:
+    """How many images the figures are of: none where there is nothing to compare them with."""
     return 0 if settings.reference == "none" else settings.samples
 
 
@@ -49,7 +45,7 @@ def evaluate(
     """
     config = sampler.config
     shown = config.evaluation.grid if grid is not None else 0
-    needed = images_needed(config)
+    needed = images_needed(config.evaluation)
     num = max(shown, needed)
     tell: Told = told or (lambda doing, done, of: None)
     images, here = [torch.empty((0, *sampler.shape), dtype=torch.uint8)], 0
@@ -63,14 +59,14 @@ def evaluate(
     return measure(sampler, torch.cat(images)[:needed], dataset)
 
 
-def evaluation_entry(config: Config, round: int, quality: dict[str, Any]) -> dict[str, Any]:
-    """Return a line of evaluations.jsonl: a model's figures, and how and when they were
-    measured.
-    """
+def evaluation_entry(
+    settings: EvaluationConfig, round: int, quality: dict[str, Any]
+) -> dict[str, Any]:
+    """A line of evaluations.jsonl: the figures of a model, and how and when they came about."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "round": round,
-        "settings": config.model_dump(mode="json")["evaluation"],
+        "settings": settings.model_dump(mode="json"),
         "quality": quality,
     }
 
@@ -86,7 +82,7 @@ def measure(sampler: Sampler, images: torch.Tensor, dataset: ImageSet | None) ->
         The run's own data, where the server has it.
     """
     config = sampler.config
-    reference = reference_set(config, dataset)
+    reference = reference_set(sampler.setup, dataset)
     nfe = sampler.evaluations()
     if reference is None:
         why = "evaluation.reference is none: the server has no images to compare with"
@@ -95,14 +91,13 @@ def measure(sampler: Sampler, images: torch.Tensor, dataset: ImageSet | None) ->
         return no_quality("evaluation.samples is 0", 0, nfe)
     from fed_diffusion.evaluation.quality import evaluate  # torch-fidelity takes seconds to import
 
-    device = str(device_of(config))
     return evaluate(
         images,
         reference.images,
         config.evaluation,
         seed=config.seed,
         nfe=nfe,
-        device=device,
+        device=str(sampler.device),
         teacher=reference.teacher,
         holdings=reference.holdings,
     )

@@ -8,6 +8,7 @@ and near copies; it does not recognise an image that was moved, recoloured or cu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,8 @@ import torch
 from scipy import special
 from torch import Tensor
 
-from fed_diffusion.config import Config
 from fed_diffusion.data.datasets import ImageSet
-from fed_diffusion.data.partition import partition, split_holdout
+from fed_diffusion.data.partition import Share
 
 QUANTILE = 0.01
 """The quantile of the held-out images' distances below which an image is taken for a copy."""
@@ -49,14 +49,10 @@ class Holdings:
     flip: bool = False
 
 
-def holdings(dataset: ImageSet, config: Config) -> Holdings:
-    """Return who holds and who trained on which images of a run's data set."""
-    parts = [
-        split_holdout(indices, config, client)
-        for client, indices in enumerate(partition(dataset, config))
-    ]
-    train, held = [part[0] for part in parts], np.concatenate([part[1] for part in parts])
-    return Holdings(dataset.images, train, held, config.data.flip)
+def holdings(dataset: ImageSet, shares: Sequence[Share], flip: bool) -> Holdings:
+    """Who trained on which images of a run's data set, and which images nobody trained on."""
+    held = np.concatenate([share.held for share in shares])
+    return Holdings(dataset.images, [share.train for share in shares], held, flip)
 
 
 def memorisation(

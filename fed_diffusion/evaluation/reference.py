@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.data.datasets import DOWNLOADED, ImageSet, image_shape, load_dataset, tell
+from fed_diffusion.build import Setup
+from fed_diffusion.config import ConfigError
+from fed_diffusion.data.datasets import DOWNLOADED, ImageSet, load_dataset, tell
 from fed_diffusion.evaluation.checks import OWN_DATA
 from fed_diffusion.evaluation.memorisation import Holdings, holdings
 
@@ -26,8 +27,8 @@ class Reference(NamedTuple):
     holdings: Holdings | None
 
 
-def reference_set(config: Config, dataset: ImageSet | None) -> Reference | None:
-    """Return the images that evaluation.reference names: the run's own, a part, a folder, or none.
+def reference_set(setup: Setup, dataset: ImageSet | None) -> Reference | None:
+    """The images that evaluation.reference names: the run's own, a part of them, a folder, or none.
 
     Parameters
     ----------
@@ -39,14 +40,14 @@ def reference_set(config: Config, dataset: ImageSet | None) -> Reference | None:
     ConfigError
         The data set has no test split, or cannot be loaded.
     """
-    word = config.evaluation.reference
+    config, word = setup.config, setup.config.evaluation.reference
     if word == "none":
         return None
     if word not in OWN_DATA:
-        folder = _folder(config, word)
+        folder = _folder(setup, word)
         return Reference(folder, folder, None)
     dataset = dataset if dataset is not None else load_dataset(config.data)
-    known = holdings(dataset, config)
+    known = holdings(dataset, setup.shares(dataset), config.data.flip)
     if word == "data":
         return Reference(dataset, dataset, known)
     train = _part(dataset, np.concatenate(known.train), "train")
@@ -68,8 +69,8 @@ def _part(dataset: ImageSet, indices: np.ndarray, what: str) -> ImageSet:
     return replace(dataset.subset(np.sort(indices)), name=f"{dataset.name or 'images'} {what}")
 
 
-def _folder(config: Config, path: str) -> ImageSet:
-    channels, size, _ = image_shape(config.data)
+def _folder(setup: Setup, path: str) -> ImageSet:
+    channels, size, _ = setup.shape
     folder = {
         "name": "image_folder",
         "dir": path,
@@ -79,4 +80,4 @@ def _folder(config: Config, path: str) -> ImageSet:
         "channels": channels,
         "size": size,
     }
-    return tell(load_dataset(config.data.model_copy(update=folder)))
+    return tell(load_dataset(setup.config.data.model_copy(update=folder)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from fed_diffusion.config import Config
+from fed_diffusion.config.schema import PruningConfig
 
 SHARES: dict[str, dict[str, str]] = {
     "F": {"1": "1"},
@@ -30,13 +30,12 @@ def level_ratios(level: str, clients: int) -> tuple[float, ...]:
     return tuple(float(keep) for keep in sorted(counts, reverse=True) for _ in range(counts[keep]))
 
 
-def keep_ratios(config: Config) -> tuple[float, ...]:
-    """Return the keep ratio of every client under this configuration."""
-    pruning = config.pruning
+def keep_ratios(pruning: PruningConfig, clients: int) -> tuple[float, ...]:
+    """The keep ratio of every client under these settings."""
     if pruning.kind == "full":
-        return (1.0,) * config.clients
+        return (1.0,) * clients
     if pruning.keep is None:
-        return level_ratios(pruning.level, config.clients)
+        return level_ratios(pruning.level, clients)
     if isinstance(pruning.keep, tuple):
         return pruning.keep
-    return (pruning.keep,) * config.clients
+    return (pruning.keep,) * clients

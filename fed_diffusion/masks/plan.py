@@ -10,38 +10,38 @@ from torch import Tensor
 
 from fed_diffusion.common.plugins import blamed
 from fed_diffusion.common.rng import Purpose, torch_generator
-from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.config import ConfigError
 from fed_diffusion.config.names import is_own
-from fed_diffusion.masks.families import KEY, family_of
+from fed_diffusion.config.schema import PruningConfig
+from fed_diffusion.masks.families import KEY, Family
 from fed_diffusion.masks.families.check import check_family, check_plan
 from fed_diffusion.masks.levels import keep_ratios
 from fed_diffusion.masks.recipe import Recipe
 from fed_diffusion.masks.spaces import Layout
 
 
-def known_ratios(config: Config) -> dict[int, float]:
-    """Return client -> keep ratio, as far as the configuration knows it; nodes say the others."""
-    if config.pruning.budget != "level":
+def known_ratios(pruning: PruningConfig, clients: int) -> dict[int, float]:
+    """Client -> keep ratio, as far as the configuration knows it; else the nodes say it."""
+    if pruning.budget != "level":
         return {}
-    if config.pruning.baseline == "small":  # everyone trains the whole of a small network
-        return dict.fromkeys(range(config.clients), 1.0)
-    return dict(enumerate(keep_ratios(config)))
+    if pruning.baseline == "small":  # everyone trains the whole of a small network
+        return dict.fromkeys(range(clients), 1.0)
+    return dict(enumerate(keep_ratios(pruning, clients)))
 
 
-def able(config: Config, keeps: Mapping[int, float]) -> list[int]:
-    """Return the clients that may train: all or, with the baseline `exclusive`, those that keep
-    all.
+def able(pruning: PruningConfig, keeps: Mapping[int, float]) -> list[int]:
+    """The clients that may train: all, or under the baseline `exclusive` those that keep it all.
 
     Parameters
     ----------
     keeps
         Client -> keep ratio.
     """
-    alone = config.pruning.baseline == "exclusive"
+    alone = pruning.baseline == "exclusive"
     return [client for client, keep in sorted(keeps.items()) if keep == 1 or not alone]
 
 
-def check_pruning(config: Config, layout: Layout | None) -> None:
+def check_pruning(pruning: PruningConfig, clients: int, layout: Layout | None) -> None:
     """Refuse ratios that cannot be used.
 
     Raises
@@ -49,8 +49,7 @@ def check_pruning(config: Config, layout: Layout | None) -> None:
     ConfigError
         A ratio is below the smallest sub-network, or a baseline has no weak or no strong worker.
     """
-    pruning = config.pruning
-    known = {"level": keep_ratios(config), "node": (), "auto": pruning.ladder}
+    known = {"level": keep_ratios(pruning, clients), "node": (), "auto": pruning.ladder}
     ratios = known[pruning.budget]
     if pruning.baseline is not None and min(ratios) == 1:
         raise ConfigError(
@@ -71,7 +70,12 @@ def check_pruning(config: Config, layout: Layout | None) -> None:
 
 
 def check_own_family(
-    config: Config, parameters: Mapping[str, Tensor], layout: Layout | None
+    family: Family,
+    pruning: PruningConfig,
+    clients: int,
+    seed: int,
+    parameters: Mapping[str, Tensor],
+    layout: Layout | None,
 ) -> None:
     """Try a user's mask family on values of the network's shapes, or refuse the family.
 
@@ -85,18 +89,16 @@ def check_own_family(
     ConfigError
         The family breaks the contract; the message says how.
     """
-    pruning = config.pruning
     if not is_own(pruning.kind):
         return
-    family = family_of(pruning, config.seed)
     if pruning.budget == "auto" and not family.shrinks:
         raise ConfigError(
             "pruning.budget = 'auto' needs masks that save memory and time, and those of "
             f"pruning.kind = {pruning.kind!r} do not (shrinks = False); use level or node."
         )
-    known = {"level": keep_ratios(config), "node": (0.5,), "auto": pruning.ladder}
+    known = {"level": keep_ratios(pruning, clients), "node": (0.5,), "auto": pruning.ladder}
     weak = sorted({keep for keep in known[pruning.budget] if keep < 1})
-    noise = torch_generator(config.seed, Purpose.PROBE)
+    noise = torch_generator(seed, Purpose.PROBE)
     theta = {n: torch.randn(tuple(v.shape), generator=noise) for n, v in parameters.items()}
     keeps = dict(enumerate(keep for keep in weak[:2] for _ in range(2)))
     if keeps:
@@ -105,7 +107,8 @@ def check_own_family(
 
 
 def plan_round(
-    config: Config,
+    family: Family,
+    kind: str,
     round: int,
     keeps: Mapping[int, float],
     theta: Mapping[str, Tensor],
@@ -115,6 +118,8 @@ def plan_round(
 
     Parameters
     ----------
+    family, kind
+        The run's mask family, and its name: pruning.kind.
     keeps
         Participant -> keep ratio.
     theta
@@ -131,7 +136,6 @@ def plan_round(
     weak = {client: keep for client, keep in keeps.items() if keep != 1}
     if not weak:
         return whole
-    family, kind = family_of(config.pruning, config.seed), config.pruning.kind
     if not is_own(kind):
         made = family.plan(round, weak, theta, layout)
     else:

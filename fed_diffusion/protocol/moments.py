@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fed_diffusion.common.rng import Purpose, philox
-from fed_diffusion.config import Config
+from fed_diffusion.config.schema import LocalConfig
 from fed_diffusion.masks.mask import Mask, Masks, mask_of
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.errors import UpdateError
@@ -31,14 +31,14 @@ TABLE = 256
 """The number of different counts of a tensor up to which each count is sent as one byte."""
 
 
-def is_shared(config: Config) -> bool:
-    """Return whether the optimiser's state outlives the round."""
-    return config.local.state == "shared"
+def is_shared(local: LocalConfig) -> bool:
+    """Whether the optimiser's state outlives the round."""
+    return local.state == "shared"
 
 
-def blank(theta: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Return the state before the first round; empty where every round begins with a fresh one."""
-    if not is_shared(config):
+def blank(theta: Mapping[str, Tensor], local: LocalConfig) -> dict[str, Tensor]:
+    """The state before the first round; nothing where every round begins with a fresh one."""
+    if not is_shared(local):
         return {}
     return {p + n: torch.zeros(v.shape) for p in PREFIXES for n, v in theta.items()}
 
@@ -166,25 +166,37 @@ class Outgoing:
 
 
 def cast_state(
-    state: Mapping[str, Tensor], config: Config, round: int
+    state: Mapping[str, Tensor], dtype: str, seed: int, round: int
 ) -> dict[str, Outgoing | Counts]:
-    """Return the state as it travels to clients, made once a round for all of them."""
+    """Return the state as it travels to clients, made once a round for all of them.
+
+    Parameters
+    ----------
+    dtype
+        The format of the moments, as in wire.state.
+    seed
+        The run's seed, which the rounding starts from.
+    """
     found: dict[str, Outgoing | Counts] = {}
     for place, (name, value) in enumerate(state.items()):
         if name.startswith(STEPS):
             found[name] = Counts(value)
         else:
-            key = config.seed, Purpose.ROUNDING_STATE_DOWN, round, place
-            found[name] = Outgoing(_moment(name, value, value.dim() > 1, config), key)
+            key = seed, Purpose.ROUNDING_STATE_DOWN, round, place
+            found[name] = Outgoing(_moment(name, value, value.dim() > 1, dtype), key)
     return found
 
 
-def _moment(name: str, values: Tensor, wide: bool, config: Config) -> Moment:
-    return Moment(values, config.wire.state, name.startswith(SECOND), wide)
+def _moment(name: str, values: Tensor, wide: bool, dtype: str) -> Moment:
+    return Moment(values, dtype, name.startswith(SECOND), wide)
 
 
 def decode_state(
-    arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, config: Config
+    arrays: Mapping[str, Packed],
+    theta: Mapping[str, Tensor],
+    masks: Masks,
+    local: LocalConfig,
+    dtype: str,
 ) -> dict[str, Tensor]:
     """Return the state that a client was sent, as it holds theta; counts may have no dimension.
 
@@ -193,11 +205,11 @@ def decode_state(
     UpdateError
         Names, types, shapes or values are such as no server sends.
     """
-    if not is_shared(config):
+    if not is_shared(local):
         return {}
     held = {
         name: mask_of(masks, parameter_of(name), theta[parameter_of(name)]).hold(kept)
-        for name, kept in decode_moments(arrays, theta, masks, config).items()
+        for name, kept in decode_moments(arrays, theta, masks, dtype).items()
     }
     for name, whole in theta.items():
         mask, key = mask_of(masks, name, whole), STEPS + name
@@ -212,20 +224,20 @@ def decode_state(
 
 
 def encode_moments(
-    moments: Mapping[str, Tensor], masks: Masks, config: Config, round: int, client: int
+    moments: Mapping[str, Tensor], masks: Masks, dtype: str, seed: int, round: int, client: int
 ) -> dict[str, Packed]:
-    """Return what training made of the kept moments."""
-    stream = philox(config.seed, Purpose.ROUNDING_STATE, round, client)
+    """Return what training made of the kept moments, in a format as in wire.state."""
+    stream = philox(seed, Purpose.ROUNDING_STATE, round, client)
     packed = {}
     for name, value in moments.items():
         held = value.detach().to("cpu", torch.float32)
         kept = mask_of(masks, parameter_of(name), held).release(held)
-        packed[name] = _moment(name, kept, held.dim() > 1, config).pack(stream)
+        packed[name] = _moment(name, kept, held.dim() > 1, dtype).pack(stream)
     return packed
 
 
 def decode_moments(
-    arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, config: Config
+    arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, dtype: str
 ) -> dict[str, Tensor]:
     """Return both moments of every tensor, as far as its mask keeps them.
 
@@ -242,9 +254,8 @@ def decode_moments(
             key = prefix + name
             if key not in arrays:
                 raise UpdateError(f"{key} is missing, and local.state is shared")
-            found[key] = unpack_moment(
-                key, arrays[key], config.wire.state, prefix == SECOND, whole.dim() > 1, kept
-            )
-        if config.wire.state != "fp32":
+            second, wide = prefix == SECOND, whole.dim() > 1
+            found[key] = unpack_moment(key, arrays[key], dtype, second, wide, kept)
+        if dtype != "fp32":
             found[FIRST + name] = bounded(found[FIRST + name], found[SECOND + name])
     return found

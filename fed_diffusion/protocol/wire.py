@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fed_diffusion.common.rng import Purpose, philox
-from fed_diffusion.config import Config
-from fed_diffusion.masks.families import derive, family_of
+from fed_diffusion.config.schema import LocalConfig, PruningConfig, WireConfig
+from fed_diffusion.masks.families import Family, derive
 from fed_diffusion.masks.mask import Mask, Masks, Scattered, mask_of
 from fed_diffusion.masks.recipe import Numbers, Recipe, RecipeError
 from fed_diffusion.masks.spaces import Layout
@@ -39,6 +39,34 @@ VERSION = 2
 It is raised when a payload would be read otherwise, or when the same settings make another one:
 runs that were begun before would not end with the bits they would have ended with.
 """
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How the tensors of a run travel, which both halves know before any round.
+
+    Attributes
+    ----------
+    settings, pruning, local
+        These sections of the configuration.
+    family
+        The run's mask family.
+    seed
+        The seed of the run, for what is rounded at random.
+    """
+
+    settings: WireConfig
+    pruning: PruningConfig
+    local: LocalConfig
+    family: Family
+    seed: int
+
+    @property
+    def rows(self) -> bool:
+        """Whether int8 has a scale per output channel: not where masks leave no rows to scale."""
+        if self.settings.scale != "channel":
+            return False
+        return self.pruning.kind == "full" or self.family.shrinks
 
 
 @dataclass(frozen=True)
@@ -67,24 +95,14 @@ def _size(value: int | float | str | list[int]) -> int:
 # --- towards the client -------------------------------------------------------------------------
 
 
-def cast_theta(theta: Mapping[str, Tensor], config: Config, round: int) -> dict[str, Cast]:
-    """Return theta_r as it travels, made once a round: each client is sent its part of these bytes.
+def cast_theta(theta: Mapping[str, Tensor], wire: Wire, round: int) -> dict[str, Cast]:
+    """theta_r as it travels, once a round for all clients: each is sent its part of the same bytes.
 
-    With single weights masked anywhere, int8 has one scale per tensor; see `per_row`.
+    With single weights masked anywhere, int8 has one scale per tensor; see `Wire.rows`.
     """
-    stream = philox(config.seed, Purpose.ROUNDING_DOWN, round)
-    rows = per_row(config)
-    return {name: cast(value, config.wire.down, rows, stream) for name, value in theta.items()}
-
-
-def per_row(config: Config) -> bool:
-    """Return whether int8 has a scale per output channel: not where masks leave no rows to
-    scale.
-    """
-    pruning = config.pruning
-    if config.wire.scale != "channel":
-        return False
-    return pruning.kind == "full" or family_of(pruning, config.seed).shrinks
+    stream = philox(wire.seed, Purpose.ROUNDING_DOWN, round)
+    rows, down = wire.rows, wire.settings.down
+    return {name: cast(value, down, rows, stream) for name, value in theta.items()}
 
 
 def encode_task(
@@ -104,7 +122,7 @@ def encode_task(
 
 
 def decode_task(
-    payload: Payload, theta: Mapping[str, Tensor], layout: Layout | None, config: Config
+    payload: Payload, theta: Mapping[str, Tensor], layout: Layout | None, wire: Wire
 ) -> tuple[Recipe, Masks, dict[str, Tensor]]:
     """Return the recipe, the mask and theta_{r,n,0} = theta_r * m.
 
@@ -113,10 +131,10 @@ def decode_task(
     """
     recipe = Recipe.from_metrics(payload.numbers)
     bits = {k: v for k, v in payload.arrays.items() if k.startswith(MASK_PREFIX)}
-    odd = (MASK_PREFIX, *PREFIXES) if is_shared(config) else MASK_PREFIX
+    odd = (MASK_PREFIX, *PREFIXES) if is_shared(wire.local) else MASK_PREFIX
     values = {k: v for k, v in payload.arrays.items() if not k.startswith(odd)}
-    masks = _masks(recipe, bits, theta, layout, config)
-    kept = _decode(values, theta, masks, config.wire.down, per_row(config))
+    masks = _masks(recipe, bits, theta, layout, wire)
+    kept = _decode(values, theta, masks, wire.settings.down, wire.rows)
     held = {name: mask.hold(kept[name]) for name, mask in masks.items()}
     return recipe, masks, kept | held
 
@@ -126,15 +144,14 @@ def _masks(
     bits: Mapping[str, Packed],
     theta: Mapping[str, Tensor],
     layout: Layout | None,
-    config: Config,
+    wire: Wire,
 ) -> Masks:
-    """Return a client's masks, of the configured family, whatever family a message names."""
-    pruning = config.pruning
-    family = family_of(pruning, config.seed)
-    if not recipe.whole() and recipe.kind != pruning.kind:
-        raise RecipeError(f"recipe: kind = {recipe.kind!r}, and the run's is {pruning.kind!r}")
+    """A client's masks: of the configured family, whatever a message names."""
+    family, kind = wire.family, wire.pruning.kind
+    if not recipe.whole() and recipe.kind != kind:
+        raise RecipeError(f"recipe: kind = {recipe.kind!r}, and the run's is {kind!r}")
     if recipe.needs_bits != (family.sends_bits and not recipe.whole()):
-        raise RecipeError(f"recipe: needs_bits = {recipe.needs_bits} is not {pruning.kind}'s")
+        raise RecipeError(f"recipe: needs_bits = {recipe.needs_bits} is not {kind}'s")
     if not recipe.needs_bits:
         return derive(family, recipe, theta, layout)
     masks = decode_bits(bits, theta)
@@ -149,7 +166,7 @@ def encode_update(
     end: Mapping[str, Tensor],
     start: Mapping[str, Tensor],
     masks: Masks,
-    config: Config,
+    wire: Wire,
     round: int,
     client: int,
 ) -> dict[str, Packed]:
@@ -161,19 +178,19 @@ def encode_update(
     end, start
         The worker's parameters, small where whole channels are dropped.
     """
-    stream = philox(config.seed, Purpose.ROUNDING, round, client)
+    stream = philox(wire.seed, Purpose.ROUNDING, round, client)
     packed = {}
     for name, value in end.items():
         held = value.detach().to("cpu", torch.float32)
-        if config.wire.differences:
+        if wire.settings.differences:
             held = held - start[name]
         kept = mask_of(masks, name, held).release(held)
-        packed[name] = cast(kept, config.wire.up, per_row(config), stream).pack()
+        packed[name] = cast(kept, wire.settings.up, wire.rows, stream).pack()
     return packed
 
 
 def decode_update(
-    arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, config: Config
+    arrays: Mapping[str, Packed], theta: Mapping[str, Tensor], masks: Masks, wire: Wire
 ) -> dict[str, Tensor]:
     """Return a worker's part of the mean (8): its values, or theta_r plus its differences.
 
@@ -185,20 +202,20 @@ def decode_update(
     UpdateError
         A name, dtype, shape or length is not what the recipe implies.
     """
-    base = theta if config.wire.differences else None
-    return _decode(arrays, theta, masks, config.wire.up, per_row(config), base)
+    base = theta if wire.settings.differences else None
+    return _decode(arrays, theta, masks, wire.settings.up, wire.rows, base)
 
 
-def largest_update(theta: Mapping[str, Tensor], kept: float, config: Config) -> int:
-    """Return the most bytes that an update can have whose mask keeps this part of all coordinates.
+def largest_update(theta: Mapping[str, Tensor], kept: float, wire: Wire) -> int:
+    """The most bytes that an update can have whose mask keeps this part of all coordinates.
 
     Beside the values there are the two moments of a shared state, int8's scales, what alignment
     adds, and what is not theta's: numbers, and in diagnostic rounds a few gradients' projections.
     """
     values = math.ceil(kept * sum(value.numel() for value in theta.values()))
     rows = sum(len(value) if value.dim() > 1 else 1 for value in theta.values())
-    moments = 2 * 4 if config.local.state == "shared" else 0
-    each = DTYPES[config.wire.up].itemsize + moments
+    moments = 2 * 4 if is_shared(wire.local) else 0
+    each = DTYPES[wire.settings.up].itemsize + moments
     return each * values + 4 * rows + 8 * len(theta) + BESIDE
 
 

@@ -206,9 +206,9 @@ EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
 """Each tracker that needs another package -> that package, which is also the extra's name."""
 
 
-def check_trackers(config: Config) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Refuse names in trackers that cannot be found, before anything else is done."""
-    for name in config.trackers:
+    for name in names:
         resolve(KEY, name, TRACKERS)
         if (package := EXTRAS.get(name)) is not None and find_spec(package) is None:
             raise ConfigError(

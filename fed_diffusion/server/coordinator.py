@@ -8,22 +8,21 @@ what has come, `summary` writes it down. None of them knows which engine carries
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from fed_diffusion.build import channel_layout
+from fed_diffusion.build import Setup
 from fed_diffusion.config import Config
 from fed_diffusion.masks.recipe import RecipeError
 from fed_diffusion.protocol.errors import DivergedError, Fault, UpdateError
 from fed_diffusion.protocol.messages import Task, Update
-from fed_diffusion.protocol.moments import blank, grouped, parted, ungrouped
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.server.diagnostics import Diagnostics
 from fed_diffusion.server.divergence import check_divergence
-from fed_diffusion.server.norms import NormLimit, norm_factor
+from fed_diffusion.server.model import Model
+from fed_diffusion.server.norms import limit_of
 from fed_diffusion.server.open_round import Flights, OpenRound
-from fed_diffusion.server.optimizers import ServerStep
 from fed_diffusion.server.participation import Participation
 from fed_diffusion.server.policies import RoundPolicy
 from fed_diffusion.server.policy_of import checked, policy_of
@@ -36,47 +35,36 @@ class BelowQuorum(RuntimeError):
     """Too few updates counted for the round to be closed; the message holds the reasons."""
 
 
-class Coordinator:
-    """The coordinator holds theta, hands out tasks, takes updates and closes rounds by equation
-    (8).
+class Coordinator(Model):
+    """Holds theta; hands out tasks, takes updates in any order, closes rounds by equation (8).
 
     Parameters
     ----------
-    config
-        The settings of the run.
+    run
+        The configuration of the run, or the setup that was made of it.
     theta
         theta_0 by name, float32 on the CPU; copied.
 
     Attributes
     ----------
-    round
-        How many rounds are done.
-    moments
-        The optimiser's state behind theta, where local.state is shared; see `protocol.moments`.
     clock
         Simulated seconds since the start; only the in-process engine moves it.
     open
         The round in progress; None between rounds.
     """
 
-    def __init__(self, config: Config, theta: Mapping[str, Tensor]):
-        self.config = config
-        self.theta = {n: v.detach().to("cpu").float().clone() for n, v in theta.items()}
-        self.ema = {name: value.clone() for name, value in self.theta.items()}
-        self.moments = blank(self.theta, config)
-        self.round = 0
-        self.clock = 0.0
-        self.parameters = sum(value.numel() for value in self.theta.values())
-        self.layout = channel_layout(config)
-        self.participation = Participation(config, self.layout)
-        self.policy: RoundPolicy = policy_of(config)
+    def __init__(self, run: Config | Setup, theta: Mapping[str, Tensor]):
+        setup = Setup.of(run)
+        super().__init__(setup.config, theta)
+        self.clock, self.layout = 0.0, setup.layout
+        self.participation = Participation(setup)
+        self.policy: RoundPolicy = policy_of(self.config)
         self.flights = Flights(self.policy.overlapping)
-        self.step = ServerStep(config.server, self.theta)
-        self.norms = NormLimit(config.round.max_norm, norm_factor(config))
-        self.diagnostics = Diagnostics(config)
-        self.ledger = Ledger(config, self.parameters)
+        self.norms = limit_of(self.config.round, self.config.privacy)
+        self.diagnostics = Diagnostics(setup)
+        self.ledger = Ledger(setup, self.parameters)
         parts = self.participation, self.policy, self.norms, self.diagnostics, self.ledger
-        self._rounds = Rounds(config, self.layout, *parts)
+        self._rounds = Rounds(setup, *parts)
         self.open: OpenRound | None = None
 
     # --- what a checkpoint holds ----------------------------------------------------------------
@@ -84,8 +72,7 @@ class Coordinator:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return what a checkpoint holds, by file."""
         measured = self.diagnostics.tensors()
-        groups = {"theta": self.theta, "ema": self.ema} | grouped(self.moments)
-        groups |= self.flights.tensors() | self.step.tensors()
+        groups = super().tensors() | self.flights.tensors()
         return groups | ({"diagnostic": measured} if measured else {})
 
     def state(self) -> dict[str, Any]:
@@ -104,10 +91,7 @@ class Coordinator:
         ValueError
             The checkpoint's tensors are not this model's.
         """
-        self.theta, self.ema = (_as(self.theta, tensors[name]) for name in ("theta", "ema"))
-        self.moments = _as(self.moments, ungrouped(tensors))
-        self.step.restore(tensors)
-        self.round = int(state["round"])
+        self.put_back(tensors, int(state["round"]))
         self.participation.restore(state["strikes"])
         self.norms.recent = [float(norm) for norm in state["norms"]]
         self.clock = float(state["clock"])
@@ -149,21 +133,17 @@ class Coordinator:
             self.diagnostics.open(round, self.theta, whole)
         state = self.open
         recipes = {client: state.recipes[client] for client in asked if client in state.recipes}
-        theta, moments = self.theta, self.moments
-        for task, flight in self._rounds.tasks(round, theta, moments, recipes, state.masks):
+        made = self._rounds.tasks(round, self.theta, self.moments, recipes, state.masks)
+        for task, flight in made:
             state.send(task)
-            self.flights.send(task.client, flight, theta | moments)
+            self.flights.send(task.client, flight, self.theta | self.moments)
             yield task
 
     def again(self, client: int) -> Task:
         """Return a task that is out, made anew from the theta that it began on."""
         versions, began = self.flights.versions, self.flights.out[client].round
         assert versions is not None
-        theta, moments = parted(versions[began])
-        recipe = self._rounds.recipes(began, self.participation.eligible(), theta)[client]
-        masks, recipes = self._rounds.masks(theta), {client: recipe}
-        ((task, flight),) = self._rounds.tasks(began, theta, moments, recipes, masks)
-        self.flights.out[client] = flight
+        task, self.flights.out[client] = self._rounds.again(began, client, versions[began])
         return task
 
     # --- updates in -----------------------------------------------------------------------------
@@ -179,13 +159,7 @@ class Coordinator:
             self._rounds.take(state, flight, update, self.theta, self.moments, stale, node)
         except (UpdateError, RecipeError) as error:
             refused = error if isinstance(error, UpdateError) else UpdateError(str(error))
-            if refused.strike:
-                self.participation.strike(update.client)
-            state.diverged += [update.client] if refused.diverged else []
-            first = refused.first if isinstance(refused, DivergedError) else None
-            state.spoiled += [update.client] if self.ledger.spoiled(first) else []
-            state.reject(update.client, str(error), node, 0, "node" if refused.strike else "server")
-            self.flights.land(update.client)
+            _refuse(self, state, update.client, refused, node)
             return False
         self.flights.land(update.client)
         return True
@@ -246,21 +220,10 @@ class Coordinator:
         state, round = self._state(), self.round + 1
         self.open = None
         self.flights.close()
-        needed = self.quorum()
-        if self.config.privacy.clip is not None and self.config.round.fraction < 1:
-            needed = min(needed, len(state.recipes))  # a draw of nobody is a round like any other
+        needed = _needed(self, state)
         if len(state.clients) < needed:
-            self.ledger.give_up(state)
-            self.flights.again_from(round)
-            eta = self.config.local.eta
-            check_divergence(eta, eta_of(self.config, round), round, needed, state)
-            raise BelowQuorum(_too_few(state, round, needed))
-        mean, moments = parted(state.mean.result())
-        self.theta, self.moments = self.step.move(self.theta, mean, state.mean), moments
-        decay = min(self.config.ema.decay, (1 + round) / (10 + round))
-        for name, average in self.ema.items():
-            average.lerp_(self.theta[name], 1 - decay)
-        self.round = round
+            _give_up(self, state, round, needed)
+        self.move(state.mean)
         for client in state.failed:
             self.participation.strike(client)
         self.norms.learn(state.norms)
@@ -273,14 +236,34 @@ class Coordinator:
         return self.open
 
 
-def _as(model: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return stored tensors in the model's order, which random masks follow; a file has another
-    one.
-    """
-    shapes, theirs = ({n: tuple(v.shape) for n, v in it.items()} for it in (model, stored))
-    if shapes != theirs:
-        raise ValueError("the checkpoint's tensors are not those of the configured model")
-    return {name: stored[name] for name in model}
+def _refuse(
+    coordinator: Coordinator, state: OpenRound, client: int, error: UpdateError, node: int | None
+) -> None:
+    """Note an update that must not count, and whose fault that is."""
+    if error.strike:
+        coordinator.participation.strike(client)
+    state.diverged += [client] if error.diverged else []
+    first = error.first if isinstance(error, DivergedError) else None
+    state.spoiled += [client] if coordinator.ledger.spoiled(first) else []
+    state.reject(client, str(error), node, 0, "node" if error.strike else "server")
+    coordinator.flights.land(client)
+
+
+def _needed(coordinator: Coordinator, state: OpenRound) -> int:
+    """How many updates the open round needs."""
+    config, needed = coordinator.config, coordinator.quorum()
+    if config.privacy.clip is not None and config.round.fraction < 1:
+        return min(needed, len(state.recipes))  # a draw of nobody is a round like any other
+    return needed
+
+
+def _give_up(coordinator: Coordinator, state: OpenRound, round: int, needed: int) -> NoReturn:
+    """End a try of a round that too few updates counted in."""
+    coordinator.ledger.give_up(state)
+    coordinator.flights.again_from(round)
+    local, rounds = coordinator.config.local, coordinator.config.rounds
+    check_divergence(local.eta, eta_of(local, rounds, round), round, needed, state)
+    raise BelowQuorum(_too_few(state, round, needed))
 
 
 def _too_few(state: OpenRound, round: int, needed: int) -> str:

@@ -9,7 +9,6 @@ trains.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fed_diffusion.build import Setup
 from fed_diffusion.client.diagnostics import (
     MINIBATCHES,
     MOST_LETTERS,
@@ -25,8 +25,6 @@ from fed_diffusion.client.diagnostics import (
 )
 from fed_diffusion.common.rng import Purpose, generator
 from fed_diffusion.common.text import clean
-from fed_diffusion.config import Config
-from fed_diffusion.data import image_shape
 from fed_diffusion.masks.recipe import Numbers
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.diagnostics import (
@@ -40,15 +38,12 @@ from fed_diffusion.protocol.diagnostics import (
     M2,
     TOGETHER,
     L,
-    is_due,
 )
 from fed_diffusion.protocol.errors import UpdateError
 from fed_diffusion.protocol.messages import MEASURED_LIMIT, Update
 from fed_diffusion.server.divergence import OUTLIER, usual_mean
 from fed_diffusion.theory.estimates import (
-    SKETCH,
     Estimate,
-    Sketch,
     gradient_distance,
     gradient_norm,
     gradient_variance,
@@ -58,6 +53,7 @@ from fed_diffusion.theory.estimates import (
     secant,
     worker_distances,
 )
+from fed_diffusion.theory.sketch import SKETCH, Sketch
 
 PRODUCTS = 3
 """The number of Hessian products behind a curvature."""
@@ -107,10 +103,10 @@ class Diagnostics:
     Between rounds it keeps the last sketches, for the secant estimate of L.
     """
 
-    def __init__(self, config: Config):
-        self._config = config
+    def __init__(self, setup: Setup):
+        self._config = config = setup.config
         self._sketch = Sketch(config.seed)
-        self._d = math.prod(image_shape(config.data))
+        self._d = setup.d
         self._open: _Open | None = None
         self._last: tuple[Tensor, dict[int, Tensor]] | None = None
         """The sketch of theta at the last diagnostic round, and of each worker's gradients at
@@ -123,7 +119,7 @@ class Diagnostics:
         order = generator(self._config.seed, Purpose.DIAGNOSTIC).permutation(self._config.clients)
         rank = dict(zip(order.tolist(), range(len(order)), strict=True))
         chosen = sorted(whole, key=lambda client: rank[client])[:MOST_WORKERS]
-        if not chosen or not is_due(self._config, round):
+        if not chosen or not self._config.is_diagnostic(round):
             return
         asked = dict.fromkeys(chosen, 0) | {chosen[0]: PRODUCTS}
         self._open = _Open(round, self._sketch(theta.values()), asked)

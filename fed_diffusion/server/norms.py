@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fed_diffusion.config import Config
+from fed_diffusion.config.schema import PrivacyConfig, RoundConfig
 from fed_diffusion.masks.mask import Masks
 from fed_diffusion.protocol.codecs import difference
 from fed_diffusion.protocol.errors import DivergedError, UpdateError
@@ -89,15 +89,15 @@ class NormLimit:
         self.recent = (self.recent + sorted(fresh))[-KEPT:]
 
 
-def norm_factor(config: Config) -> float | None:
-    """Return round.norm_factor as a number.
+def limit_of(settings: RoundConfig, privacy: PrivacyConfig) -> NormLimit:
+    """The limits of a run.
 
-    Under privacy there is none: what others sent must not decide whether an update counts.
+    Under privacy `auto` is no factor: what others sent must not decide whether an update counts.
     """
-    factor = config.round.norm_factor
+    factor = settings.norm_factor
     if factor == "auto":
-        return AUTO if config.privacy.clip is None else None
-    return factor
+        factor = AUTO if privacy.clip is None else None
+    return NormLimit(settings.max_norm, factor)
 
 
 def _root_mean_square(theta: Mapping[str, Tensor]) -> float:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from fed_diffusion.config import Config
-from fed_diffusion.masks.plan import able, known_ratios
-from fed_diffusion.masks.spaces import Layout
+from fed_diffusion.build import Setup
+from fed_diffusion.masks.plan import able
 
 
 class Participation:
     """The clients of a run, with what the server knows of each.
-
-    Parameters
-    ----------
-    layout
-        The network's channel spaces, where whole channels are dropped.
 
     Attributes
     ----------
@@ -27,10 +21,10 @@ class Participation:
         Client -> how many bad updates it has sent.
     """
 
-    def __init__(self, config: Config, layout: Layout | None = None):
-        self._config = config
-        self._layout = layout
-        self.keeps = known_ratios(config)
+    def __init__(self, setup: Setup):
+        self._config = setup.config
+        self._layout = setup.layout
+        self.keeps = setup.known_ratios()
         self.images: dict[int, int] = {}
         self.strikes: dict[int, int] = {}
 
@@ -52,8 +46,8 @@ class Participation:
             self._layout.counts(keep)
 
     def able(self) -> list[int]:
-        """Return all clients but those that `exclusive` leaves out for their keep ratio."""
-        return able(self._config, self.keeps)
+        """All clients but those that `exclusive` leaves out for their keep ratio."""
+        return able(self._config.pruning, self.keeps)
 
     def eligible(self) -> list[int]:
         """Return clients that may take part: able, and not banned."""

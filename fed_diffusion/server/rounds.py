@@ -9,12 +9,11 @@ from torch import Tensor
 from fed_diffusion.aggregation.named import Aggregator, aggregator_of, heaviest_of
 from fed_diffusion.aggregation.private import PrivateMean
 from fed_diffusion.aggregation.stateful import StatefulMean
-from fed_diffusion.config import Config
-from fed_diffusion.masks.families import family_of
+from fed_diffusion.build import Setup
+from fed_diffusion.config.schema import RoundConfig
 from fed_diffusion.masks.mask import Masks, kept_fraction, kept_values, pruning_error
 from fed_diffusion.masks.plan import plan_round
 from fed_diffusion.masks.recipe import Recipe, RecipeError
-from fed_diffusion.masks.spaces import Layout
 from fed_diffusion.protocol.errors import LimitError, UpdateError
 from fed_diffusion.protocol.messages import EXAMPLES_LIMIT, Task, Update, measurements
 from fed_diffusion.protocol.moments import (
@@ -23,10 +22,12 @@ from fed_diffusion.protocol.moments import (
     cast_state,
     decode_moments,
     group,
+    parted,
     spread,
 )
 from fed_diffusion.protocol.wire import (
     Payload,
+    Wire,
     cast_theta,
     decode_update,
     encode_task,
@@ -44,27 +45,21 @@ Theta = Mapping[str, Tensor]
 
 
 class Rounds:
-    """Begins rounds and takes their updates; theta and the open round belong to the coordinator.
-
-    Parameters
-    ----------
-    layout
-        The network's channel spaces, where whole channels are dropped.
-    """
+    """Begins rounds and takes their updates; theta and the open round are the coordinator's."""
 
     def __init__(
         self,
-        config: Config,
-        layout: Layout | None,
+        setup: Setup,
         participation: Participation,
         policy: RoundPolicy,
         norms: NormLimit,
         diagnostics: Diagnostics,
         ledger: Ledger,
     ):
-        self._config = config
-        self._layout = layout
-        self._family = family_of(config.pruning, config.seed)
+        self._config = config = setup.config
+        self._layout = setup.layout
+        self._family = setup.family
+        self._wire = Wire(config.wire, config.pruning, config.local, setup.family, config.seed)
         self._participation = participation
         self._policy = policy
         self._norms = norms
@@ -105,7 +100,8 @@ class Rounds:
     def recipes(self, round: int, clients: list[int], theta: Theta) -> dict[int, Recipe]:
         """Return client -> the recipe of its mask in a round at theta_r."""
         keeps = self._participation.ratios(clients)
-        return plan_round(self._config, round, keeps, theta, self._layout)
+        kind = self._config.pruning.kind
+        return plan_round(self._family, kind, round, keeps, theta, self._layout)
 
     def masks(self, theta: Theta) -> MaskStore:
         """Return an empty store of masks of theta_r."""
@@ -126,10 +122,8 @@ class Rounds:
         theta, state
             theta_r and the optimiser's state; they are cast once for all of these clients.
         """
-        casts = {
-            **cast_theta(theta, self._config, round),
-            **cast_state(state, self._config, round),
-        }
+        wire, seed = self._config.wire, self._config.seed
+        casts = cast_theta(theta, self._wire, round) | cast_state(state, wire.state, seed, round)
         steps = group(state, STEPS)
         full: Payload | None = None
         for client, recipe in recipes.items():
@@ -143,9 +137,16 @@ class Rounds:
                 payload = encode_task(casts, recipe, mask)
                 kept, w2 = kept_fraction(mask, theta), pruning_error(mask, theta)
                 bits = masks.pack(recipe, mask)
-            most = largest_update(theta, kept, self._config)
+            most = largest_update(theta, kept, self._wire)
             flight = Flight(round, recipe, payload.nbytes, kept, w2, bits, steps, most)
             yield Task(round, client, payload), flight
+
+    def again(self, round: int, client: int, version: Theta) -> tuple[Task, Flight]:
+        """A client's task of an earlier round, from the theta and the state it began on."""
+        theta, state = parted(version)
+        recipe = self.recipes(round, self._participation.eligible(), theta)[client]
+        ((task, flight),) = self.tasks(round, theta, state, {client: recipe}, self.masks(theta))
+        return task, flight
 
     def take(
         self,
@@ -186,13 +187,13 @@ class Rounds:
         arrays, answer = self._diagnostics.split(update)
         sent = [n for n in arrays if n in state and not n.startswith(STEPS)]
         moments = {name: arrays.pop(name) for name in sent}
-        values = decode_update(arrays, theta, masks, self._config)
+        values = decode_update(arrays, theta, masks, self._wire)
         rms = self._norms.check(values, theta, masks)
         said = self._participation.images.get(update.client)
-        weight = weight_of(self._config, measured["examples"], said)
+        weight = weight_of(self._config.round, measured["examples"], said)
         factor = self._policy.weight(staleness)
         if state:
-            values |= decode_moments(moments, theta, masks, self._config)
+            values |= decode_moments(moments, theta, masks, self._config.wire.state)
             values |= self._steps(flight, masks, measured["examples"])
         whole = {**theta, **state}
         open.mean.add(damped(values, whole, spread(masks, whole), factor), masks, weight)
@@ -224,8 +225,8 @@ class Rounds:
         return PrivateMean(theta, everyone, self._config.round.fraction, self._config.privacy)
 
 
-def weight_of(config: Config, examples: int, said: int | None = None) -> int:
-    """Return how often an update counts: once, or as often as its client has images.
+def weight_of(settings: RoundConfig, examples: int, said: int | None = None) -> int:
+    """How often an update counts: once, or as often as its client has images.
 
     Parameters
     ----------
@@ -239,7 +240,7 @@ def weight_of(config: Config, examples: int, said: int | None = None) -> int:
     LimitError
         The sums have no room for so many images.
     """
-    if config.round.weighting != "examples":
+    if settings.weighting != "examples":
         return 1
     if said is not None and examples > said:
         raise UpdateError(

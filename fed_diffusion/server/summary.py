@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from fed_diffusion.aggregation.named import ROBUST
 from fed_diffusion.aggregation.robust import undefended
-from fed_diffusion.build import time_grid
-from fed_diffusion.config import Config
-from fed_diffusion.data import image_shape
-from fed_diffusion.diffusion.loss import DSMLoss
+from fed_diffusion.build import Setup
 from fed_diffusion.protocol.divergence import exploded
 from fed_diffusion.protocol.errors import DivergedError
 from fed_diffusion.protocol.schedules import eta_of
@@ -39,11 +35,10 @@ class Ledger:
         The losses of the rounds so far, with which a client's loss is compared.
     """
 
-    def __init__(self, config: Config, parameters: int):
-        self._config = config
+    def __init__(self, setup: Setup, parameters: int):
+        self._config = setup.config
         self._parameters = parameters
-        self._Z = DSMLoss(time_grid(config)).Z
-        self._d = math.prod(image_shape(config.data))
+        self._Z, self._d = setup.Z, setup.d
         self.losses: list[float] = []
         self._lowest: list[float] = []
         """The lowest loss or held-out loss since this process began, if any."""
@@ -120,7 +115,7 @@ class Ledger:
             bytes_down=failed.bytes_down + state.bytes_down,
             dense_bytes=4 * self._parameters * sent,
             images=sum(c.images for c in clients),
-            eta=eta_of(self._config, round),
+            eta=eta_of(self._config.local, self._config.rounds, round),
             clients=clients,
             rejected=rejected,
             staleness=state.staleness,

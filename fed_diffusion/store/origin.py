@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from fed_diffusion import __version__
-from fed_diffusion.common.compute import device_of
 from fed_diffusion.config import Config, ConfigError, build_config, with_overrides
+from fed_diffusion.config.schema import DataConfig
 from fed_diffusion.store.checkpoint import Checkpoint
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.store.rundir import RunDir
@@ -51,27 +51,35 @@ class Standing:
 
 
 def origin_of(
-    config: Config, data: str | None, run: RunDir, versions: Mapping[str, int]
+    settings: dict[str, Any],
+    data: str | None,
+    run: RunDir,
+    versions: Mapping[str, int],
+    device: str,
 ) -> dict[str, Any]:
     """Return what a run depends on, as plain values.
 
     Parameters
     ----------
+    settings
+        The whole configuration: `Config.to_dict()`.
     data
         The hash of the images, where this process has them.
     versions
-        The versions of the formats and of the arithmetic behind what is stored.
+        Of the formats and of the arithmetic behind what is stored.
+    device
+        The type of device that the run computes on.
     """
     known = run.identity()
     return {
         "id": known.get("id"),
-        "config": config.to_dict(),
+        "config": settings,
         "data": data or known.get("data"),
         "versions": dict(versions),
         "made_by": {
             "fed-diffusion": __version__,
             "torch": torch.__version__,
-            "device": device_of(config).type,
+            "device": device,
         },
         "changes": [],
     }
@@ -102,7 +110,9 @@ def standing(
         The run cannot go on; the message says what differs from its beginning, and what to do.
     """
     typed = dict(changes or {})
-    config = _with(run.config(), typed)
+    config = run.config()
+    _refuse_fixed(typed)
+    config = with_overrides(config, typed) if typed else config
     finished = run.finished()
     if finished and not accept_changes and not typed:
         raise _nothing_left(run)
@@ -125,7 +135,7 @@ def standing(
             f"one is {known}, see run.json). Put this run's own checkpoint back."
         )
     round = int(found.state["round"])
-    different = _differences(run, origin["config"], config)
+    different = _differences(run, origin["config"], config.to_dict())
     if different:
         _refuse_changes(run, different, accept_changes, typed)
     if round > config.rounds:
@@ -152,7 +162,7 @@ def trained(run: RunDir) -> tuple[Config, Checkpoint]:
     config, found = run.config(), run.load_trained()
     origin = found.state.get("origin")
     if isinstance(origin, dict):  # not of a version that noted none
-        different = _differences(run, origin["config"], config)
+        different = _differences(run, origin["config"], config.to_dict())
         if fixed := {key: pair for key, pair in different.items() if not _may_change(key)}:
             raise ConfigError(
                 f"{run.path} cannot be used as it is: its config.yaml is not what its network was "
@@ -162,12 +172,14 @@ def trained(run: RunDir) -> tuple[Config, Checkpoint]:
 
 
 def check_same_data(
-    run: RunDir, config: Config, checkpoint: Checkpoint | None, data: str | None
+    run: RunDir, settings: DataConfig, checkpoint: Checkpoint | None, data: str | None
 ) -> None:
     """Raise `ConfigError` for images that are not those of the run's beginning.
 
     Parameters
     ----------
+    settings
+        The section `data` of the run's configuration.
     checkpoint
         The run's checkpoint; None where there is none yet.
     data
@@ -179,8 +191,8 @@ def check_same_data(
         logger.info("%s: the images are not on this machine, and were not compared", run.path)
     elif then != data:
         raise ConfigError(
-            f"{run.path} cannot be used as it is: the images of data.name = {config.data.name!r}, "
-            f"data.dir = {config.data.dir!r} are not those that the run began with (SHA-256 "
+            f"{run.path} cannot be used as it is: the images of data.name = {settings.name!r}, "
+            f"data.dir = {settings.dir!r} are not those that the run began with (SHA-256 "
             f"{data[:12]}, and it was {str(then)[:12]}): images, labels or their order have "
             "changed. Put the images back as they were, or begin a new run with the new ones."
         )
@@ -229,8 +241,10 @@ def _refuse_lost_checkpoints(run: RunDir) -> None:
         )
 
 
-def _differences(run: RunDir, then: Mapping[str, Any], now: Config) -> dict[str, tuple[Any, Any]]:
-    """Return key -> (value then, value now), of the settings that differ."""
+def _differences(
+    run: RunDir, then: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Key -> (value then, value now), of the settings that differ."""
     try:
         before = dict(_flat(build_config(then).to_dict()))  # with the defaults of today
     except ConfigError as error:
@@ -238,7 +252,7 @@ def _differences(run: RunDir, then: Mapping[str, Any], now: Config) -> dict[str,
             f"{run.path} cannot be used: this version of fed-diffusion does not know the settings "
             f"that the run began with. {error}"
         ) from error
-    after = dict(_flat(now.to_dict()))
+    after = dict(_flat(now))
     pairs = {key: (before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after])}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -251,8 +265,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def _with(config: Config, typed: Mapping[str, Any]) -> Config:
-    """Return the settings with the typed changes; only settings that may change are allowed."""
+def _refuse_fixed(typed: Mapping[str, Any]) -> None:
+    """Refuse settings that were typed anew and may not change."""
     for key in typed:
         if not _may_change(key):
             raise ConfigError(
@@ -260,7 +274,6 @@ def _with(config: Config, typed: Mapping[str, Any]) -> Config:
                 f"These settings can be changed: {', '.join(CHANGEABLE)}. For another {key} begin "
                 "a new run."
             )
-    return with_overrides(config, typed) if typed else config
 
 
 def _refuse_changes(

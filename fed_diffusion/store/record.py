@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fed_diffusion.config import Config
 from fed_diffusion.store.checkpoint import NEWEST, set_back
 from fed_diffusion.store.ledger import RoundSummary
-from fed_diffusion.store.origin import Standing, note_where, origin_of, resume_command
+from fed_diffusion.store.origin import Standing, note_where, resume_command
 from fed_diffusion.store.rundir import RunDir
 
 
@@ -21,10 +20,8 @@ class Record:
 
     Parameters
     ----------
-    data
-        The hash of the images, where this process has them.
-    versions
-        As for `origin_of`.
+    origin
+        What the run depends on; see `origin_of`.
 
     Attributes
     ----------
@@ -36,11 +33,11 @@ class Record:
         The round of the newest checkpoint.
     """
 
-    def __init__(self, config: Config, run: RunDir, data: str | None, versions: Mapping[str, int]):
+    def __init__(self, run: RunDir, origin: dict[str, Any]):
         self._run = run
-        self._preset = config.preset
+        self._preset = origin["config"]["preset"]
         self.history: list[RoundSummary] = []
-        self.origin = origin_of(config, data, run, versions)
+        self.origin = origin
         self.saved = 0
         self._written = 0
         self._seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0, "total": 0.0}

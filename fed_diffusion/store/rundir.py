@@ -25,12 +25,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 import uuid
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +43,14 @@ from fed_diffusion.store.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from fed_diffusion.store.evaluations import EVALUATIONS, append_evaluation, read_evaluations
-from fed_diffusion.store.files import MEND, append_line, read_object, write_atomic
+from fed_diffusion.store.evaluations import EVALUATIONS
+from fed_diffusion.store.files import write_atomic
 from fed_diffusion.store.ledger import RoundSummary
-from fed_diffusion.store.locks import STALE_S, FileLock, LockLost
+from fed_diffusion.store.locked_dir import LOCK_TOKEN as LOCK_TOKEN
+from fed_diffusion.store.locked_dir import RunBusy as RunBusy
+from fed_diffusion.store.locked_dir import RunTaken as RunTaken
 from fed_diffusion.store.provenance import PROVENANCE, add_session
+from fed_diffusion.store.run_files import RunFiles
 
 DEFAULT_ROOT = "runs"
 RESULTS = ("metrics.jsonl", NEWEST, PREVIOUS, "results.json")
@@ -59,25 +59,10 @@ OTHERS = (
     *("config.yaml", "report.html", "budgets.json", "data.json", "privacy.jsonl"),
     *(PROVENANCE, EVALUATIONS, "samples/final.png", "samples/real.png"),
 )
-LOCK = ".run"
-LOCK_TOKEN = "FED_DIFFUSION_RUN_LOCK"
-"""The environment variable that lets the ServerApp of a command join the command's lock."""
 
 
-class RunTaken(ConfigError):
-    """The directory holds a run, or files, that a new run would write over."""
-
-
-class RunBusy(RunTaken):
-    """Another process works on the run; the message says which."""
-
-
-class RunDir:
-    """The files of one run."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path).resolve()
-        self._lock: FileLock | None = None
+class RunDir(RunFiles):
+    """The directory of one run: how it is claimed, its configuration and its checkpoints."""
 
     @classmethod
     def create(
@@ -108,7 +93,7 @@ class RunDir:
         """
         run = None
         try:
-            run = _claim_new(config, Path(root)) if path is None else cls(path)
+            run = _claim_new(config.preset, Path(root)) if path is None else cls(path)
             run.path.mkdir(parents=True, exist_ok=True)
             run.lock()
             run.refuse_existing()
@@ -149,79 +134,7 @@ class RunDir:
             raise ConfigError(f"{run.path} is not a run directory: it has no config.yaml.")
         return run
 
-    # --- who is at it ---------------------------------------------------------------------------
-
-    def lock(self) -> None:
-        """Hold the directory until `unlock`, also as a ServerApp beside the command that started
-        it.
-
-        Raises
-        ------
-        RunBusy
-            Another process holds the directory; the message says which.
-        ConfigError
-            The directory cannot be written to.
-        """
-        lock = FileLock(self.path, LOCK)
-        try:
-            taken = lock.join(os.environ.get(LOCK_TOKEN, "")) or lock.acquire()
-        except OSError as error:
-            raise ConfigError(
-                f"{self.path} cannot be written to: {error.strerror or error}."
-            ) from error
-        if not taken:
-            raise RunBusy(
-                f"{self.path} is in use by {lock.holder()}. Wait until that process has ended; the "
-                "lock of one that was killed is free at once, and from another machine after "
-                f"{STALE_S:.0f} s."
-            )
-        self._lock = lock
-        # of a run that is dropped, as in a notebook, and when Python ends
-        self._release = weakref.finalize(self, lock.release)
-
-    def unlock(self) -> None:
-        if self._lock is not None:
-            self._release()
-            self._lock = None
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the directory while the block runs; see `lock`."""
-        self.lock()
-        try:
-            yield
-        finally:
-            self.unlock()
-
-    @property
-    def joined(self) -> bool:
-        """Whether the command that started this process has claimed the directory for this
-        process.
-        """
-        return self._lock is not None and self._lock.joined
-
-    @property
-    def token(self) -> str:
-        """What a process needs to join (`LOCK_TOKEN`); empty while this process has no lock."""
-        return self._lock.token if self._lock is not None else ""
-
-    def check_lock(self) -> None:
-        """Raise `LockLost` if this process was stopped for long and another took over."""
-        if self._lock is not None and not self._lock.held():
-            raise LockLost(
-                f"this process was stopped for long, and {self._lock.holder()} took over "
-                f"{self.path}"
-            )
-
-    def in_use(self) -> bool:
-        """Return whether a living process holds the directory; nothing is written to find out."""
-        return FileLock(self.path, LOCK).in_use()
-
     # --- what is in it --------------------------------------------------------------------------
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
 
     def config(self) -> Config:
         path = self.path / "config.yaml"
@@ -234,16 +147,6 @@ class RunDir:
     def write_config(self, config: Config) -> None:
         self.check_lock()
         write_atomic(self.path / "config.yaml", config.to_yaml())
-
-    def identity(self) -> dict[str, Any]:
-        """Return run.json; empty where there is none, as in a run of an earlier version."""
-        return self._object("run.json")
-
-    def _object(self, name: str) -> dict[str, Any]:
-        try:
-            return read_object(self.path / name)
-        except FileNotFoundError:
-            return {}
 
     def note_beginning(self, data: str | None = None) -> None:
         """Add to provenance.json what begins or resumes this run.
@@ -259,82 +162,6 @@ class RunDir:
             return
         self.check_lock()
         add_session(self.path / PROVENANCE, data)
-
-    def append_metrics(self, line: Mapping[str, Any]) -> None:
-        self.check_lock()
-        append_line(self.metrics, json.dumps(line))
-
-    def note_opened(self, round: int) -> None:
-        """Bring to disk that a round is about to be sent to clients: privacy counts each time."""
-        self.check_lock()
-        append_line(self.path / "privacy.jsonl", json.dumps({"round": round}))
-
-    def opened(self, finished: int) -> int:
-        """Return how many rounds were opened, repeated ones each time; at least all up to the last
-        one.
-
-        A line that cannot be read counts too, so that the number is never too small.
-        """
-        path, named = self.path / "privacy.jsonl", set()
-        lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
-        for line in lines:
-            with suppress(ValueError, KeyError, TypeError):
-                named.add(json.loads(line)["round"])
-        return len(lines) + len(set(range(1, finished + 1)) - named)
-
-    def write_results(self, results: Mapping[str, Any]) -> None:
-        self.check_lock()
-        write_atomic(self.path / "results.json", json.dumps(results, indent=2) + "\n")
-
-    def results(self) -> dict[str, Any]:
-        try:
-            return read_object(self.path / "results.json")
-        except FileNotFoundError:
-            raise ConfigError(f"{self.path} has no results.json: the run did not finish.") from None
-
-    def append_evaluation(self, entry: Mapping[str, Any]) -> int:
-        """Keep an evaluation beside the earlier ones, and return its number, counted from 1."""
-        self.check_lock()
-        return append_evaluation(self.path / EVALUATIONS, entry)
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Return every evaluation in order; raise `ConfigError` where the file is damaged."""
-        return read_evaluations(self.path / EVALUATIONS)
-
-    def write_budgets(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
-        self.check_lock()
-        write_atomic(self.path / "budgets.json", json.dumps(budgets, indent=2) + "\n")
-
-    def write_status(self, state: str, reason: str | None = None) -> None:
-        """Write how the run ended, finished or failed with the reason, as a server's last act."""
-        self.check_lock()
-        write_atomic(self.path / "status.json", json.dumps({"state": state, "reason": reason}))
-
-    def status(self) -> dict[str, Any]:
-        """Return how the run ended, as state and reason; empty while it goes on, or after a
-        kill.
-        """
-        return self._object("status.json")
-
-    def finished(self) -> bool:
-        """Return whether the run has come to its end."""
-        return self.status().get("state") == "finished"
-
-    def doing(self) -> dict[str, Any]:
-        """Return progress.json; empty where no process works on the run."""
-        return self._object("progress.json")
-
-    def budgets(self) -> dict[int, dict[str, float]]:
-        """Return what write_budgets wrote; empty where it wrote nothing."""
-        found = self._object("budgets.json")
-        try:
-            return {
-                int(client): {key: value for key, value in budget.items() if value == float(value)}
-                for client, budget in found.items()
-            }
-        except (AttributeError, TypeError, ValueError) as error:
-            path = self.path / "budgets.json"
-            raise ConfigError(f"{path} is damaged: {error}. {MEND}") from error
 
     def has_checkpoint(self) -> bool:
         return any((self.path / folder).exists() for folder in (NEWEST, PREVIOUS))
@@ -390,9 +217,9 @@ class RunDir:
         (self.path / "status.json").unlink(missing_ok=True)
 
 
-def _claim_new(config: Config, root: Path) -> RunDir:
-    """Claim a directory that did not exist before and that nobody else has claimed."""
-    stem = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+def _claim_new(preset: str, root: Path) -> RunDir:
+    """A directory that did not exist before and that nobody else has claimed."""
+    stem = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     root.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = root / (stem if number == 1 else f"{stem}-{number}")

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, ValidationError
 
+from fed_diffusion.build import with_class_names
 from fed_diffusion.checks import check
 from fed_diffusion.common.compute import device_of
 from fed_diffusion.common.hardware import usable_cores
@@ -31,7 +32,7 @@ from fed_diffusion.config import Config, ConfigError, conf_dir, load_config, ref
 from fed_diffusion.config.schema import LARGEST, DataConfig, Section, as_numbers
 from fed_diffusion.config.section import complaint
 from fed_diffusion.config.yaml import read_yaml
-from fed_diffusion.data import ImageSet, content_hash, with_class_names
+from fed_diffusion.data import ImageSet, content_hash
 from fed_diffusion.engines.local import run_in_process
 from fed_diffusion.experiment import Experiment, Progress
 from fed_diffusion.store.locks import FileLock, LockLost
@@ -192,7 +193,7 @@ def check_runs(runs: Sequence[Run]) -> dict[DataConfig, ImageSet]:
             if run.config.data not in hashes:
                 hashes[run.config.data] = content_hash(dataset)
             # a finished one too: a table is of one set of images
-            check_same_data(RunDir(run.path), run.config, None, hashes[run.config.data])
+            check_same_data(RunDir(run.path), run.config.data, None, hashes[run.config.data])
     return datasets
 
 
@@ -329,8 +330,8 @@ def _note_machine(run: Run) -> None:
 
 
 def machine_of(config: Config) -> str:
-    """Return this machine as a figure's reader needs to know it."""
-    device = device_of(config)
+    """This machine as a figure's reader needs to know it."""
+    device = device_of(config.worker)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     return (
         f"{platform.system()} {platform.machine()}, {usable_cores()} CPU cores, {gpu}, "

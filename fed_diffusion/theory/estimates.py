@@ -16,16 +16,16 @@ exact. Losses and gradients are those of the simple loss F_n / (Z d), which trai
 `bound.to_F_scale` brings a `Training` made of them to the scale of F, in that one place.
 
 Gradients come as m independent minibatches [m, k] of each of N workers (or all as [N, m, k]), whole
-(k = D) or as `Sketch`es. An estimate that is `lower` estimates something that is at most what the
-theorem asks for, such as a mean where the theorem has a largest value; its own noise may still
-bring it above.
+(k = D) or as a `sketch.Sketch`. An estimate that is `lower` estimates something that is at most
+what the theorem asks for, such as a mean where the theorem has a largest value; its own noise may
+still bring it above.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -34,13 +34,6 @@ import torch
 from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
-from fed_diffusion.common.rng import Purpose, philox
-
-SKETCH = 1024
-"""The numbers in a sketch: squared norms have a standard error of sqrt(2 / 1024) = 4.4 %."""
-CHUNK = 1 << 20
-SIGN = np.uint64(1 << 63)
-"""The bit that holds the sign in a word of the stream, and in a float64."""
 LEVEL = 0.95
 NORMAL = 1.96
 """The number of standard errors in half a 95 % interval."""
@@ -144,51 +137,6 @@ def shared_spread(
         Estimate(value, quantile * math.sqrt(shared / count))
         for value, count in zip(found, counts, strict=True)
     ]
-
-
-class Sketch:
-    """S x for vectors x of D numbers: `size` numbers that keep inner products on average.
-
-    Coordinate i is added to the bucket h(i) with the sign s(i), both from one seeded stream
-    (Charikar, Chen & Farach-Colton 2002): S is linear, E <Sx, Sy> = <x, y>, and the variance of
-    <Sx, Sy> is at most (||x||^2 ||y||^2 + <x, y>^2) / size. O(D) time, no memory beyond a chunk.
-    Whoever has the same seed has the same S. The size is a power of 2.
-    """
-
-    def __init__(self, seed: int, size: int = SKETCH):
-        if size < 1 or size & (size - 1):
-            raise ValueError(f"a sketch of {size} numbers; it must be a power of 2")
-        self.size = size
-        self._seed = seed
-
-    def __call__(self, tensors: Iterable[Tensor]) -> Tensor:
-        """Return the sketch of tensors laid end to end, float64 [size]."""
-        stream = philox(self._seed, Purpose.SKETCH)
-        total = np.zeros(self.size)
-        for tensor in tensors:
-            flat = tensor.detach().cpu().contiguous().view(-1).numpy()
-            for start in range(0, len(flat), CHUNK):
-                values = flat[start : start + CHUNK].astype(np.float64)
-                words = np.asarray(stream.random_raw(len(values)), dtype=np.uint64)
-                values.view(np.uint64)[:] ^= words & SIGN
-                bucket = (words & np.uint64(self.size - 1)).view(np.int64)
-                total += np.bincount(bucket, values, minlength=self.size)
-        return torch.from_numpy(total)
-
-
-def sampled_gradients(
-    parameters: Sequence[Tensor], losses: Iterable[Callable[[], Tensor]], sketch: Sketch
-) -> tuple[list[float], Tensor]:
-    """Return the values of m losses, and their sketched gradients, float64 [m, k]."""
-    values, sketches = [], []
-    for loss in losses:
-        value = loss()
-        gradients = torch.autograd.grad(
-            value, parameters, materialize_grads=True, allow_unused=True
-        )
-        values.append(float(value.detach()))
-        sketches.append(sketch(gradients))
-    return values, torch.stack(sketches)
 
 
 def gradient_variance(gradients: Sequence[Tensor] | Tensor, sketched: bool = True) -> Estimate:

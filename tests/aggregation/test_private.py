@@ -286,7 +286,7 @@ def test_a_round_is_on_record_before_the_first_client_is_sent_anything(tiny, tmp
 
 
 def test_what_is_not_covered_is_named(tiny):
-    covers = spent(tiny(privacy__clip=1.0, wire__differences=True), 1)["covers"]
+    covers = spent(PrivacyConfig(clip=1.0), 1.0, 1)["covers"]
     for name in ("generated images", "loss, holdout_loss", "FID", "memorisation", "budgets.json"):
         assert name in covers
     for name in ("metrics.jsonl", "numbers of images", "took part", "report.html", "state.json"):

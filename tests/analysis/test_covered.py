@@ -3,6 +3,7 @@
 import pytest
 
 from fed_diffusion.analysis.covered import assumptions, caveats, images
+from fed_diffusion.build import Setup
 from fed_diffusion.config import load_config
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.theory.bound import Data, Steps, theorem_4_11
@@ -26,14 +27,14 @@ def letter(**changes):
 
 
 def failed(config, steps=(60,)):
-    return [c.name for c in assumptions(config, steps) if not c.holds]
+    return [c.name for c in assumptions(Setup.of(config), steps) if not c.holds]
 
 
 def test_the_theorems_letter_meets_every_condition():
     assert failed(letter()) == []
     u = PARTITIONS["kappa_minimal"](2.3, 1e-2, 300)
     bound = theorem_4_11(
-        Data(64, 20.0), Steps.of(u), RUN, settings=assumptions(letter(), [RUN.S, RUN.S])
+        Data(64, 20.0), Steps.of(u), RUN, settings=assumptions(Setup.of(letter()), [RUN.S, RUN.S])
     )
     assert bound.covered
 
@@ -77,16 +78,18 @@ def test_a_setting_outside_the_theorem_fails_its_own_condition_and_is_named(whic
     changes, name, says = BROKEN[which]
     config = letter(**changes)
     assert failed(config) == [name]
-    (condition,) = [c for c in assumptions(config, [60]) if not c.holds]
+    (condition,) = [c for c in assumptions(Setup.of(config), [60]) if not c.holds]
     assert says in condition.says
     u = PARTITIONS["kappa_minimal"](2.3, 1e-2, 300)
-    bound = theorem_4_11(Data(64, 20.0), Steps.of(u), RUN, settings=assumptions(config, [60]))
+    bound = theorem_4_11(
+        Data(64, 20.0), Steps.of(u), RUN, settings=assumptions(Setup.of(config), [60])
+    )
     assert not bound.covered
 
 
 def test_unequal_numbers_of_local_steps_are_outside_the_theorem():
     assert failed(letter(), steps=[3, 5, 3]) == ["the same S for all"]
-    (condition,) = [c for c in assumptions(letter(), [3, 5]) if not c.holds]
+    (condition,) = [c for c in assumptions(Setup.of(letter()), [3, 5]) if not c.holds]
     assert condition.says == "S is from 3 to 5"
 
 
@@ -119,7 +122,7 @@ def test_dropout_inside_a_network_of_ones_own_is_seen(tmp_path, monkeypatch):
         (tmp_path / f"net_{name}.py").write_text(source.format(layer=layer))
         (condition,) = [
             c
-            for c in assumptions(letter(model__name=f"net_{name}:Net"), [60])
+            for c in assumptions(Setup.of(letter(model__name=f"net_{name}:Net")), [60])
             if c.name == "no dropout"
         ]
         assert not condition.holds
@@ -163,14 +166,16 @@ def test_a_network_that_trains_as_another_one_is_seen_whatever_it_is_made_of(
     monkeypatch.syspath_prepend(tmp_path)
     config = letter(model__name=f"{module}:Net")
     assert failed(config) == (["no dropout"] if says else [])
-    (condition,) = [c for c in assumptions(config, [60]) if c.name == "no dropout"]
+    (condition,) = [c for c in assumptions(Setup.of(config), [60]) if c.name == "no dropout"]
     assert says in condition.says
 
 
 def test_the_precision_is_what_workers_report_not_what_this_machine_would_take():
     def condition(*computed):
         (found,) = [
-            c for c in assumptions(letter(), [60], computed) if c.name == "gradients in fp32"
+            c
+            for c in assumptions(Setup.of(letter()), [60], computed)
+            if c.name == "gradients in fp32"
         ]
         return found.holds, found.says
 
@@ -180,13 +185,13 @@ def test_the_precision_is_what_workers_report_not_what_this_machine_would_take()
 
 
 def test_mirrored_images_are_part_of_what_the_bound_compares_with():
-    assert "mirrored" in images(letter(data__flip=True))["compared_with"]
-    assert "mirrored" not in images(letter())["compared_with"]
+    assert "mirrored" in images(Setup.of(letter(data__flip=True)))["compared_with"]
+    assert "mirrored" not in images(Setup.of(letter()))["compared_with"]
 
 
 def test_epochs_have_a_last_batch_of_which_sigma_1_is_not():
-    epochs = caveats(letter(local__epochs=1), [1])
-    assert len(epochs) == len(caveats(letter(), [1])) + 1
+    epochs = caveats(letter(local__epochs=1).local, [1])
+    assert len(epochs) == len(caveats(letter().local, [1])) + 1
     assert "smaller" in epochs[-1]
 
 
@@ -198,7 +203,7 @@ def test_too_few_steps_for_delta_are_a_condition_that_says_by_how_much():
 
 
 def test_the_images_of_the_letter_are_those_of_the_bound():
-    found = images(letter())
+    found = images(Setup.of(letter()))
     assert found["differences"] == []
     assert "theta_R" in found["bound"]
     assert "exponential integrator in K = 300 steps" in found["bound"]
@@ -217,15 +222,15 @@ def test_the_images_of_the_letter_are_those_of_the_bound():
     ],
 )
 def test_what_the_run_samples_otherwise_is_named(changes, named):
-    (difference,) = images(letter(**changes))["differences"]
+    (difference,) = images(Setup.of(letter(**changes)))["differences"]
     assert named in difference
 
 
 def test_guidance_is_named_beside_the_labels_that_it_needs():
     config = letter(model__conditional=True, model__label_dropout=0.1, evaluation__guidance=1.5)
-    assert "guidance 1.5" in images(config)["differences"]
+    assert "guidance 1.5" in images(Setup.of(config))["differences"]
 
 
 def test_minibatches_without_replacement_are_a_caveat_from_the_second_step_on():
-    assert len(caveats(letter(), [2])) == len(caveats(letter(), [1])) + 1
-    assert "not independent" in caveats(letter(), [2])[-1]
+    assert len(caveats(letter().local, [2])) == len(caveats(letter().local, [1])) + 1
+    assert "not independent" in caveats(letter().local, [2])[-1]

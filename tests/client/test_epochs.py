@@ -11,13 +11,13 @@ from fed_diffusion.analysis.measured import steps_taken
 from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.rng import Purpose, generator, torch_generator
-from fed_diffusion.data import split_holdout
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.masks.budget import BudgetError
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.protocol.wire import decode_update
 from fed_diffusion.server.coordinator import Coordinator
+from tests.tiny import wire_of
 
 
 def epochs(tiny, count, batch, **overrides):
@@ -47,7 +47,7 @@ def test_an_epoch_is_one_pass_over_a_clients_images(tiny, digits, images, batch,
     config = epochs(tiny, 5, batch, clients=1, data__holdout=0.0)
     _, worker, task = of_one_client(config, digits, images)
     steps = worker.steps(images)
-    batches = worker._batches(task, np.arange(images), steps)
+    batches = worker.images.batches(task.round, task.client, np.arange(images), steps)
     assert steps == len(batches) == 5 * math.ceil(images / batch)
     assert [len(batch) for batch in batches] == 5 * sizes
     passes = np.concatenate(batches).reshape(5, images)
@@ -68,7 +68,7 @@ def test_what_is_reported_is_what_was_trained_on(tiny, digits):
     few = digits.subset(range(100))
     config = epochs(tiny, 2, 8, data__partition="dirichlet", data__alpha=0.1, rounds=1)
     line, worker = one_round(config, few)
-    counts = [len(split_holdout(worker._images_of(n), config, n)[0]) for n in range(5)]
+    counts = [len(worker.images.of(n).train) for n in range(5)]
     assert len(set(counts)) > 1
     assert [client.images for client in line.clients] == [2 * n for n in counts]
     assert line.images == 2 * sum(counts)
@@ -96,11 +96,11 @@ def test_a_pass_with_a_smaller_last_batch_is_equation_7_on_each_batchs_mean(tiny
             with torch.no_grad():
                 for parameter in network.parameters():
                     if parameter.grad is not None:
-                        parameter -= eta_of(config, 1) * parameter.grad
+                        parameter -= eta_of(config.local, config.rounds, 1) * parameter.grad
     numbers = update.payload.numbers
     assert numbers["loss"] == pytest.approx(total / 26, rel=1e-5)
     assert (numbers["images"], numbers["examples"]) == (26, 13)
-    end = decode_update(update.payload.arrays, coordinator.theta, {}, config)
+    end = decode_update(update.payload.arrays, coordinator.theta, {}, wire_of(config))
     for name, value in parameters_of(network).items():
         torch.testing.assert_close(end[name], value, rtol=1e-4, atol=1e-6)
 
@@ -108,7 +108,7 @@ def test_a_pass_with_a_smaller_last_batch_is_equation_7_on_each_batchs_mean(tiny
 def test_steps_fill_every_batch_from_one_order_after_another(tiny, digits):
     config = tiny(local__steps=3, local__batch=8, clients=1, data__holdout=0.0)
     _, worker, task = of_one_client(config, digits, 5)
-    batches = worker._batches(task, np.arange(5), 3)
+    batches = worker.images.batches(task.round, task.client, np.arange(5), 3)
     draw = generator(config.seed, Purpose.BATCHES, 1, 0)
     strung = np.concatenate([draw.permutation(np.arange(5)) for _ in range(5)])[:24]
     assert np.array_equal(batches, strung.reshape(3, 8))
@@ -133,8 +133,11 @@ def test_minibatches_that_are_measured_are_no_larger_than_those_of_training(tiny
     def sizes(config):
         _, worker, _ = of_one_client(config, digits, 5)
         seen.clear()
-        batch = worker._batch
-        worker._batch = lambda index, *draws: (seen.append(len(index)), batch(index, *draws))[1]
+        batch = worker.images.batch
+        worker.images.batch = lambda index, *random: (
+            seen.append(len(index)),
+            batch(index, *random),
+        )[1]
         theta = parameters_of(build_network(config))
         _, network, drawn = worker.minibatches(theta, 0, 1, 2, 8)
         for minibatch in drawn:
@@ -169,4 +172,4 @@ def test_the_theorem_reads_the_steps_of_the_client_that_takes_most(tiny, digits)
     config = epochs(tiny, 2, 8, rounds=1, theory__every=None)
     line, _ = one_round(config, digits.subset(range(150)))
     assert {client.images for client in line.clients} == {54}
-    assert steps_taken(config, [line]) == {8}
+    assert steps_taken(config.local, [line]) == {8}

@@ -7,13 +7,14 @@ from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.protocol.wire import decode_update
 from fed_diffusion.server.coordinator import Coordinator
+from tests.tiny import wire_of
 
 
 def trained(config, digits):
     """theta_{1,0,S} of client 0's first task, and its loss."""
     coordinator = Coordinator(config, parameters_of(build_network(config)))
     update = Worker(config, digits).run(next(coordinator.tasks(1)))
-    theta = decode_update(update.payload.arrays, coordinator.theta, {}, config)
+    theta = decode_update(update.payload.arrays, coordinator.theta, {}, wire_of(config))
     return theta, update.payload.numbers["loss"]
 
 

@@ -20,6 +20,7 @@ from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.protocol.wire import Payload, decode_task, decode_update
 from fed_diffusion.server.coordinator import Coordinator
 from tests.masks.recipes import masks_of
+from tests.tiny import wire_of
 
 KEEP = [1, 1, 0.75, 0.5, 0.5]
 SIZES = {"model__widths": [16, 32], "model__group": 4, "pruning__keep": KEEP}
@@ -51,10 +52,10 @@ def test_a_worker_holds_and_trains_only_the_small_network(tiny, digits, kind):
     coordinator, worker = start(config, digits)
     weak = list(coordinator.tasks(1))[-1]
     coordinator.receive(worker.run(weak))
-    ((network, *_),) = worker._networks.values()
+    (network,) = worker.networks.all()
     held = sum(p.numel() for p in network.parameters())
     assert held <= 0.5 * coordinator.parameters
-    assert sum(p.numel() for p in worker._skeleton.parameters() if not p.is_meta) == 0
+    assert sum(p.numel() for p in worker.setup.skeleton.parameters() if not p.is_meta) == 0
     (line,) = coordinator.open.clients
     assert line.keep == pytest.approx(held / coordinator.parameters)
 
@@ -80,13 +81,15 @@ def test_a_round_on_small_networks_is_the_round_of_masked_whole_ones(tiny, digit
         for name, parameter in named.items():
             parameter.data.copy_(theta[name] * masks[name])
         noise = torch_generator(config.seed, Purpose.NOISE, 2, task.client)
-        for batch in worker._batches(task, worker._parts[task.client], 3):
+        for batch in worker.images.batches(2, task.client, worker.images.of(task.client).train, 3):
             images = digits.images[torch.from_numpy(batch)].float() / 127.5 - 1
             network.zero_grad()
             loss(network, images, noise).backward()
             for name, parameter in named.items():
                 if parameter.grad is not None:
-                    parameter.data -= eta_of(config, 2) * parameter.grad * masks[name]
+                    parameter.data -= (
+                        eta_of(config.local, config.rounds, 2) * parameter.grad * masks[name]
+                    )
         for name, parameter in named.items():
             sums[name] += parameter.detach().double() * masks[name]
             counts[name] += masks[name]
@@ -180,7 +183,9 @@ def test_the_proximal_gradient_is_mu_times_the_way_from_the_start(tiny, digits):
             coordinator, worker = start(config, digits)
             task = next(iter(coordinator.tasks(1)))
             update = worker.run(task)
-            ends[mu, steps] = decode_update(update.payload.arrays, coordinator.theta, {}, config)
+            ends[mu, steps] = decode_update(
+                update.payload.arrays, coordinator.theta, {}, wire_of(config)
+            )
             before = coordinator.theta
     for name, value in before.items():
         assert torch.equal(ends[0.0, 1][name], ends[10.0, 1][name])
@@ -258,7 +263,9 @@ def test_a_worker_refuses_a_task_whose_groups_its_model_lacks(tiny, digits):
     task = list(coordinator.tasks(1))[-1]
     numbers = task.payload.numbers | {"recipe.groups": [99] * 40}
     with pytest.raises(ValueError, match="groups"):
-        decode_task(Payload(task.payload.arrays, numbers), worker._shapes, worker._layout, config)
+        decode_task(
+            Payload(task.payload.arrays, numbers), worker.shapes, worker.layout, wire_of(config)
+        )
 
 
 def test_budgets_that_a_machine_measures_hold_for_all_its_clients(tiny, tmp_path):

@@ -111,7 +111,7 @@ def test_start_values_and_dropout_are_drawn_from_streams_of_their_own():
     assert torch.equal(theta["start"], torch.randn(9, generator=noise))
     worker = Worker(config)
     for task in Coordinator(config, theta).tasks(1):
-        network, *_ = worker._network(theta)
+        network, *_ = worker.networks.holding(theta)
         network.dropped.clear()
         worker.run(task)
         with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fed_diffusion.config.schema import Config, ConfigError, DataConfig
+from fed_diffusion.config.schema import ConfigError, DataConfig
 from fed_diffusion.data import (
     ImageSet,
     class_count,
@@ -218,5 +218,5 @@ def load(config):
     return ImageSet(images, None, ("a", "b"), torch.tensor([0, 1, 0]), "mine")
 """
     data = own(body, partition="folders")
-    parts = partition(load_dataset(data), Config(clients=2, data=data))
+    parts = partition(load_dataset(data), data, 2, 0)
     assert [part.tolist() for part in parts] == [[0, 2], [1]]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fed_diffusion.config.schema import Config, ConfigError, DataConfig
+from fed_diffusion.config.schema import ConfigError, DataConfig
 from fed_diffusion.data import ImageSet, load_dataset, partition
 
 
@@ -66,7 +66,7 @@ def test_client_folders_are_clients_in_the_order_of_names(tmp_path: Path) -> Non
     data = config(tmp_path, partition="folders")
     loaded = load_dataset(data)
     assert (loaded.folders, loaded.labels) == (("ann", "bob"), None)
-    parts = partition(loaded, Config(clients=2, data=data))
+    parts = partition(loaded, data, 2, 0)
     assert [part.tolist() for part in parts] == [[0, 1], [2]]
 
 

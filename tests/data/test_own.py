@@ -3,13 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import ConfigError, load_config
-from fed_diffusion.data import load_own, split_holdout
+from fed_diffusion.data import load_own
 from fed_diffusion.experiment import Experiment
 from server_app.strategy import FedDiffusion
 from tests.localgrid import LocalGrid
@@ -32,6 +33,10 @@ def config(**overrides):
     return load_config("digits", TINY | settings | given)
 
 
+def own_of(config, folder, name):
+    return load_own(config.data, config.model.conditional, folder, name)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Three nodes' folders: 20 digits, 12 digits, and 5 images of another size."""
@@ -46,20 +51,20 @@ def folders(tmp_path_factory):
 
 
 def test_all_of_a_nodes_own_images_are_its_clients_whichever_number_it_has(folders):
-    own = load_own(config(), str(folders / "a"), None)
+    own = own_of(config(), str(folders / "a"), None)
     worker = Worker(config(), own, own=True)
     for client in (0, 2):
-        assert worker._images_of(client).tolist() == list(range(20))
+        assert sorted(np.concatenate(worker.images.of(client))) == list(range(20))
     tasks = [task for task in Experiment(config(), folders / "run").tasks(1) if task.client != 1]
     one, two = (worker.run(task) for task in tasks)
     name = next(iter(one.payload.arrays))
     assert one.payload.arrays[name] != two.payload.arrays[name]  # other randomness, same images
-    train, _ = split_holdout(worker._images_of(0), config(), 0)
+    train, _ = worker.images.of(0)
     assert one.payload.numbers["examples"] == len(train) == 18
 
 
 def test_a_named_set_of_a_nodes_own_is_used_whole(folders):
-    assert len(load_own(config(), None, "digits")) == 1797
+    assert len(own_of(config(), None, "digits")) == 1797
 
 
 @pytest.mark.parametrize(
@@ -72,7 +77,7 @@ def test_a_named_set_of_a_nodes_own_is_used_whole(folders):
 )
 def test_data_that_do_not_fit_are_refused_with_what_is_wrong(folders, folder, name, says):
     with pytest.raises(ConfigError, match="own data do not fit") as caught:
-        load_own(config(), str(folders / folder), name)
+        own_of(config(), str(folders / folder), name)
     assert says in str(caught.value)
     assert "1 x 8 x 8" in str(caught.value)
 
@@ -80,7 +85,7 @@ def test_data_that_do_not_fit_are_refused_with_what_is_wrong(folders, folder, na
 def test_a_conditional_run_needs_every_class_folder_be_it_empty(folders, tmp_path):
     settings = config(model__conditional=True)
     with pytest.raises(ConfigError, match=r"no class folders, but data\.classes = 10"):
-        load_own(settings, str(folders / "a"), None)
+        own_of(settings, str(folders / "a"), None)
     here = tmp_path / "two-classes"
     for label in range(10):
         (here / str(label)).mkdir(parents=True)
@@ -88,7 +93,7 @@ def test_a_conditional_run_needs_every_class_folder_be_it_empty(folders, tmp_pat
     for label in ("3", "7"):
         for file in (source / label).iterdir():
             (here / label / file.name).write_bytes(file.read_bytes())
-    labels = load_own(settings, str(here), None).labels
+    labels = own_of(settings, str(here), None).labels
     assert set(labels.tolist()) == {3, 7}
 
 
@@ -99,14 +104,14 @@ def test_a_node_has_folders_of_some_of_the_runs_classes_and_of_no_others(folders
     source = folders / "labelled"
     for label in ("3", "7"):
         shutil.copytree(source / label, tmp_path / label)
-    found = load_own(settings, str(tmp_path), None)
+    found = own_of(settings, str(tmp_path), None)
     assert set(found.labels.tolist()) == {3, 7}
     assert found.class_names == tuple(names)
     shutil.copytree(source / "1", tmp_path / "one")
     with pytest.raises(ConfigError, match=r"'one', which is not in data\.class_names"):
-        load_own(settings, str(tmp_path), None)
+        own_of(settings, str(tmp_path), None)
     with pytest.raises(ConfigError, match="no class folder '0'"):
-        load_own(settings, str(folders / "a"), None)
+        own_of(settings, str(folders / "a"), None)
 
 
 def test_a_nodes_class_folder_that_holds_only_what_is_not_read_is_not_empty(folders, tmp_path):
@@ -117,13 +122,13 @@ def test_a_nodes_class_folder_that_holds_only_what_is_not_read_is_not_empty(fold
     with pytest.raises(
         ConfigError, match=r"class folder '3' with no image in it \(but \d \.heic\)"
     ):
-        load_own(config(model__conditional=True), str(tmp_path), None)
+        own_of(config(model__conditional=True), str(tmp_path), None)
 
 
 def test_a_node_says_in_its_log_what_it_does_not_read(folders, tmp_path, caplog):
     shutil.copytree(folders / "a", tmp_path / "a")
     (tmp_path / "a" / "b.heic").write_text("")
-    load_own(config(), str(tmp_path / "a"), None)
+    own_of(config(), str(tmp_path / "a"), None)
     assert "1 file beside the 20 images that were not read: 1 .heic" in caplog.text
 
 

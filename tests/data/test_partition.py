@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fed_diffusion import data as splitting
 from fed_diffusion.config.schema import Config, ConfigError, DataConfig
-from fed_diffusion.data import ImageSet, load_dataset, partition, split_holdout
+from fed_diffusion.data import ImageSet, load_dataset
 from fed_diffusion.data.partition import _apportion
 
 KINDS = ("iid", "dirichlet", "shards")
@@ -26,6 +27,14 @@ def made(labels: Any = None, n: int = 0, **more: Any) -> ImageSet:
 
 def config(clients: int, seed: int = 0, **data: Any) -> Config:
     return Config(clients=clients, seed=seed, data=DataConfig(**data))
+
+
+def partition(dataset: ImageSet, run: Config) -> list[np.ndarray]:
+    return splitting.partition(dataset, run.data, run.clients, run.seed)
+
+
+def split_holdout(indices: np.ndarray, run: Config, client: int) -> splitting.Share:
+    return splitting.split_holdout(indices, run.data.holdout, run.seed, client)
 
 
 def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:

@@ -24,8 +24,9 @@ def test_the_sizes_are_those_of_the_network_and_of_the_split(tiny, digits):
     config = tiny(local__steps=None, local__epochs=3)
     size = size_of(config, digits)
     assert size.parameters == sum(p.numel() for p in build_network(config).parameters())
-    for client, part in zip(size.clients, partition(digits, config), strict=True):
-        train, held = split_holdout(part, config, client.number)
+    parts = partition(digits, config.data, config.clients, config.seed)
+    for client, part in zip(size.clients, parts, strict=True):
+        train, held = split_holdout(part, config.data.holdout, config.seed, client.number)
         assert (client.train, client.holdout) == (len(train), len(held))
         counted = np.bincount(digits.labels.numpy()[train], minlength=10).tolist()
         assert list(client.labels.values()) == counted

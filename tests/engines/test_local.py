@@ -11,6 +11,7 @@ from fed_diffusion import generate as runs
 from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.client.worker import pinned_threads
 from fed_diffusion.common.memory import peak_memory
+from fed_diffusion.common.rng import Purpose
 from fed_diffusion.config import ConfigError
 from fed_diffusion.data import ImageSet
 from fed_diffusion.engines.local import simulate
@@ -201,7 +202,8 @@ def test_the_memory_of_a_batch_is_seen_before_many_are_made_at_once(tiny, monkey
         monkeypatch.setattr(runs, "usable_cores", lambda: 64)
         for batches in (0.5, 20):
             monkeypatch.setattr(runs, "memory_allowed", lambda n=batches: n * takes)
-            assert 1 <= model._at_once(score(64), 64, 512, 64) <= max(1, 2 * batches)
+            made = runs._Batches(model, config, 512, 0, Purpose.SAMPLES)
+            assert 1 <= made._at_once(score(64), 64, 64) <= max(1, 2 * batches)
 
 
 def test_the_score_is_minus_eps_over_sigma(run):

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fed_diffusion.build import Setup
 from fed_diffusion.config import build_config
 from fed_diffusion.data.datasets import ImageSet
 from fed_diffusion.data.partition import partition, split_holdout
@@ -32,7 +33,8 @@ def shuffled(digits: ImageSet) -> ImageSet:
 def known(shuffled: ImageSet) -> Holdings:
     """The first 1200 are the run's; 240 of them held out."""
     config = build_config({"clients": CLIENTS, "data": {"holdout": 0.2}})
-    return holdings(shuffled.subset(range(1200)), config)
+    images = shuffled.subset(range(1200))
+    return holdings(images, Setup.of(config).shares(images), config.data.flip)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +51,9 @@ def with_copies(fresh: Tensor, known: Holdings, client: int, copies: int, noise:
 
 def test_holdings_are_what_the_workers_train_on(shuffled: ImageSet) -> None:
     config = build_config({"clients": 3, "seed": 4, "data": {"holdout": 0.1, "flip": True}})
-    found = holdings(shuffled, config)
-    for client, part in enumerate(partition(shuffled, config)):
-        train, held = split_holdout(part, config, client)
+    found = holdings(shuffled, Setup.of(config).shares(shuffled), config.data.flip)
+    for client, part in enumerate(partition(shuffled, config.data, 3, 4)):
+        train, held = split_holdout(part, 0.1, 4, client)
         assert np.array_equal(found.train[client], train)
         assert set(held) <= set(found.held)
     everything = np.concatenate([*found.train, found.held])

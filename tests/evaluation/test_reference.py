@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fed_diffusion.build import Setup
 from fed_diffusion.config import Config, build_config, load_config
 from fed_diffusion.config.schema import ConfigError
 from fed_diffusion.data.datasets import ImageSet
-from fed_diffusion.data.partition import partition, split_holdout
 from fed_diffusion.evaluation.cache import cache_dir, cached
 from fed_diffusion.evaluation.reference import reference_set
 from tests.data.test_torchvision_sets import write_cifar10
@@ -34,10 +34,12 @@ def test_train_is_what_the_clients_trained_on_and_test_what_they_held_out(
     digits: ImageSet,
 ) -> None:
     config = settings("train", holdout=0.2)
-    train, test = (reference_set(settings(word, holdout=0.2), digits) for word in ("train", "test"))
+    train, test = (
+        reference_set(Setup.of(settings(word, holdout=0.2)), digits) for word in ("train", "test")
+    )
     assert train is not None
     assert test is not None
-    splits = [split_holdout(part, config, n) for n, part in enumerate(partition(digits, config))]
+    splits = Setup.of(config).shares(digits)
     for found, which in ((train, 0), (test, 1)):
         assert len(found.images) == sum(len(split[which]) for split in splits)
         assert torch.equal(found.teacher.images, train.images.images)
@@ -46,7 +48,7 @@ def test_train_is_what_the_clients_trained_on_and_test_what_they_held_out(
 
 
 def test_data_is_the_whole_set_and_its_own_teacher(digits: ImageSet) -> None:
-    found = reference_set(settings("data"), digits)
+    found = reference_set(Setup.of(settings("data")), digits)
     assert found is not None
     assert found.images is digits
     assert found.teacher is digits
@@ -57,7 +59,7 @@ def test_the_test_split_of_a_set_that_has_one_is_that(
 ) -> None:
     pixels = write_cifar10(tmp_path, monkeypatch)
     config = settings("test", name="cifar10", dir=str(tmp_path), holdout=0.5)
-    found = reference_set(config, None)
+    found = reference_set(Setup.of(config), None)
     assert found is not None
     assert rows(found.images.images) == rows(
         torch.from_numpy(pixels["test_batch"].reshape(2, 3, 32, 32))
@@ -71,7 +73,7 @@ def test_a_set_without_a_test_split_and_without_held_out_images_is_refused(
     digits: ImageSet,
 ) -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.reference = 'test'.*data\.holdout"):
-        reference_set(settings("test", holdout=0), digits)
+        reference_set(Setup.of(settings("test", holdout=0)), digits)
 
 
 def test_a_folder_says_nothing_of_the_clients_images(tmp_path: Path, digits: ImageSet) -> None:
@@ -80,7 +82,7 @@ def test_a_folder_says_nothing_of_the_clients_images(tmp_path: Path, digits: Ima
     for i in range(4):
         (tmp_path / str(i % 2)).mkdir(exist_ok=True)
         Image.fromarray(digits.images[i, 0].numpy()).save(tmp_path / str(i % 2) / f"{i}.png")
-    found = reference_set(settings(str(tmp_path)), digits)
+    found = reference_set(Setup.of(settings(str(tmp_path))), digits)
     assert found is not None
     assert found.holdings is None
     assert len(found.images) == 4

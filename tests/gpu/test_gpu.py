@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fed_diffusion.aggregation.mean import MaskedMean
-from fed_diffusion.build import build_network, channel_layout, parameters_of
+from fed_diffusion.build import Setup, build_network, parameters_of
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.compute import compiled, kernels, precision_on
 from fed_diffusion.diffusion.loss import DSMLoss
@@ -64,7 +64,7 @@ def relative(found, expected):
 
 
 def test_loss_and_gradients_are_the_cpus(config, device):
-    with kernels(config(), device):
+    with kernels(config().worker, device):
         loss, gradients = loss_and_gradients(network_on(config(), device), device)
     expected, exact = loss_and_gradients(network_on(config(), torch.device("cpu")), "cpu")
     assert relative(loss, expected) < 1e-5
@@ -77,7 +77,7 @@ def test_fp32_is_fp32_and_tf32_is_not(config, device):
     exact = loss_and_gradients(network_on(config(), torch.device("cpu")).double(), "cpu")[1]
     found = {}
     for precision in ("fp32", "tf32"):
-        with kernels(config(worker__precision=precision), device):
+        with kernels(config(worker__precision=precision).worker, device):
             gradients = loss_and_gradients(network_on(config(), device), device)[1]
         errors = [float((g - e).abs().max()) for g, e in zip(gradients, exact, strict=True)]
         found[precision] = max(errors) / max(float(e.abs().max()) for e in exact)
@@ -101,7 +101,7 @@ def test_samplers_end_with_the_cpus_images(config, device, name):
             )
 
         u = kappa_minimal(4.13, 1e-2, 12)
-        with torch.no_grad(), kernels(config(), where):
+        with torch.no_grad(), kernels(config().worker, where):
             # the noise of a step is the device's own; without it the path is a function of y
             deterministic = name in ("probability_flow", "second_order")
             stream = torch.Generator(where).manual_seed(0)
@@ -115,7 +115,7 @@ def test_samplers_end_with_the_cpus_images(config, device, name):
 def test_the_masked_whole_is_the_small_network(config, device):
     settings = config(pruning__kind="channels", pruning__keep=0.5)
     network = network_on(settings, device)
-    layout = channel_layout(settings)
+    layout = Setup.of(settings).layout
     counts = layout.counts(0.5)
     channels = {space: tuple(range(kept)) for space, kept in counts.items()}
     blocks = layout.blocks(channels)
@@ -126,7 +126,7 @@ def test_the_masked_whole_is_the_small_network(config, device):
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(kept[name])
-    with kernels(settings, device):
+    with kernels(settings.worker, device):
         loss, gradients = loss_and_gradients(network, device)
         small_loss, small_gradients = loss_and_gradients(small, device)
     assert relative(small_loss, loss) < 1e-5
@@ -172,9 +172,9 @@ def test_bf16_trains_an_fp32_theta_to_nearly_the_same_loss(config, images):
 
 
 def test_auto_is_bf16_on_a_gpu_that_has_it_and_fp32_on_a_cpu(config, device):
-    assert precision_on(config(worker__precision="auto"), torch.device("cpu")) == "fp32"
+    assert precision_on(config(worker__precision="auto").worker, torch.device("cpu")) == "fp32"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        assert precision_on(config(worker__precision="auto"), device) == "bf16"
+        assert precision_on(config(worker__precision="auto").worker, device) == "bf16"
 
 
 class HostReads(TorchDispatchMode):
@@ -224,7 +224,7 @@ def synchronisations(worker, task) -> int:
 def test_three_network_sizes_are_each_compiled_for_themselves(config, device):
     """Compiled networks compute what the plain ones do, none falls back, whatever came before."""
     settings = config(pruning__kind="channels", pruning__keep=0.5)
-    layout = channel_layout(settings)
+    layout = Setup.of(settings).layout
     whole = network_on(settings, device)
     backend = None if device.type == "cuda" else "aot_eager"  # a CPU has no use for inductor here
     x, _, u, labels = batch_on(device, 4)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fed_diffusion.build import channel_layout, skeleton
+from fed_diffusion.build import Setup
 from fed_diffusion.client.budget import demand, sub_network
 from fed_diffusion.config import load_config
 from fed_diffusion.masks.budget import (
@@ -77,13 +77,14 @@ def test_a_probe_of_one_size_is_taken_as_proportional():
 
 def test_the_demand_is_what_the_shapes_say():
     config = load_config("digits", {"pruning.kind": "channels", "local.batch": 4})
-    whole, layout = skeleton(config), channel_layout(config)
-    needs = {keep: demand(config, sub_network(whole, layout, keep, "meta")) for keep in (1.0, 0.5)}
+    setup = Setup.of(config)
+    whole, layout = setup.skeleton, setup.layout
+    needs = {keep: demand(setup, sub_network(whole, layout, keep, "meta")) for keep in (1.0, 0.5)}
     assert needs[1.0].parameters == 20 * layout.parameters
     assert needs[0.5].parameters == 20 * layout.kept(layout.counts(0.5))
     assert needs[0.5].activations < needs[1.0].activations
     doubled = config.model_copy(update={"local": config.local.model_copy(update={"batch": 8})})
-    twice = demand(doubled, sub_network(whole, layout, 1.0, "meta"))
+    twice = demand(Setup.of(doubled), sub_network(whole, layout, 1.0, "meta"))
     assert twice.work == pytest.approx(2 * needs[1.0].work, rel=0.01)
     assert twice.activations == pytest.approx(2 * needs[1.0].activations, rel=0.05)
 

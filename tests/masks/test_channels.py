@@ -8,17 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fed_diffusion.aggregation.mean import MaskedMean
-from fed_diffusion.build import build_network, channel_layout, parameters_of
+from fed_diffusion.build import Setup, build_network, parameters_of
 from fed_diffusion.config import ConfigError, load_config
 from fed_diffusion.masks import channels
 from fed_diffusion.masks.mask import Block, kept_fraction
-from fed_diffusion.masks.plan import check_pruning, known_ratios, plan_round
+from fed_diffusion.masks.plan import check_pruning
 from fed_diffusion.masks.recipe import Recipe, RecipeError
 from tests.masks.recipes import masks_of, recipe_of
+from tests.tiny import planned
 
 SMALL = {"model.widths": [16, 32], "model.group": 4, "pruning.kind": "channels"}
 CONFIG = load_config("digits", SMALL | {"pruning.keep": 0.5})
-LAYOUT = channel_layout(CONFIG)
+LAYOUT = Setup.of(CONFIG).layout
 THETA = parameters_of(build_network(CONFIG))
 RATIOS = st.sampled_from((1.0, 0.75, 0.5, 0.25))
 
@@ -26,7 +27,7 @@ RATIOS = st.sampled_from((1.0, 0.75, 0.5, 0.25))
 def plan(round=1, theta=THETA, **pruning):
     overrides = SMALL | {f"pruning.{key}": value for key, value in pruning.items()}
     config = load_config("digits", overrides | {"clients": len(overrides["pruning.keep"])})
-    return plan_round(config, round, known_ratios(config), theta, LAYOUT)
+    return planned(config, round, theta, LAYOUT)
 
 
 def blocks_of(recipe):
@@ -190,7 +191,7 @@ def test_channels_of_an_unknown_network_are_refused():
         masks_of(recipe_of("channels", 0.5), THETA)
     own = load_config("digits", {"pruning.kind": "channels", "model.name": "torch.nn:Identity"})
     with pytest.raises(ConfigError, match=r"pruning\.kind = 'channels'|model\.name"):
-        channel_layout(own)
+        _ = Setup.of(own).layout
 
 
 REFUSED = {
@@ -211,4 +212,4 @@ def test_ratios_that_cannot_be_used_are_refused_before_training(case):
     overrides, message = REFUSED[case]
     config = load_config("digits", SMALL | overrides)
     with pytest.raises(ConfigError, match=message):
-        check_pruning(config, channel_layout(config))
+        check_pruning(config.pruning, config.clients, Setup.of(config).layout)

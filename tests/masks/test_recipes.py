@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from fed_diffusion.config import load_config
 from fed_diffusion.masks.families.weights import PER, SCOPES
 from fed_diffusion.masks.mask import kept_fraction, pruning_error
-from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.masks.recipe import Recipe, RecipeError
 from fed_diffusion.masks.scattered import top_k
 from tests.masks.recipes import masks_of, recipe_of
+from tests.tiny import planned
 
 THETA = {
     "conv.weight": torch.linspace(-1, 1, 48).reshape(4, 3, 2, 2),
@@ -202,6 +202,6 @@ def test_where_two_recipes_differ_is_said_by_name():
 
 def test_the_level_decides_each_clients_recipe():
     config = load_config("digits", {"method": "T-FedDM-M"})
-    recipes = plan_round(config, 1, known_ratios(config), THETA)
+    recipes = planned(config, 1, THETA)
     kinds = [(recipes[n].kind, recipes[n].keep) for n in range(10)]
     assert kinds == [("full", 1.0)] * 6 + [("topk", 0.8)] * 2 + [("topk", 0.75)] * 2

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.config import load_config
 from fed_diffusion.masks.mask import kept_fraction, pruning_error
-from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.masks.scattered import WORD, balanced_starts, dropped_length
 from tests.masks.recipes import masks_of
+from tests.tiny import planned
 
 THETA = {
     "a.weight": torch.randn(60, 50, generator=torch.Generator().manual_seed(1)),
@@ -29,7 +29,7 @@ def plan(keeps, round=1, kind="balanced"):
             "pruning.scope": "all",
         },
     )
-    recipes = plan_round(config, round, known_ratios(config), THETA)
+    recipes = planned(config, round, THETA)
     return [masks_of(recipe, THETA) for recipe in recipes.values()]
 
 

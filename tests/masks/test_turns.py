@@ -14,9 +14,10 @@ from fed_diffusion.config import ConfigError, load_config
 from fed_diffusion.masks.families import derive, family_of
 from fed_diffusion.masks.families.check import check_family
 from fed_diffusion.masks.mask import Scattered, pruning_error
-from fed_diffusion.masks.plan import known_ratios, plan_round
+from fed_diffusion.masks.plan import known_ratios
 from fed_diffusion.masks.recipe import Recipe, RecipeError
 from fed_diffusion.masks.turns import as_fraction, deal, deal_all, masks_of
+from tests.tiny import planned
 
 THETA = {
     "a.weight": torch.randn(60, 50, generator=torch.Generator().manual_seed(1)),
@@ -35,7 +36,7 @@ def config_of(keeps, **more):
 def plan(keeps, round=1, theta=THETA, **more):
     config = config_of(keeps, **more)
     family = family_of(config.pruning, config.seed)
-    recipes = plan_round(config, round, known_ratios(config), theta)
+    recipes = planned(config, round, theta)
     return [derive(family, recipe, theta) for recipe in recipes.values()]
 
 
@@ -149,8 +150,8 @@ def test_of_the_whole_network_the_smallest_go_whatever_their_tensor():
 def test_they_keep_to_the_contract_of_a_family(per):
     config = config_of([0.5, 0.5, 0.3, 0.9], per=per)
     family = family_of(config.pruning, config.seed)
-    check_family(family, "balanced", known_ratios(config), THETA, None)
-    recipes = plan_round(config, 1, known_ratios(config), THETA)
+    check_family(family, "balanced", known_ratios(config.pruning, config.clients), THETA, None)
+    recipes = planned(config, 1, THETA)
     assert all(recipe.needs_bits for recipe in recipes.values())
     (recipe, *_) = recipes.values()
     masks = dict(family.derive(recipe, THETA, None))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fed_diffusion.build import channel_layout, skeleton
+from fed_diffusion.build import Setup, skeleton
 from fed_diffusion.config import load_config
 from fed_diffusion.masks import channels
 from fed_diffusion.masks.families.weights import SCOPES
@@ -23,6 +23,7 @@ from fed_diffusion.protocol.wire import (
     encode_update,
 )
 from tests.masks.recipes import masks_of, recipe_of
+from tests.tiny import wire_of
 
 THETA = {
     "w": torch.linspace(-1, 1, 35).reshape(5, 7),
@@ -32,7 +33,7 @@ THETA = {
 PLAIN = load_config("digits", {"pruning.kind": "random", "pruning.keep": 0.5})
 TOPK = load_config("digits", {"pruning.kind": "topk", "pruning.keep": 0.5})
 CHANNELS = load_config("digits", {"model.widths": [16, 24], "pruning.kind": "channels"})
-LAYOUT = channel_layout(CHANNELS)
+LAYOUT = Setup.of(CHANNELS).layout
 UNET = {
     name: torch.randn(value.shape, generator=torch.Generator().manual_seed(i)) * 0.1
     for i, (name, value) in enumerate(skeleton(CHANNELS).named_parameters())
@@ -48,12 +49,12 @@ def wired(config, **settings):
 
 def sent(recipe, theta, config, layout=None):
     masks = masks_of(recipe, theta, layout)
-    payload = encode_task(cast_theta(theta, config, recipe.round), recipe, masks)
+    payload = encode_task(cast_theta(theta, wire_of(config), recipe.round), recipe, masks)
     blank = {name: torch.empty(value.shape, device="meta") for name, value in theta.items()}
     if not recipe.whole():
         pruning = config.pruning.model_copy(update={"kind": recipe.kind})
         config = config.model_copy(update={"pruning": pruning})
-    return payload, decode_task(payload, blank, layout, config)
+    return payload, decode_task(payload, blank, layout, wire_of(config))
 
 
 @given(
@@ -114,8 +115,8 @@ def test_an_update_decodes_to_what_training_made_of_theta(kind, dtype, differenc
     config = wired(config, up=dtype, differences=differences)
     _, (_, masks, start) = sent(recipe, UNET, config, LAYOUT)
     end = {name: value * 1.5 for name, value in start.items()}
-    arrays = encode_update(end, start, masks, config, 1, 2)
-    decoded = decode_update(arrays, UNET, masks, config)
+    arrays = encode_update(end, start, masks, wire_of(config), 1, 2)
+    decoded = decode_update(arrays, UNET, masks, wire_of(config))
     for name, value in end.items():
         got = decoded[name]
         if kind == "random" and name in masks:
@@ -152,7 +153,7 @@ def test_int8_has_a_scale_for_every_row_or_one_for_all():
 
 def test_the_same_round_rounds_alike_for_every_client_and_no_two_rounds_alike():
     config = wired(PLAIN, down="int8")
-    first, again, other = (cast_theta(UNET, config, round) for round in (1, 1, 2))
+    first, again, other = (cast_theta(UNET, wire_of(config), round) for round in (1, 1, 2))
     name = "enter.weight"
     assert torch.equal(first[name].codes, again[name].codes)
     assert not torch.equal(first[name].codes, other[name].codes)
@@ -186,7 +187,7 @@ def test_only_kept_values_cost_bytes_and_derivable_masks_none():
 def test_a_recipe_of_another_family_than_the_configured_one_is_refused(change, says):
     payload, _ = sent(recipe_of("random", 0.5), THETA, PLAIN)
     with pytest.raises(RecipeError, match=says):
-        decode_task(Payload(payload.arrays, payload.numbers | change), THETA, None, PLAIN)
+        decode_task(Payload(payload.arrays, payload.numbers | change), THETA, None, wire_of(PLAIN))
 
 
 def test_a_list_of_groups_costs_eight_bytes_for_each():
@@ -205,20 +206,20 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_payload_that_does_not_fit_is_refused(case):
-    arrays = encode_update(THETA, THETA, {}, PLAIN, 1, 0)
+    arrays = encode_update(THETA, THETA, {}, wire_of(PLAIN), 1, 0)
     BAD[case](arrays)
     with pytest.raises(UpdateError, match=r"float32|not \(|differ"):
-        decode_update(arrays, THETA, {}, PLAIN)
+        decode_update(arrays, THETA, {}, wire_of(PLAIN))
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
 def test_a_scale_that_is_no_scale_is_refused(scale):
     config = wired(PLAIN, up="int8")
-    arrays = encode_update(THETA, THETA, {}, config, 1, 0)
+    arrays = encode_update(THETA, THETA, {}, wire_of(config), 1, 0)
     data = np.float32(scale).tobytes() + arrays["w"].data[4:]
     arrays["w"] = Packed("int8", arrays["w"].shape, data)
     with pytest.raises(UpdateError, match="w has scales"):
-        decode_update(arrays, THETA, {}, config)
+        decode_update(arrays, THETA, {}, wire_of(config))
 
 
 def test_mask_bits_of_the_wrong_length_are_refused():
@@ -227,7 +228,7 @@ def test_mask_bits_of_the_wrong_length_are_refused():
     bits = payload.arrays["mask:w"]
     bad = payload.arrays | {"mask:w": Packed("bits", bits.shape, bits.data + b"\0")}
     with pytest.raises(UpdateError, match="mask bits for w"):
-        decode_task(Payload(bad, payload.numbers), THETA, None, TOPK)
+        decode_task(Payload(bad, payload.numbers), THETA, None, wire_of(TOPK))
 
 
 def test_bits_that_disagree_with_the_recipe_are_refused():
@@ -236,10 +237,10 @@ def test_bits_that_disagree_with_the_recipe_are_refused():
         numbers = recipe_of("topk", keep).to_metrics()
         arrays = payload.arrays | {"mask:w": Packed("bits", (5, 7), bits)}
         with pytest.raises(RecipeError, match=r"the bits keep \d+ of 35 in w"):
-            decode_task(Payload(arrays, numbers), THETA, None, TOPK)
+            decode_task(Payload(arrays, numbers), THETA, None, wire_of(TOPK))
     without = {name: array for name, array in payload.arrays.items() if name != "mask:w"}
-    with pytest.raises(RecipeError, match=r"not for the tensors that it masks.*\['w'\]"):
-        decode_task(Payload(without, payload.numbers), THETA, None, TOPK)
+    with pytest.raises(RecipeError, match=r"other tensors than it masks.*\['w'\]"):
+        decode_task(Payload(without, payload.numbers), THETA, None, wire_of(TOPK))
 
 
 @given(data=st.data())

@@ -16,12 +16,14 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
+from fed_diffusion.build import Setup
 from fed_diffusion.config import Config, load_config
-from fed_diffusion.data import ImageSet, partition
+from fed_diffusion.data import ImageSet, partition, shares_of
 from fed_diffusion.engines.local import simulate
+from fed_diffusion.experiment import write_data
 from fed_diffusion.report import curves, html
 from fed_diffusion.report.grids import save_grid, tiles
-from fed_diffusion.report.holdings import clients_of, grid_labels, real_images, write_data
+from fed_diffusion.report.holdings import clients_of, grid_labels, real_images
 from fed_diffusion.report.html import write_report
 from fed_diffusion.report.markup import table
 from tests.report.test_report import (
@@ -186,12 +188,12 @@ def test_each_class_has_its_generated_images_beside_its_real_ones_by_name(tmp_pa
 
 def test_real_images_are_of_the_grids_classes_and_only_real(tmp_path: Path) -> None:
     dataset = ImageSet(images_of([2, 0, 1, 0, 2, 2]), torch.tensor([2, 0, 1, 0, 2, 2]))
-    config = load_config("digits", TINY | {"model.conditional": True, "evaluation.grid": 20})
-    assert grid_labels(config) == [i % 10 for i in range(20)]
-    images, labels = real_images(dataset, config)
+    assert grid_labels(20, None) is None
+    assert grid_labels(20, 10) == [i % 10 for i in range(20)]
+    images, labels = real_images(dataset, 20, 10)
     assert labels == [0, 1, 2, 0, 2]
     assert torch.equal(images, dataset.images[[1, 2, 0, 3, 4]])
-    unlabelled, none = real_images(replace(dataset, labels=None), config)
+    unlabelled, none = real_images(replace(dataset, labels=None), 20, 10)
     assert none is None
     assert torch.equal(unlabelled, dataset.images)
 
@@ -200,10 +202,10 @@ def test_no_real_image_is_written_under_differential_privacy(tmp_path: Path) -> 
     dataset = ImageSet(images_of([0, 1, 0, 1]), torch.tensor([0, 1, 0, 1]))
     (tmp_path / "samples").mkdir()
     private = {"privacy.clip": 1.0, "wire.differences": True, "clients": 2}
-    write_data(tmp_path, dataset, load_config("digits", TINY | private))
+    write_data(tmp_path, dataset, Setup.of(load_config("digits", TINY | private)))
     assert list((tmp_path / "samples").iterdir()) == []
     assert (tmp_path / "data.json").is_file()
-    write_data(tmp_path, dataset, load_config("digits", TINY | {"clients": 2}))
+    write_data(tmp_path, dataset, Setup.of(load_config("digits", TINY | {"clients": 2})))
     assert (tmp_path / "samples/real.png").is_file()
 
 
@@ -223,7 +225,9 @@ def test_the_clients_sizes_and_labels_are_those_that_they_train_on(digits: Image
     config = load_config("digits", TINY | {"data.partition": "dirichlet"})
     labels = digits.labels
     assert labels is not None
-    for found, indices in zip(clients_of(digits, config), partition(digits, config), strict=True):
+    split = config.data, config.clients, config.seed
+    found_of = clients_of(digits, shares_of(digits, *split), by_folder=False)
+    for found, indices in zip(found_of, partition(digits, *split), strict=True):
         assert found["images"] + found["held_out"] == len(indices)
         assert found["held_out"] == math.floor(0.1 * len(indices))
         assert found["labels"] == [int((labels[indices] == c).sum()) for c in range(10)]

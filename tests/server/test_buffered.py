@@ -15,6 +15,7 @@ from fed_diffusion.protocol.wire import decode_update
 from fed_diffusion.server.coordinator import Coordinator
 from fed_diffusion.server.policies import Buffered, Synchronous
 from tests.masks.recipes import masks_of
+from tests.tiny import wire_of
 
 SMALL = {"model__widths": [16], "model__group": 4, "wire__differences": True}
 SMALL |= {"evaluation__every": 0}
@@ -66,7 +67,7 @@ def test_a_buffer_of_one_moves_theta_by_each_update_as_it_comes(tiny, digits):
         list(coordinator.tasks(coordinator.round + 1))  # whoever is free gets the newest theta
         update = worker.run(tasks[client])
         began = {name: torch.zeros_like(value) for name, value in theta.items()}
-        change = decode_update(update.payload.arrays, began, {}, config)
+        change = decode_update(update.payload.arrays, began, {}, wire_of(config))
         damped = (1 + expected) ** -0.5
         theta = {name: value + damped * change[name] for name, value in theta.items()}
         assert coordinator.receive(update)
@@ -93,8 +94,8 @@ def test_a_stale_update_counts_less_per_coordinate(tiny, digits):
     coordinator.receive(second[0])
     coordinator.close_round()
     zeros = {name: torch.zeros_like(value) for name, value in theta.items()}
-    late = decode_update(first[2].payload.arrays, zeros, {}, config)
-    fresh = decode_update(second[0].payload.arrays, zeros, {}, config)
+    late = decode_update(first[2].payload.arrays, zeros, {}, wire_of(config))
+    fresh = decode_update(second[0].payload.arrays, zeros, {}, wire_of(config))
     for name, value in theta.items():
         expected = value + (0.5 * late[name] + fresh[name]) / 2
         torch.testing.assert_close(coordinator.theta[name], expected, rtol=0, atol=1e-6)
@@ -120,7 +121,7 @@ def test_theta_moves_as_in_fedbuff_per_coordinate_by_those_who_trained_it(tiny, 
             weight = numbers["examples"] if weighting == "examples" else 1
             masks = masks_of(Recipe.from_metrics(numbers), coordinator.theta)
             zeros = {name: torch.zeros_like(value) for name, value in coordinator.theta.items()}
-            change = decode_update(update.payload.arrays, zeros, masks, config)
+            change = decode_update(update.payload.arrays, zeros, masks, wire_of(config))
             for name, value in change.items():
                 kept = mask_of(masks, name, before[name]).dense()
                 top[name][kept] += weight * value.double().flatten() * (1 + stale) ** -0.7

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from fed_diffusion.build import channel_layout, parameters_of, skeleton
+from fed_diffusion.build import Setup
 from fed_diffusion.checks import check
 from fed_diffusion.engines.local import simulate
 from fed_diffusion.server.coordinator import Coordinator
@@ -16,7 +16,7 @@ TRIMMED = {"round__aggregation": "trimmed_mean"}
 
 
 def share(config):
-    return undefended_share(config, parameters_of(skeleton(config)), channel_layout(config))
+    return undefended_share(Setup.of(config))
 
 
 def remarks(config, digits, caplog):

@@ -10,20 +10,20 @@ import torch
 
 from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.client.diagnostics import minibatches
-from fed_diffusion.client.worker import MOMENT_IMAGES, Worker
+from fed_diffusion.client.images import MOMENT_IMAGES
+from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import ConfigError
-from fed_diffusion.data import split_holdout
 from fed_diffusion.engines.local import run_in_process, simulate
 from fed_diffusion.experiment import Experiment
 from fed_diffusion.generate import RunDir
-from fed_diffusion.protocol.diagnostics import GRADIENTS, LOSS, M2, is_due
+from fed_diffusion.protocol.diagnostics import GRADIENTS, LOSS, M2
 from fed_diffusion.protocol.wire import Packed, Payload
 from fed_diffusion.server.coordinator import Coordinator
 from fed_diffusion.server.diagnostics import MOST_WORKERS, PRODUCTS
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.theory.bound import Data, Steps, Training, theorem_4_11
 from fed_diffusion.theory.curvature import hessian_vector
-from fed_diffusion.theory.estimates import Sketch
+from fed_diffusion.theory.sketch import Sketch
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def test_what_is_measured_changes_no_bit_of_the_run(tiny, tmp_path):
 
 def test_by_default_the_first_and_the_last_round_are_measured(tiny):
     default = tiny(rounds=10, theory__every=None)
-    assert [r for r in range(1, 11) if is_due(default, r)] == [1, 10]
-    assert [r for r in range(1, 11) if is_due(tiny(rounds=10, theory__every=4), r)] == [1, 4, 8, 10]
-    assert not any(is_due(tiny(rounds=10, theory__every=0), r) for r in range(1, 11))
+    assert [r for r in range(1, 11) if default.is_diagnostic(r)] == [1, 10]
+    assert tiny(rounds=10, theory__every=4).diagnostic_rounds() == [1, 4, 8, 10]
+    assert tiny(rounds=10, theory__every=0).diagnostic_rounds() == []
 
 
 def test_only_workers_that_hold_the_whole_network_are_asked_and_one_for_a_curvature(
@@ -118,7 +118,7 @@ def test_the_estimates_are_those_of_the_workers_gradients(measured, digits):
     one, two = (torch.stack([pair[i] for pair in gradients]).mean(0) for i in (0, 1))
     norm = math.sqrt(max(float(one @ two), 0))
     assert estimates["gradient"]["value"] == pytest.approx(norm, rel=0.25)
-    trained = split_holdout(worker._parts[0], config, 0)[0]  # F_n is of these too
+    trained = worker.images.of(0).train  # F_n is of these too
     sizes = [float((digits.images[i].float() / 127.5 - 1).square().sum()) for i in trained]
     assert updates[0].payload.numbers[M2] == pytest.approx(np.mean(sizes), rel=1e-5)
 
@@ -219,7 +219,7 @@ def test_a_worker_that_cannot_measure_still_trains(measured, digits):
 
 def test_under_privacy_nothing_is_measured_and_asking_for_it_is_refused(tiny):
     private = {"privacy__clip": 1.0, "wire__differences": True}
-    assert not is_due(tiny(theory__every=None, **private), 1)
+    assert not tiny(theory__every=None, **private).is_diagnostic(1)
     with pytest.raises(ConfigError, match=r"theory\.every"):
         tiny(theory__every=1, **private)
 

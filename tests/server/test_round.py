@@ -13,11 +13,11 @@ from fed_diffusion.common.rng import Purpose, torch_generator
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS
 from fed_diffusion.masks.mask import mask_of
-from fed_diffusion.masks.plan import known_ratios, plan_round
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.protocol.wire import Packed, Payload, decode_task, decode_update
 from fed_diffusion.server.coordinator import Coordinator
 from tests.masks.recipes import masks_of
+from tests.tiny import planned, wire_of
 
 
 def start(config, digits):
@@ -33,7 +33,7 @@ def play(coordinator, worker, rounds):
 
 
 def only_network(worker):
-    ((network, *_),) = worker._networks.values()
+    (network,) = worker.networks.all()
     return network
 
 
@@ -46,7 +46,7 @@ def test_masked_coordinates_stay_exactly_zero(tiny, digits, optimizer, method, s
     play(coordinator, worker, 1)  # past the zero-initialised layers
     tasks = {task.client: task for task in coordinator.tasks(2)}
     worker.run(tasks[4])
-    recipes = plan_round(config, 2, known_ratios(config), coordinator.theta)
+    recipes = planned(config, 2, coordinator.theta)
     found = masks_of(recipes[4], coordinator.theta)
     masks = {name: mask.dense() for name, mask in found.items()}
     trained = parameters_of(only_network(worker))
@@ -64,10 +64,10 @@ def test_sgd_is_equation_7_to_the_letter(tiny, digits):
     coordinator, worker = start(config, digits)
     tasks = {task.client: task for task in coordinator.tasks(1)}
     task = tasks[3]
-    _, masks, theta = decode_task(task.payload, coordinator.theta, None, config)
+    _, masks, theta = decode_task(task.payload, coordinator.theta, None, wire_of(config))
     network = build_network(config)
     noise = torch_generator(config.seed, Purpose.NOISE, 1, 3)
-    batches = worker._batches(task, worker._parts[3], 3)
+    batches = worker.images.batches(1, 3, worker.images.of(3).train, 3)
     diffusion = config.diffusion
     loss = DSMLoss(PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K))
     for batch in batches:
@@ -79,7 +79,7 @@ def test_sgd_is_equation_7_to_the_letter(tiny, digits):
         )
         for (name, _), gradient in zip(network.named_parameters(), gradients, strict=True):
             mask = mask_of(masks, name, theta[name]).dense()
-            theta[name] = theta[name] - eta_of(config, 1) * gradient * mask
+            theta[name] = theta[name] - eta_of(config.local, config.rounds, 1) * gradient * mask
     worker.run(task)
     for name, value in parameters_of(only_network(worker)).items():
         torch.testing.assert_close(value, theta[name], rtol=1e-4, atol=1e-6)
@@ -90,7 +90,9 @@ def test_a_full_round_is_the_plain_mean_of_what_the_workers_sent(tiny, digits):
     sent = []
     for task in coordinator.tasks(1):
         update = worker.run(task)
-        sent.append(decode_update(update.payload.arrays, coordinator.theta, {}, coordinator.config))
+        sent.append(
+            decode_update(update.payload.arrays, coordinator.theta, {}, wire_of(coordinator.config))
+        )
         coordinator.receive(update)
     coordinator.close_round()
     for name, value in coordinator.theta.items():
@@ -143,7 +145,9 @@ def test_training_lowers_the_loss(tiny, digits, conditional):
 def test_label_dropout_replaces_its_part_of_the_labels_by_no_label(tiny, digits):
     worker = Worker(tiny(model__conditional=True, model__label_dropout=0.25), digits)
     indices = np.resize(np.arange(len(digits)), 20_000)
-    _, labels = worker._batch(indices, torch.Generator().manual_seed(0), np.random.default_rng(0))
+    _, labels = worker.images.batch(
+        indices, torch.Generator().manual_seed(0), np.random.default_rng(0)
+    )
     dropped = labels == 10
     assert abs(float(dropped.float().mean()) - 0.25) < 5 * (0.25 * 0.75 / 20_000) ** 0.5
     assert torch.equal(labels[~dropped], digits.labels[torch.from_numpy(indices)][~dropped])
@@ -152,9 +156,8 @@ def test_label_dropout_replaces_its_part_of_the_labels_by_no_label(tiny, digits)
 def test_without_label_dropout_nothing_is_drawn_for_it(tiny, digits):
     noise = torch.Generator().manual_seed(0)
     before = noise.get_state()
-    _, labels = Worker(tiny(model__conditional=True), digits)._batch(
-        np.arange(64), noise, np.random.default_rng(0)
-    )
+    images = Worker(tiny(model__conditional=True), digits).images
+    _, labels = images.batch(np.arange(64), noise, np.random.default_rng(0))
     assert torch.equal(noise.get_state(), before)
     assert torch.equal(labels, digits.labels[:64])
 
@@ -283,7 +286,9 @@ def test_weighting_by_examples_uses_each_clients_number_of_images(tiny, digits):
     sent, weights = [], []
     for task in coordinator.tasks(1):
         update = worker.run(task)
-        sent.append(decode_update(update.payload.arrays, coordinator.theta, {}, coordinator.config))
+        sent.append(
+            decode_update(update.payload.arrays, coordinator.theta, {}, wire_of(coordinator.config))
+        )
         weights.append(update.payload.numbers["examples"])
         coordinator.receive(update)
     coordinator.close_round()
@@ -295,7 +300,7 @@ def test_weighting_by_examples_uses_each_clients_number_of_images(tiny, digits):
 
 def test_eta_warms_up_and_falls(tiny):
     config = tiny(local__warmup=3, local__schedule="cosine", local__eta=1.0, rounds=10)
-    etas = [eta_of(config, r) for r in range(1, 11)]
+    etas = [eta_of(config.local, config.rounds, r) for r in range(1, 11)]
     assert etas[0] == pytest.approx(0.25)
     assert max(etas) == etas[3]
     assert etas[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.9)))

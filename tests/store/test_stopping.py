@@ -69,7 +69,8 @@ def test_where_not_even_the_status_can_be_written_the_first_error_is_the_one_tha
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("fed_diffusion.store.rundir.append_line", full)
+    monkeypatch.setattr("fed_diffusion.store.run_files.append_line", full)
+    monkeypatch.setattr("fed_diffusion.store.run_files.write_atomic", full)
     monkeypatch.setattr("fed_diffusion.store.rundir.write_atomic", full)
     with pytest.raises(RunStopped, match=r"run: No space left on device\. No round was finished"):
         run_in_process(experiment, processes=1)

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from fed_diffusion.build import build_network, parameters_of, skeleton
+from fed_diffusion.build import Setup, build_network, parameters_of, skeleton
 from fed_diffusion.client.budget import demand
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import load_config
@@ -145,7 +145,7 @@ def test_a_budget_counts_what_the_curvature_needs_beyond_a_step():
         changes = {key.replace("__", "."): value for key, value in changes.items()}
         settings = SETTINGS | {"local.batch": batch, "theory.every": every} | changes
         config = load_config("digits", settings)
-        return demand(config, skeleton(config), measures)
+        return demand(Setup.of(config), skeleton(config), measures)
 
     plain, measuring = needs(4, measures=False), needs(4)
     assert measuring.activations > 2 * plain.activations

@@ -14,7 +14,8 @@ from fed_diffusion.diffusion.partitions import kappa_minimal, loss_weights
 from fed_diffusion.diffusion.process import diffuse
 from fed_diffusion.theory import estimates
 from fed_diffusion.theory.curvature import hessian_vector, largest_curvature
-from fed_diffusion.theory.estimates import Estimate, Sketch
+from fed_diffusion.theory.estimates import Estimate
+from fed_diffusion.theory.sketch import Sketch
 
 D = 12
 HESSIAN = torch.diag(torch.linspace(0.5, 4.0, D, dtype=torch.float64))
@@ -325,7 +326,7 @@ def test_the_error_of_one_sketch_does_not_average_out_over_rounds():
     """Noise in one direction v, in every round: its square is ||Sv||^2, never ||v||^2."""
     inside = np.zeros(2, int)
     for seed in range(60):
-        sketch, draw = estimates.Sketch(seed, 64), np.random.default_rng(seed)
+        sketch, draw = Sketch(seed, 64), np.random.default_rng(seed)
         v = torch.from_numpy(draw.standard_normal(500)).float()
         exact = float(v.square().sum())
         rounds = []
