@@ -50,8 +50,6 @@ class Experiment:
     hands each outcome back, by `receive` or `reject`. The experiment holds the run directory's lock
     until `train` returns or raises, or until `close`.
 
-    It holds the run directory's lock until `train` returns or raises, or until `close`.
-
     Parameters
     ----------
     path
@@ -172,8 +170,7 @@ class Experiment:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Guard a block that may end a run: save its last round, write status.json, free the
-        directory.
+        """Guard a block that may end a run: save the last round, write status.json, unlock.
 
         Of several blocks inside one another, the outermost does this.
         """
@@ -190,9 +187,7 @@ class Experiment:
             self.close()
 
     def announce(self, budgets: Mapping[int, Mapping[str, float]]) -> None:
-        """Note what each client's node can carry: its keep ratio and, where measured, the
-        reason.
-        """
+        """Note what each client's node can carry: its keep ratio and, if measured, the reason."""
         for client, budget in budgets.items():
             self.coordinator.participation.announce(client, budget["keep"])
         self.run.write_budgets(self.run.budgets() | dict(budgets))

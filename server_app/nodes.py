@@ -85,8 +85,7 @@ class Query:
 class Nodes:
     """The nodes of a run. New ones are asked and join; nodes that are offline host no client.
 
-    A node is asked once each time that it becomes active. A node that cannot be used is asked again
-    and again, so that an operator who mends it needs to do nothing else.
+    A node is asked once each time that it becomes active, and one that cannot be used repeatedly.
 
     Parameters
     ----------
