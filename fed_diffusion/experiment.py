@@ -154,8 +154,7 @@ class Experiment:
         Raises
         ------
         RunStopped
-            A round stayed below its quorum, training diverged, the disk is full, ...; the message
-            says how to resume, where that helps.
+            A round stayed below its quorum, training diverged, ...; the message says how to resume.
         """
         with self.guarded():
             write_data(self.run.path, self.dataset, self.setup)
