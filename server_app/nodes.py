@@ -83,8 +83,7 @@ class Query:
 
 
 class Nodes:
-    """The nodes of a run. New ones are asked and join; nodes that are offline host no client.
-
+    """The nodes of a run: new ones are asked and join, and those that are offline host no client.
     A node is asked once each time that it becomes active, and one that cannot be used repeatedly.
 
     Parameters
