@@ -275,7 +275,7 @@ def test_a_client_that_sends_moments_where_none_are_shared_is_refused(tiny, digi
     [
         ({"local__optimizer": "sgd"}, "keeps no state"),
         ({"local__state": "fresh", "wire__state": "int4"}, "needs local.state shared"),
-        ({"privacy__clip": 1.0, "wire__differences": True}, "moments would leave unclipped"),
+        ({"privacy__clip": 1.0, "wire__differences": True}, "the clients' moments are not clipped"),
         ({"round__aggregation": "median"}, "round.aggregation to mean"),
     ],
 )
