@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from fed_diffusion.common.compute import arithmetic
 from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.common.rng import Purpose, seed_torch
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.config.names import is_own, refuse_unknown
+from fed_diffusion.config.names import refuse_unknown
 from fed_diffusion.data import (
     class_count,
     image_shape,
@@ -23,10 +24,13 @@ from fed_diffusion.masks.families import family_of
 from fed_diffusion.masks.levels import keep_ratios
 from fed_diffusion.masks.spaces import Layout, layout_of
 from fed_diffusion.masks.subnetwork import resized
+from fed_diffusion.models import from_diffusers
+from fed_diffusion.models.from_diffusers import DiffusersNetwork
 from fed_diffusion.models.own import NetworkFactory, check_network
 from fed_diffusion.models.unet import UNet, reset
+from fed_diffusion.store.start import hash_of, start_of
 
-NETWORKS = ("unet",)
+NETWORKS = ("unet", from_diffusers.NAME)
 """The names of networks that are built in."""
 
 
@@ -59,7 +63,39 @@ def time_grid(config: Config, steps: int | None = None) -> Tensor:
 
 
 def build_network(config: Config) -> nn.Module:
-    """The score network with its initial theta_0, the same bits for the same seed.
+    """The score network with its initial theta_0: what the run starts from, else drawn values.
+
+    Raises
+    ------
+    ConfigError
+        As of `new_network`; or what the run starts from cannot be read, or is of another network.
+    """
+    network = new_network(config)
+    start = start_of(config.model, parameters_of(network))
+    if start is not None:
+        for name, parameter in parameters_of(network).items():
+            parameter.copy_(start[name])
+    return network
+
+
+def with_start(config: Config) -> Config:
+    """The configuration with what a run notes of its network when it begins.
+
+    That is the description of a diffusers network, and the hash of the values it starts from.
+    """
+    model = config.model
+    noted: dict[str, Any] = {}
+    if model.name == from_diffusers.NAME:
+        noted["network"] = from_diffusers.describe(model)
+    config = config.model_copy(update={"model": model.model_copy(update=noted)})
+    start = start_of(model, parameters_of(skeleton(config)))
+    if start is not None:
+        noted["start_hash"] = hash_of(start)
+    return config.model_copy(update={"model": model.model_copy(update=noted)})
+
+
+def new_network(config: Config) -> nn.Module:
+    """The score network with drawn values, the same bits for the same seed.
 
     Under the baseline `small` it is the smallest worker's sub-network, which everyone trains. A
     network of the user's own, `model.name: module:Net`, is made as `NetworkFactory` says.
@@ -71,13 +107,13 @@ def build_network(config: Config) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         seed_torch(config.seed, Purpose.INIT)
-        if is_own(config.model.name):
+        if config.model.name != "unet":
             if config.pruning.baseline == "small":
                 raise ConfigError(
                     "pruning.baseline = 'small' shrinks the built-in U-Net; with "
                     f"model.name = {config.model.name!r} name a smaller network instead."
                 )
-            return _own_network(config)
+            return _other_network(config)
         if config.pruning.baseline != "small":
             return _unet(config)
         return reset(resized(_meta_unet(config), _smallest(config)))
@@ -85,19 +121,26 @@ def build_network(config: Config) -> nn.Module:
 
 def skeleton(config: Config) -> nn.Module:
     """The structure of `build_network(config)`; the U-Net's has no memory behind it (meta)."""
-    if is_own(config.model.name):
-        return build_network(config)
+    if config.model.name != "unet":
+        return new_network(config)
     if config.pruning.baseline == "small":
         return resized(_meta_unet(config), _smallest(config), device="meta")
     return _meta_unet(config)
 
 
 def check_structure(config: Config) -> None:
-    """Refuse a network that cannot be built, or one of the user's own that is no noise estimate."""
+    """Refuse a network that cannot be built, or one that is no noise estimate.
+
+    What it starts from is checked where the run begins; a run that goes on does not need it.
+    """
     network = skeleton(config)
-    if is_own(config.model.name):
+    if isinstance(network, DiffusersNetwork):
+        from_diffusers.check_range(network, config.diffusion.T, config.diffusion.delta)
+    if config.model.name != "unet":
         with blamed("model.name", config.model.name):
             check_network(network, *_images(config))
+    if config.model.start_hash is None:
+        start_of(config.model, parameters_of(network))
 
 
 def channel_layout(config: Config) -> Layout | None:
@@ -171,9 +214,13 @@ def _images(config: Config) -> tuple[int, int, int | None]:
     return channels, size, classes
 
 
-def _own_network(config: Config) -> nn.Module:
+def _other_network(config: Config) -> nn.Module:
     channels, size, classes = _images(config)
     name = config.model.name
+    refuse_unknown("model.name", name, NETWORKS)
+    if name == from_diffusers.NAME:
+        description = from_diffusers.describe(config.model)
+        return from_diffusers.network_of(description, channels, classes, config.model.label_dropout)
     factory: NetworkFactory = resolve("model.name", name, {})
     with blamed("model.name", name):
         network = factory(config.model, channels, size, classes)
@@ -199,7 +246,7 @@ def evaluator(network: Callable[..., Tensor], config: Config, device: torch.devi
 
 def network_with(config: Config, theta: dict[str, Tensor]) -> nn.Module:
     """A network that holds theta, in evaluation mode."""
-    network = build_network(config)
+    network = new_network(config)
     for name, parameter in parameters_of(network).items():
         parameter.copy_(theta[name])
     return network.eval()

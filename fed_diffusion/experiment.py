@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.build import build_network, new_network, parameters_of, with_start
 from fed_diffusion.checks import VERSIONS, check
 from fed_diffusion.common.compute import pinned_threads
 from fed_diffusion.config import Config, ConfigError
@@ -73,7 +73,8 @@ class Experiment:
         run: RunDir | None = None,
     ):
         self.dataset = check(config, dataset, needs_data)
-        self.config = config = with_class_names(config, self.dataset)
+        config = with_class_names(config, self.dataset)
+        self.config = config = with_start(config) if run is None else config
         self.trackers = Trackers(config)
         self.engine = "local"
         """What carries this run; the command that resumes it depends on it."""
@@ -82,7 +83,9 @@ class Experiment:
         self.live = Live(self.run, config.rounds)
         self.page = LivePage(self.run)
         try:
-            self.coordinator = Coordinator(config, parameters_of(build_network(config)))
+            goes_on = run is not None and run.has_checkpoint()
+            network = (new_network if goes_on else build_network)(config)
+            self.coordinator = Coordinator(config, parameters_of(network))
             self.record = Record(config, self.run, self._data, VERSIONS)
             self._guarded = False
             self._round_began = time.perf_counter()

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fed_diffusion.build import build_network
+from fed_diffusion.build import new_network
 from fed_diffusion.common.compute import device_of, precision_on
 from fed_diffusion.common.rng import Purpose, seed_torch, torch_generator
 from fed_diffusion.config import Config
-from fed_diffusion.config.names import is_own
 from fed_diffusion.data import class_count, image_shape
 from fed_diffusion.theory.bound import Condition, yes_or_no
 
@@ -102,8 +101,8 @@ def _no_dropout(config: Config) -> Condition:
     model, says = config.model, f"model.dropout = {config.model.dropout:g}"
     layers: set[str] = set()
     differs = ""
-    if is_own(model.name):
-        network = build_network(config)
+    if model.name != "unet":
+        network = new_network(config)
         modules = network.modules()
         noisy = [module for module in modules if isinstance(module, NOISY_LAYERS)]
         layers = {type(module).__name__ for module in noisy if getattr(module, "p", 1) != 0}

@@ -13,7 +13,7 @@ from torch import Tensor
 from fed_diffusion.analysis.advisor import advice
 from fed_diffusion.analysis.covered import assumptions, caveats, images
 from fed_diffusion.build import build_network, parameters_of, time_grid
-from fed_diffusion.config import Config
+from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import image_shape
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.protocol.codecs import difference
@@ -62,13 +62,17 @@ def measured(
     why = _why_not(config, history, rounds)
     if why:
         return {"why": why} | ({"unanswered": unanswered} if unanswered else {})
+    try:
+        start = parameters_of(build_network(config))
+    except ConfigError as error:  # what the run started from is gone: that ends no run
+        return {"why": f"theta_0 cannot be read again: {error}"}
     first = rounds[0][1]
     found = _estimates(rounds)
     d = math.prod(image_shape(config.data))
     u = time_grid(config)
     Z = DSMLoss(u).Z
     steps = steps_taken(config, history)
-    simple = _training(config, history, found, theta, max(steps))
+    simple = _training(config, history, found, (start, theta), max(steps))
     training, data = to_F_scale(simple, Z, d), Data(d, float(first["M2"]))
     asks = assumptions(config, steps, precisions(history))
 
@@ -199,12 +203,18 @@ def _training(
     config: Config,
     history: Sequence[RoundSummary],
     found: Mapping[str, Estimate],
-    theta: Mapping[str, Tensor],
+    ends: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     S: int,
 ) -> Training:
-    """What Lemmas 4.6 and 4.7 read, on the scale of the simple loss."""
-    start = parameters_of(build_network(config))
-    square, _ = difference(dict(theta), start, {})
+    """What Lemmas 4.6 and 4.7 read, on the scale of the simple loss.
+
+    Parameters
+    ----------
+    ends
+        theta_0 and theta_R.
+    """
+    start, theta = ends
+    square, _ = difference(dict(theta), dict(start), {})
     return Training(
         N=config.clients,
         S=S,

@@ -11,6 +11,7 @@ from fed_diffusion.aggregation.private import spent
 from fed_diffusion.analysis.measured import measured
 from fed_diffusion.config import Config, method_name
 from fed_diffusion.store.ledger import RoundSummary
+from fed_diffusion.store.start import facts_of
 
 
 def results_of(
@@ -64,6 +65,8 @@ def results_of(
     }
     if data is not None:
         results["data"] = data
+    if (start := facts_of(config.model)) is not None:
+        results["start"] = start
     privacy = spent(config, opened, last.round)
     if privacy is not None:
         results["privacy"] = privacy

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fed_diffusion.build import build_network, parameters_of, skeleton, time_grid
+from fed_diffusion.build import new_network, parameters_of, skeleton, time_grid
 from fed_diffusion.client import diagnostics
 from fed_diffusion.client.budget import demand
 from fed_diffusion.client.worker import Worker
@@ -202,7 +202,7 @@ class _Timed:
     def __init__(self, config: Config, dataset: ImageSet):
         self._config = _with_steps(config, 1)
         self._worker = Worker(self._config, dataset)
-        coordinator = Coordinator(self._config, parameters_of(build_network(config)))
+        coordinator = Coordinator(self._config, parameters_of(new_network(config)))
         _announce(config, coordinator, self._worker)
         tasks, made = _took(lambda: list(islice(coordinator.tasks(1), 2 * config.clients)))
         state = coordinator.open
@@ -287,7 +287,7 @@ def evaluation_seconds(
     settings, needed = config.evaluation, images_needed(config)
     shown = settings.grid if rounds else 0
     num = max(shown, needed)
-    sampler = Sampler(config, parameters_of(build_network(config)))
+    sampler = Sampler(config, parameters_of(new_network(config)))
     batch = min(settings.batch, max(num, SMALL))
     call = _score_seconds(sampler, batch)
     calls = sampler.calls(time_grid(config, settings.steps), config)
