@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
 
 def export_command(arguments: argparse.Namespace) -> int:
     """Write the folder; its path is the output."""
-    from fed_diffusion.report.export import export
+    from fed_diffusion.export.folder import export
     from fed_diffusion.store.rundir import RunDir
 
     run = RunDir.open(arguments.run)

@@ -14,7 +14,7 @@ from fed_diffusion.checks import check_training
 from fed_diffusion.config import ConfigError, build_config, load_config
 from fed_diffusion.diffusion.loss import NoisyBatch
 from fed_diffusion.diffusion.process import diffuse, per_image, sigma
-from fed_diffusion.diffusion.samplers import probability_flow
+from fed_diffusion.diffusion.samplers import probability_flow, second_order
 from fed_diffusion.engines.local import simulate
 from fed_diffusion.models import from_diffusers
 from tests.models.pipelines import SHAPE, save_pipeline
@@ -177,6 +177,29 @@ def test_ddim_and_our_probability_flow_make_the_same_images_of_the_same_noise(
         for t in scheduler.timesteps:
             theirs = scheduler.step(network.unet(theirs, t).sample, t, theirs).prev_sample
         ours = probability_flow(
+            lambda y, u: -network(y, u) / per_image(sigma(u), y),
+            start,
+            network.levels[scheduler.timesteps],
+            denoise=True,
+        )
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@models
+@pytest.mark.parametrize("steps", [20, 40])
+def test_dpm_solver_and_our_second_order_make_the_same_images_of_the_same_noise(steps, tmp_path):
+    import diffusers
+
+    save_pipeline(tmp_path)
+    network = build_network(configured(tmp_path)).eval()
+    start = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(2))
+    scheduler = diffusers.DPMSolverMultistepScheduler(timestep_spacing="leading")
+    scheduler.set_timesteps(steps)
+    theirs = start
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            theirs = scheduler.step(network.unet(theirs, t).sample, t, theirs).prev_sample
+        ours = second_order(
             lambda y, u: -network(y, u) / per_image(sigma(u), y),
             start,
             network.levels[scheduler.timesteps],

@@ -1,18 +1,22 @@
 """A trained run as files: what is in them is what was trained, and others can read it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.checks import check_training
 from fed_diffusion.cli.main import main
 from fed_diffusion.config import ConfigError, load_config
+from fed_diffusion.diffusion.samplers import probability_flow
 from fed_diffusion.experiment import Experiment
+from fed_diffusion.export.folder import export
 from fed_diffusion.generate import Sampler
-from fed_diffusion.report.export import export
 from fed_diffusion.store.rundir import RunDir
 from tests.models.pipelines import save_pipeline
 from tests.models.test_from_diffusers import models
@@ -75,8 +79,11 @@ def test_the_card_says_how_it_was_trained_and_names_no_path(tiny, tmp_path):
 
 
 def test_a_folder_that_holds_something_and_a_format_that_cannot_be_are_refused(ours, tmp_path):
-    with pytest.raises(ConfigError, match=r"model\.name = 'unet'; use --format safetensors"):
-        export(ours, tmp_path / "new", "diffusers")
+    own = untrained(
+        load_config("digits", TINY | {"model.name": "examples.own_network:Plain"}), tmp_path / "own"
+    )
+    with pytest.raises(ConfigError, match=r"examples.own_network:Plain'; use --format safetensors"):
+        export(own, tmp_path / "new", "diffusers")
     assert not (tmp_path / "new").exists()
     (tmp_path / "kept").write_text("mine")
     for folder in (tmp_path, tmp_path / "kept"):
@@ -155,3 +162,40 @@ def test_a_run_of_diffusers_is_exported_as_tensors_too(tmp_path):
     file = str(folder / "model.safetensors")
     check_training(load_config("digits", settings | {"model.start": file}))
     assert str(tmp_path) not in (folder / "config.json").read_text()
+
+
+@models
+@pytest.mark.parametrize("conditional", [False, True])
+def test_our_unet_becomes_a_pipeline_that_samples_as_we_do_where_we_are_not_installed(
+    conditional, tmp_path
+):
+    """Another process, which cannot import us, makes the images from the same noise."""
+    settings = {"model.attention": [4], "model.head": 8, "evaluation.denoise": True}
+    config = load_config("digits", TINY | settings | {"model.conditional": conditional})
+    run = untrained(config, tmp_path / "run")
+    folder = export(run, tmp_path / "out", "diffusers", "theta")
+    noise = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(3))
+    labels = [3, 5] if conditional else None
+    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    code = f"""
+import sys
+sys.modules["fed_diffusion"] = None
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+folder = {str(folder)!r}
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+noise = load_file({str(tmp_path / "noise.safetensors")!r})["noise"]
+x = pipe(2, labels={labels}, noise=noise, output_type="pt").images
+assert pipe(1, labels={labels and [1]}).images[0].size == (8, 8)
+save_file({{"x": x.contiguous()}}, {str(tmp_path / "x.safetensors")!r})
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "code")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert done.returncode == 0
+    sampler = Sampler(config, run.load_theta(ema=False))
+    score = sampler.score(None if labels is None else torch.tensor(labels))
+    with torch.no_grad():
+        mine = probability_flow(score, noise, sampler.partition(), denoise=True)
+    theirs = load_file(tmp_path / "x.safetensors")["x"]
+    torch.testing.assert_close(theirs, mine, atol=1e-4, rtol=1e-4)
+    assert "custom_pipeline" in (folder / "README.md").read_text()

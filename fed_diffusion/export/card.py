@@ -31,6 +31,16 @@ with torch.no_grad():
         out = pipe.unet(x, t, class_labels=labels).sample
         x = pipe.scheduler.step(out, t, x).prev_sample
 ```"""
+OWN_CODE = """The folder holds the code of its network and its pipeline, so it needs diffusers and
+torch alone; diffusers runs that code where it is told to.
+
+```python
+from diffusers import DiffusionPipeline
+
+folder = "THIS FOLDER"
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+image = pipe(1, labels=LABELS).images[0]
+```"""
 TENSORS = """`model.safetensors` holds the tensors by name, and `config.json` says of which network
 they are. A run of fed-diffusion starts from them:
 
@@ -71,6 +81,8 @@ def card(run: RunDir, config: Config, rounds: int, format: str, weights: str) ->
 def _use(config: Config, format: str) -> str:
     if format != "diffusers":
         return TENSORS
+    if config.model.name != from_diffusers.NAME:
+        return OWN_CODE.replace("LABELS", "[0]" if config.model.conditional else "None")
     channels, size, _ = image_shape(config.data)
     labelled = LABELLED.replace("{channels}", str(channels)).replace("{size}", str(size))
     return labelled if config.model.conditional else PIPELINE
