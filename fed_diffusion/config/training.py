@@ -151,8 +151,8 @@ class ModelConfig(Section):
     run notes them in its config.yaml, so that no other machine needs the files."""
     start: str | None = None
     """What training starts from in place of drawn values: the directory of a run, whose moving
-    average is taken, or a .safetensors file with the network's tensors by name. Only the machine
-    that begins a run needs it."""
+    average is taken, or a .safetensors file with the network's tensors by name. It comes before
+    the weights of `pretrained`. Only the machine that begins a run needs it."""
     start_hash: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of the values that training starts from. A run that starts from `start` or
     `pretrained` notes it in its config.yaml; where it is given, other values are refused."""

@@ -110,7 +110,10 @@ def _training(config: Config, results: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("Privacy", "no differential privacy; the images stayed with the clients"))
     elif (spent := results.get("privacy")) is not None:
         text = f"differential privacy of clients, epsilon = {spent['epsilon']:.3g} at delta = "
-        lines.append(("Privacy", f"{text}{spent['delta']:g}; it covers {spent['covers']}"))
+        text += f"{spent['delta']:g}"
+        if facts_of(config.model) is not None:
+            text += ", of which the images that the start was trained on are no part"
+        lines.append(("Privacy", f"{text}; it covers {spent['covers']}"))
     return lines
 
 

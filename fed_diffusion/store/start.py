@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fed_diffusion.config import ConfigError
+from fed_diffusion.config.names import is_own
 from fed_diffusion.config.schema import ModelConfig
 from fed_diffusion.models import from_diffusers
 from fed_diffusion.models.from_diffusers import PREFIX
@@ -92,7 +93,7 @@ def _read(model: ModelConfig) -> dict[str, Tensor]:
 
 def _refuse_other_meaning(model: ModelConfig, there: Mapping[str, Any], source: str) -> None:
     """Tensors of the same shapes are another function where certain settings differ."""
-    if not there:  # a file that says nothing of its network
+    if not there or is_own(model.name):  # nothing is known there, or here
         return
     here = model.model_dump(mode="json")
     if model.name == from_diffusers.NAME:
@@ -107,7 +108,7 @@ def _refuse_other_meaning(model: ModelConfig, there: Mapping[str, Any], source: 
 
 def _meaning(model: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that say which function tensors of given names and shapes are."""
-    name = model["name"]
+    name = model.get("name")
     if name == "unet":
         return {f"model.{key}": model.get(key) for key in ("name", "prediction", "group", "head")}
     found = {"model.name": name}
@@ -163,7 +164,7 @@ def matched(
 
 
 def hash_of(values: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes, whatever file the values come from."""
+    """SHA-256 over names, types, shapes and bytes, whatever file the values come from."""
     digest = hashlib.sha256()
     for name, value in sorted(values.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())

@@ -78,6 +78,25 @@ def test_the_card_says_how_it_was_trained_and_names_no_path(tiny, tmp_path):
     assert str(tmp_path) not in card + (folder / "config.json").read_text()
 
 
+def test_the_card_of_a_private_run_says_what_the_guarantee_leaves_out(tiny, tmp_path):
+    first = untrained(tiny(), tmp_path / "first")
+    private = tiny(
+        model__start=str(first.path),
+        privacy__clip=1.0,
+        privacy__noise_multiplier=1.0,
+        wire__differences=True,
+        round__norm_factor=None,
+    )
+    run = untrained(private, tmp_path / "run")
+    spent = {"epsilon": 3.0, "delta": 1e-5, "covers": "theta"}
+    results = {"privacy": spent, "loss": 1.0, "quality": {"fid": None, "why": "no samples"}}
+    (run.path / "results.json").write_text(json.dumps(results))
+    card = (export(run, tmp_path / "out") / "README.md").read_text()
+    assert "epsilon = 3 at delta = 1e-05" in card
+    assert "the images that the start was trained on are no part" in card
+    assert "FID: not measured: no samples" in card
+
+
 def test_a_folder_that_holds_something_and_a_format_that_cannot_be_are_refused(ours, tmp_path):
     own = untrained(
         load_config("digits", TINY | {"model.name": "examples.own_network:Plain"}), tmp_path / "own"
