@@ -268,7 +268,8 @@ def _read(source: str) -> tuple[dict[str, Any], dict[str, Any] | None, str]:
     except Exception as error:  # diffusers raises OSError for most, and others for odd files
         raise ConfigError(
             f"model.pretrained = {source!r} holds no UNet2DModel: the folder of a pipeline has "
-            f"unet/config.json, and that of a network has config.json "
+            f"unet/config.json, and that of a network has config.json. A name on the Hub needs a "
+            f"network, or a copy in the Hub's cache "
             f"({type(error).__name__}: {_first_line(error)})."
         ) from error
     index = _found(diffusers.DiffusionPipeline, source) or {}
