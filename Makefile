@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-slow test-faults test-lab test-browser lint docs install clean constraints docker docker-demo
+.PHONY: run test test-slow test-faults test-lab test-browser test-models lint docs install clean constraints docker docker-demo
 
 run: .venv/.run
 	$(BIN)/fed-diffusion run digits --engine flower
@@ -20,6 +20,10 @@ test-faults: .venv/.test
 # as root, with iproute2, nginx and curl: hosts in network namespaces of their own
 test-lab: .venv/.test
 	$(BIN)/python -m pytest -m lab
+
+# networks of diffusers; nothing comes from the Hub
+test-models: .venv/.models
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m models
 
 # with Chromium and Node; BROWSER_MODULES gets axe-core and playwright-core, outside the checkout
 BROWSER_MODULES ?= $(or $(TMPDIR),/tmp)/fed-diffusion-browser
@@ -45,6 +49,10 @@ install: .venv/.test
 
 .venv/.test: pyproject.toml .venv/.run
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/.models: pyproject.toml .venv/.test
+	$(BIN)/python -m pip install --quiet --editable '.[test,diffusers]'
 	touch $@
 
 .venv/.docs: pyproject.toml .venv/.run

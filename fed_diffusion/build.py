@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from fed_diffusion.common.compute import arithmetic, device_of, precision_on
 from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.common.rng import Purpose, seed_torch
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.config.names import is_own, refuse_unknown
+from fed_diffusion.config.names import refuse_unknown
 from fed_diffusion.config.schema import DiffusionConfig
 from fed_diffusion.data import ImageSet, Share, class_count, image_shape, named_classes, shares_of
 from fed_diffusion.diffusion.loss import DSMLoss, Network
@@ -26,10 +26,13 @@ from fed_diffusion.masks.levels import keep_ratios
 from fed_diffusion.masks.plan import known_ratios
 from fed_diffusion.masks.spaces import Layout, layout_of
 from fed_diffusion.masks.subnetwork import resized
+from fed_diffusion.models import from_diffusers
+from fed_diffusion.models.from_diffusers import DiffusersNetwork
 from fed_diffusion.models.own import NetworkFactory, check_network
 from fed_diffusion.models.unet import UNet, reset
+from fed_diffusion.store.start import hash_of, start_of
 
-NETWORKS = ("unet",)
+NETWORKS = ("unet", from_diffusers.NAME)
 """The names of networks that are built in."""
 
 
@@ -120,27 +123,37 @@ class Setup:
         """The skeleton's parameters by name, of which only the shapes count."""
         return parameters_of(self.skeleton)
 
-    def network(self) -> nn.Module:
-        """A new network that holds theta_0; see `build_network`."""
-        return build_network(self.config)
+    def network(self, started: bool = True) -> nn.Module:
+        """Return a new network that holds theta_0, or drawn values in place of what it starts from.
 
-    def theta(self) -> dict[str, Tensor]:
-        """A new copy of theta_0, by name."""
-        return parameters_of(self.network())
+        See `build_network` and `new_network`.
+        """
+        return (build_network if started else new_network)(self.config)
+
+    def theta(self, started: bool = True) -> dict[str, Tensor]:
+        """Return a new copy of theta_0, by name; see `network`."""
+        return parameters_of(self.network(started))
 
     def network_with(self, theta: dict[str, Tensor]) -> nn.Module:
         """A new network that holds theta, in evaluation mode."""
-        network = self.network()
+        network = self.network(started=False)
         for name, parameter in parameters_of(network).items():
             parameter.copy_(theta[name])
         return network.eval()
 
     def check_network(self) -> None:
-        """Refuse a network that cannot be built, or the user's own that is no noise estimate."""
-        name, network = self.config.model.name, self.skeleton
-        if is_own(name):
-            with blamed("model.name", name):
-                check_network(network, *_images(self.config))
+        """Refuse a network that cannot be built, or that is no noise estimate.
+
+        What it starts from is checked where the run begins; a run that goes on does not need it.
+        """
+        config, network = self.config, self.skeleton
+        if isinstance(network, DiffusersNetwork):
+            from_diffusers.check_range(network, config.diffusion.T, config.diffusion.delta)
+        if config.model.name != "unet":
+            with blamed("model.name", config.model.name):
+                check_network(network, *_images(config))
+        if config.model.start_hash is None:
+            start_of(config.model, self.shapes)
 
     @cached_property
     def family(self) -> Family:
@@ -229,7 +242,40 @@ def time_grid(diffusion: DiffusionConfig, steps: int | None = None) -> Tensor:
 
 
 def build_network(config: Config) -> nn.Module:
-    """Return the score network with its initial theta_0, the same bits for the same seed.
+    """Return the score network with its initial theta_0: what the run starts from, else drawn.
+
+    Raises
+    ------
+    ConfigError
+        `new_network` fails, or what the run starts from cannot be read or is of another network.
+    """
+    network = new_network(config)
+    start = start_of(config.model, parameters_of(network))
+    if start is not None:
+        for name, parameter in parameters_of(network).items():
+            parameter.copy_(start[name])
+    return network
+
+
+def with_start(config: Config) -> Config:
+    """Return the configuration with what a run notes of its network when it begins.
+
+    That is the description of a diffusers network, and the hash of the values it starts from.
+    """
+    model = config.model
+    noted: dict[str, Any] = {}
+    if model.name == from_diffusers.NAME:
+        noted["network"] = from_diffusers.describe(model)
+        model = model.model_copy(update=noted)
+        config = config.model_copy(update={"model": model})
+    start = start_of(config.model, parameters_of(skeleton(config)))
+    if start is not None:
+        noted["start_hash"] = hash_of(start)
+    return config.model_copy(update={"model": model.model_copy(update=noted)}) if noted else config
+
+
+def new_network(config: Config) -> nn.Module:
+    """Return the score network with drawn values, the same bits for the same seed.
 
     Under the baseline `small` this is the smallest worker's sub-network, which everyone trains. A
     user's network, `model.name: module:Net`, is made as `NetworkFactory` says.
@@ -241,13 +287,13 @@ def build_network(config: Config) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         seed_torch(config.seed, Purpose.INIT)
-        if is_own(config.model.name):
+        if config.model.name != "unet":
             if config.pruning.baseline == "small":
                 raise ConfigError(
                     "pruning.baseline = 'small' shrinks the built-in U-Net; with "
                     f"model.name = {config.model.name!r} name a smaller network instead."
                 )
-            return _own_network(config)
+            return _other_network(config)
         if config.pruning.baseline != "small":
             return _unet(config)
         return reset(resized(_meta_unet(config), _smallest(config)))
@@ -255,8 +301,8 @@ def build_network(config: Config) -> nn.Module:
 
 def skeleton(config: Config) -> nn.Module:
     """Return the structure of `build_network(config)`; the U-Net's takes no memory (meta)."""
-    if is_own(config.model.name):
-        return build_network(config)
+    if config.model.name != "unet":
+        return new_network(config)
     if config.pruning.baseline == "small":
         return resized(_meta_unet(config), _smallest(config), device="meta")
     return _meta_unet(config)
@@ -317,9 +363,13 @@ def _images(config: Config) -> tuple[int, int, int | None]:
     return channels, size, classes
 
 
-def _own_network(config: Config) -> nn.Module:
+def _other_network(config: Config) -> nn.Module:
     channels, size, classes = _images(config)
     name = config.model.name
+    refuse_unknown("model.name", name, NETWORKS)
+    if name == from_diffusers.NAME:
+        description = from_diffusers.describe(config.model)
+        return from_diffusers.network_of(description, channels, classes, config.model.label_dropout)
     factory: NetworkFactory = resolve("model.name", name, {})
     with blamed("model.name", name):
         network = factory(config.model, channels, size, classes)

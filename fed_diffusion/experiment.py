@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fed_diffusion.build import Setup, with_class_names
+from fed_diffusion.build import Setup, with_class_names, with_start
 from fed_diffusion.checks import VERSIONS, check
 from fed_diffusion.common.compute import pinned_threads
 from fed_diffusion.config import Config, ConfigError
@@ -70,7 +70,8 @@ class Experiment:
     ):
         setup = Setup.of(config)
         self.dataset = check(setup, dataset, needs_data)
-        self.config = named = with_class_names(config, self.dataset)
+        named = with_class_names(config, self.dataset)
+        self.config = named = with_start(named) if run is None else named
         self.setup = setup = setup if named is config else Setup.of(named)
         self.trackers = Trackers(named)
         self.engine = "local"
@@ -80,7 +81,8 @@ class Experiment:
         self.live = Live(self.run, config.rounds)
         self.page = LivePage(self.run)
         try:
-            self.coordinator = Coordinator(setup, setup.theta())
+            goes_on = run is not None and run.has_checkpoint()
+            self.coordinator = Coordinator(setup, setup.theta(started=not goes_on))
             self.record = _record(self)
             self._guarded = False
             self._round_began = time.perf_counter()

@@ -17,7 +17,7 @@ FLOORS = (
     ("experiment",),
     ("checks", "finish"),
     ("server", "analysis", "evaluation"),
-    ("client", "aggregation", "generate"),
+    ("client", "aggregation", "generate", "export"),
     ("protocol", "build", "report"),
     ("masks", "data", "store", "theory"),
     ("models", "common"),

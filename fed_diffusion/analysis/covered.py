@@ -10,7 +10,6 @@ from torch import nn
 
 from fed_diffusion.build import Setup
 from fed_diffusion.common.rng import Purpose, seed_torch, torch_generator
-from fed_diffusion.config.names import is_own
 from fed_diffusion.config.schema import LocalConfig
 from fed_diffusion.theory.bound import Condition, yes_or_no
 
@@ -102,8 +101,8 @@ def _no_dropout(setup: Setup) -> Condition:
     says = f"model.dropout = {model.dropout:g}"
     layers: set[str] = set()
     differs = ""
-    if is_own(model.name):
-        network = setup.network()
+    if model.name != "unet":
+        network = setup.network(started=False)
         modules = network.modules()
         noisy = [module for module in modules if isinstance(module, NOISY_LAYERS)]
         layers = {type(module).__name__ for module in noisy if getattr(module, "p", 1) != 0}

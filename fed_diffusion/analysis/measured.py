@@ -13,7 +13,7 @@ from torch import Tensor
 from fed_diffusion.analysis.advisor import advice
 from fed_diffusion.analysis.covered import assumptions, caveats, images
 from fed_diffusion.build import Setup
-from fed_diffusion.config import Config
+from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.config.schema import LocalConfig
 from fed_diffusion.protocol.codecs import difference
 from fed_diffusion.store.ledger import RoundSummary
@@ -63,11 +63,15 @@ def measured(
     why = _why_not(config, history, rounds)
     if why:
         return {"why": why} | ({"unanswered": unanswered} if unanswered else {})
+    try:
+        start = setup.theta()
+    except ConfigError as error:  # what the run started from is gone: that ends no run
+        return {"why": f"theta_0 cannot be read again: {error}"}
     first = rounds[0][1]
     found = _estimates(rounds)
     d, u, Z = setup.d, setup.u, setup.Z
     steps = steps_taken(config.local, history)
-    simple = _training(setup, history, found, theta, max(steps))
+    simple = _training(setup, history, found, (start, theta), max(steps))
     training, data = to_F_scale(simple, Z, d), Data(d, float(first["M2"]))
     asks = assumptions(setup, steps, precisions(history))
 
@@ -199,12 +203,18 @@ def _training(
     setup: Setup,
     history: Sequence[RoundSummary],
     found: Mapping[str, Estimate],
-    theta: Mapping[str, Tensor],
+    ends: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     S: int,
 ) -> Training:
-    """What Lemmas 4.6 and 4.7 read, on the scale of the simple loss."""
-    config = setup.config
-    square, _ = difference(dict(theta), setup.theta(), {})
+    """What Lemmas 4.6 and 4.7 read, on the scale of the simple loss.
+
+    Parameters
+    ----------
+    ends
+        theta_0 and theta_R.
+    """
+    config, (start, theta) = setup.config, ends
+    square, _ = difference(dict(theta), dict(start), {})
     return Training(
         N=config.clients,
         S=S,

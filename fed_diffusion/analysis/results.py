@@ -12,6 +12,7 @@ from fed_diffusion.analysis.measured import measured
 from fed_diffusion.build import Setup
 from fed_diffusion.config import method_name
 from fed_diffusion.store.ledger import RoundSummary
+from fed_diffusion.store.start import facts_of
 
 
 def results_of(
@@ -65,6 +66,8 @@ def results_of(
     }
     if data is not None:
         results["data"] = data
+    if (start := facts_of(config.model)) is not None:
+        results["start"] = start
     privacy = spent(config.privacy, config.round.fraction, opened, last.round)
     if privacy is not None:
         results["privacy"] = privacy

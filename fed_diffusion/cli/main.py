@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fed_diffusion.cli import compare as cli_compare
 from fed_diffusion.cli import dry_run as cli_dry_run
 from fed_diffusion.cli import evaluation as cli_evaluation
+from fed_diffusion.cli import export as cli_export
 from fed_diffusion.cli import runs as cli_runs
 from fed_diffusion.cli import settings as cli_settings
 from fed_diffusion.cli import theory as cli_theory
@@ -85,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     cli_evaluation.add_commands(commands)
     cli_theory.add_commands(commands)
     cli_compare.add_commands(commands)
+    cli_export.add_commands(commands)
 
     sweep = commands.add_parser(
         "sweep", help="run a grid of presets x methods x seeds, and make its table"

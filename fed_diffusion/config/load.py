@@ -19,6 +19,7 @@ from fed_diffusion.config.names import UNKNOWN
 from fed_diffusion.config.pairs import field_of, parse_pairs, read_value, refuse_overlaps
 from fed_diffusion.config.schema import Config, ConfigError, Section, by_type
 from fed_diffusion.config.section import complaint, is_mapping
+from fed_diffusion.config.training import ModelConfig
 from fed_diffusion.config.yaml import absolute, expanded, read_yaml
 
 __all__ = [
@@ -166,6 +167,7 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"dir": resolve(config.data.dir, "data.dir")}),
+            "model": _absolute_model(config.model),
             "evaluation": evaluation.model_copy(
                 update={
                     "reference": reference,
@@ -174,6 +176,16 @@ def _absolute(config: Config) -> Config:
             ),
         }
     )
+
+
+def _absolute_model(model: ModelConfig) -> ModelConfig:
+    """model.pretrained is a name on the Hub unless it is a folder here, or looks like a path."""
+    files = {key: getattr(model, key) for key in ("config", "scheduler", "start")}
+    pretrained = model.pretrained
+    if pretrained and (pretrained[0] in "~./" or expanded(pretrained, "model.pretrained").exists()):
+        files["pretrained"] = pretrained
+    found = {k: str(absolute(file, f"model.{k}")) for k, file in files.items() if file}
+    return model.model_copy(update=found)
 
 
 def build_config(settings: Mapping[str, Any]) -> Config:

@@ -134,7 +134,28 @@ class ModelConfig(Section):
     """The score network."""
 
     name: str = "unet"
-    """The network: unet, which is built in, or your_module:Net, see `models.own.NetworkFactory`."""
+    """The network: unet, which is built in; diffusers, a UNet2DModel of the package diffusers that
+    `pretrained` or `config` names; or your_module:Net, see `models.own.NetworkFactory`."""
+    pretrained: str | None = None
+    """For diffusers: the network that training starts from, the folder of a pipeline or of a
+    network, or a name on the Hub. Only the machine that begins a run needs it."""
+    config: str | None = None
+    """For diffusers: a JSON file with the configuration of a new network that is trained from the
+    beginning, in place of `pretrained`."""
+    scheduler: str | None = None
+    """For diffusers: a JSON file with the configuration of the scheduler, whose noise levels the
+    network knows. By default it is the pipeline's, and for `config` a DDPMScheduler as diffusers
+    makes one."""
+    network: dict[str, Any] | None = None
+    """For diffusers: the configurations of the network and of its scheduler, as they were read. A
+    run notes them in its config.yaml, so that no other machine needs the files."""
+    start: str | None = None
+    """What training starts from in place of drawn values: the directory of a run, whose moving
+    average is taken, or a .safetensors file with the network's tensors by name. It comes before
+    the weights of `pretrained`. Only the machine that begins a run needs it."""
+    start_hash: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the values that training starts from. A run that starts from `start` or
+    `pretrained` notes it in its config.yaml; where it is given, other values are refused."""
     widths: tuple[int, ...] = Field((32, 64, 64), min_length=1)
     """The number of channels at each resolution level. Each is a multiple of `group`."""
     blocks: int = Field(1, ge=1)
@@ -154,7 +175,36 @@ class ModelConfig(Section):
     """The part of the labels that training replaces by "no label". evaluation.guidance needs it."""
     prediction: Literal["eps", "v", "x0"] = "eps"
     """What the network's output stands for: the noise (eps), the velocity (v) or the image (x0).
-    All three are converted to the same score."""
+    All three are converted to the same score. Of a diffusers network
+    its scheduler says it, where there is one."""
+
+    @field_validator("network", mode="before")
+    @classmethod
+    def _plain_values(cls, value: Any) -> Any:
+        return as_values(value)
+
+    @model_validator(mode="after")
+    def _one_network(self) -> ModelConfig:
+        keys = ("pretrained", "config", "scheduler", "network")
+        given = [key for key in keys if getattr(self, key) is not None]
+        if self.name != "diffusers" and given:
+            raise ValueError(
+                f"{given[0]}: it describes a network of diffusers, and model.name = "
+                f"{self.name!r}; set model.name to diffusers, or leave it out"
+            )
+        if self.name == "diffusers" and not {"pretrained", "config", "network"} & {*given}:
+            raise ValueError(
+                "name: diffusers needs a network; name one in model.pretrained, or the JSON file "
+                "of its configuration in model.config"
+            )
+        if {"pretrained", "config"} <= {*given}:
+            raise ValueError("config: model.pretrained has a configuration already; give one")
+        if self.start_hash is not None and not (self.start or self.pretrained):
+            raise ValueError(
+                "start_hash: nothing is named that training starts from; name it in model.start, "
+                "or leave model.start_hash out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _aligned(self) -> ModelConfig:

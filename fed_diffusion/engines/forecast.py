@@ -202,7 +202,7 @@ class _Timed:
         self._config = _with_steps(config, 1)
         setup = Setup.of(self._config)
         self._worker = Worker(setup, dataset)
-        coordinator = Coordinator(setup, setup.theta())
+        coordinator = Coordinator(setup, setup.theta(started=False))
         _announce(config, coordinator, self._worker)
         tasks, made = _took(lambda: list(islice(coordinator.tasks(1), 2 * config.clients)))
         state = coordinator.open
@@ -293,7 +293,7 @@ def evaluation_seconds(
     needed = images_needed(settings)
     shown = settings.grid if rounds else 0
     num = max(shown, needed)
-    sampler = Sampler(setup, setup.theta())
+    sampler = Sampler(setup, setup.theta(started=False))
     batch = min(settings.batch, max(num, SMALL))
     call = _score_seconds(sampler, batch)
     calls = sampler.calls(setup.sampling_times())

@@ -8,7 +8,6 @@ made with it compare only with figures made with the same reference set and seed
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.common.rng import Purpose, seed_torch, torch_generator
 from fed_diffusion.config import ConfigError
 from fed_diffusion.data.datasets import ImageSet, content_hash, to_unit
+from fed_diffusion.store.start import hash_of
 
 CLASSIFIER = "fed-diffusion-classifier"
 """The name under which torch-fidelity knows `ClassifierFeatures`."""
@@ -215,11 +215,7 @@ def fingerprint(reference: ImageSet) -> Fingerprinted:
 
 def weights_hash(network: nn.Module) -> str:
     """Return SHA-256 over names, types, shapes and bytes of the weights, not of their file."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return hash_of(network.state_dict())
 
 
 def trained_classifier(

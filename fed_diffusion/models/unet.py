@@ -18,6 +18,15 @@ from torch.nn import functional as F
 from fed_diffusion.diffusion.process import alpha, per_image, sigma
 
 
+def noise_of(prediction: str, out: Tensor, x: Tensor, u: Tensor) -> Tensor:
+    """The noise estimate that a network's output stands for, which is eps, v or x0 of x_u."""
+    if prediction == "v":  # v = alpha eps - sigma x0, so eps = alpha v + sigma x
+        return per_image(alpha(u), x) * out + per_image(sigma(u), x) * x
+    if prediction == "x0":
+        return (x - per_image(alpha(u), x) * out) / per_image(sigma(u), x)
+    return out
+
+
 def _start_at_zero(layer: nn.Module) -> None:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -190,11 +199,7 @@ class UNet(nn.Module):
             int64 [n]; only for a conditional network, where None means "no label".
         """
         out = self._network(x, self._embed(u, labels).to(x.dtype))
-        if self.prediction == "v":  # v = alpha eps - sigma x0, so eps = alpha v + sigma x
-            return per_image(alpha(u), x) * out + per_image(sigma(u), x) * x
-        if self.prediction == "x0":
-            return (x - per_image(alpha(u), x) * out) / per_image(sigma(u), x)
-        return out
+        return noise_of(self.prediction, out, x, u)
 
     def _embed(self, u: Tensor, labels: Tensor | None) -> Tensor:
         """Return the embedding of the log noise-to-signal ratio: sines and cosines, then two

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, ValidationError
 
-from fed_diffusion.build import with_class_names
+from fed_diffusion.build import with_class_names, with_start
 from fed_diffusion.checks import check
 from fed_diffusion.common.compute import device_of
 from fed_diffusion.common.hardware import usable_cores
@@ -199,7 +199,7 @@ def check_runs(runs: Sequence[Run]) -> dict[DataConfig, ImageSet]:
 
 def _check_same(run: Run, dataset: ImageSet) -> None:
     there = RunDir(run.path).config().to_dict()
-    now = with_class_names(run.config, dataset).to_dict()
+    now = with_start(with_class_names(run.config, dataset)).to_dict()
     different = [key for key in now if there[key] != now[key]]
     if different:
         raise ConfigError(

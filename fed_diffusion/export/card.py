@@ -1,0 +1,148 @@
+"""The model card of an exported run: what it is, how it was trained, what is known of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fed_diffusion import __version__
+from fed_diffusion.config import Config, ConfigError, method_name
+from fed_diffusion.data import image_shape
+from fed_diffusion.models import from_diffusers
+from fed_diffusion.store.rundir import RunDir
+from fed_diffusion.store.start import facts_of
+
+PIPELINE = """```python
+from diffusers import DiffusionPipeline
+
+image = DiffusionPipeline.from_pretrained("THIS FOLDER")().images[0]
+```"""
+LABELLED = """The pipeline of diffusers passes no label on, so its loop is written out:
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("THIS FOLDER")
+labels = torch.tensor([0, 1])
+x = torch.randn(len(labels), {channels}, {size}, {size})
+pipe.scheduler.set_timesteps(100)
+with torch.no_grad():
+    for t in pipe.scheduler.timesteps:
+        out = pipe.unet(x, t, class_labels=labels).sample
+        x = pipe.scheduler.step(out, t, x).prev_sample
+```"""
+OWN_CODE = """The folder holds the code of its network and its pipeline, so it needs diffusers and
+torch alone; diffusers runs that code where it is told to.
+
+```python
+from diffusers import DiffusionPipeline
+
+folder = "THIS FOLDER"
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+image = pipe(1, labels=LABELS).images[0]
+```"""
+TENSORS = """`model.safetensors` holds the tensors by name, and `config.json` says of which network
+they are. A run of fed-diffusion starts from them:
+
+```bash
+fed-diffusion run PRESET --set model.start=THIS_FOLDER/model.safetensors
+```"""
+
+
+def card(run: RunDir, config: Config, rounds: int, format: str, weights: str) -> str:
+    """README.md of an export, with the front matter that the Hub reads.
+
+    Nothing of it names a path of the machine that trained.
+    """
+    library = "diffusers" if format == "diffusers" else "fed-diffusion"
+    tags = ["federated-learning", "diffusion"]
+    head = ["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"]
+    try:
+        results = run.results()
+    except ConfigError:  # a run that goes on, or was stopped, is exported as far as it has come
+        results = {}
+    title = f"# {config.preset}: a diffusion model that {config.clients} clients trained together"
+    kind = "the moving average of the parameters" if weights == "ema" else "the parameters"
+    parts = [
+        "\n".join(head),
+        title,
+        f"Trained with fed-diffusion {__version__}; these are {kind} after round {rounds} of "
+        f"{config.rounds}.",
+        "## How to use it",
+        _use(config, format),
+        "## How it was trained",
+        _listed(_training(config, results)),
+        "## What is known of it",
+        _listed(_figures(results)) if results else "The run has not come to its end.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(config: Config, format: str) -> str:
+    if format != "diffusers":
+        return TENSORS
+    if config.model.name != from_diffusers.NAME:
+        return OWN_CODE.replace("LABELS", "[0]" if config.model.conditional else "None")
+    channels, size, _ = image_shape(config.data)
+    labelled = LABELLED.replace("{channels}", str(channels)).replace("{size}", str(size))
+    return labelled if config.model.conditional else PIPELINE
+
+
+def _training(config: Config, results: dict[str, Any]) -> list[tuple[str, str]]:
+    pruning, local, privacy = config.pruning, config.local, config.privacy
+    channels, size, _ = image_shape(config.data)
+    images = results.get("data", {}).get("images")
+    steps = f"{local.steps} steps" if local.epochs is None else f"{local.epochs} epochs"
+    masks = f"pruning.kind = {pruning.kind}, level {pruning.level}"
+    if pruning.keep is not None:
+        masks = f"pruning.kind = {pruning.kind}, keep ratios {pruning.keep}"
+    lines = [
+        ("Images", f"{config.data.name}, {channels} x {size} x {size}"),
+        ("Clients", f"{config.clients}, split {config.data.partition}"),
+        ("Method", f"{config.method or method_name(config)}; {masks}"),
+        ("Locally", f"{steps} of {local.optimizer} a round, batches of {local.batch}"),
+        ("Started from", _base(config)),
+        ("Seed", str(config.seed)),
+    ]
+    if images is not None:
+        lines[0] = ("Images", f"{images} of {lines[0][1]}")
+    if privacy.clip is None:
+        lines.append(("Privacy", "no differential privacy; the images stayed with the clients"))
+    elif (spent := results.get("privacy")) is not None:
+        text = f"differential privacy of clients, epsilon = {spent['epsilon']:.3g} at delta = "
+        text += f"{spent['delta']:g}"
+        if facts_of(config.model) is not None:
+            text += ", of which the images that the start was trained on are no part"
+        lines.append(("Privacy", f"{text}; it covers {spent['covers']}"))
+    return lines
+
+
+def _base(config: Config) -> str:
+    facts = facts_of(config.model)
+    if facts is None:
+        return "drawn values"
+    text = f"{facts['from']}, SHA-256 {facts['sha256']}"
+    if config.model.name == from_diffusers.NAME:
+        text += ". Its licence holds for what was made of it: look it up where the base comes from"
+    return text
+
+
+def _figures(results: dict[str, Any]) -> list[tuple[str, str]]:
+    quality = results["quality"]
+    lines = [("Loss", f"{results['loss']:.4g}")]
+    if results.get("holdout_loss") is not None:
+        lines.append(("Loss on held-out images", f"{results['holdout_loss']:.4g}"))
+    if quality.get("fid") is not None:
+        text = f"{quality['fid']:.2f} (floor {quality['fid_floor']:.2f}), judged by "
+        text += f"{quality['extractor']} on {quality['samples']} samples of the moving average"
+        lines.append(("FID", text))
+    else:
+        lines.append(("FID", f"not measured: {quality.get('why')}"))
+    memorised = (quality.get("memorisation") or {}).get("copied")
+    if memorised:
+        lines.append(("Copies", f"samples copy images of clients {memorised}"))
+    return lines
+
+
+def _listed(lines: list[tuple[str, str]]) -> str:
+    return "\n".join(f"- {name}: {text}" for name, text in lines)

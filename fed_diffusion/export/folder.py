@@ -1,0 +1,156 @@
+"""A trained run as files that other tools read: a pipeline of diffusers, or safetensors."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fed_diffusion import __version__
+from fed_diffusion.build import time_grid
+from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.data import class_count, image_shape
+from fed_diffusion.diffusion import process
+from fed_diffusion.export.card import card
+from fed_diffusion.models import from_diffusers, unet
+from fed_diffusion.store.files import save_tensors, write_atomic
+from fed_diffusion.store.origin import trained
+from fed_diffusion.store.rundir import RunDir
+from fed_diffusion.store.start import KEY, hash_of
+
+Write = Callable[[Path], None]
+FORMATS = ("diffusers", "safetensors")
+WEIGHTS = ("ema", "theta")
+UNET_NEEDS = "from fed_diffusion.diffusion.process import alpha, per_image, sigma\n"
+NETWORK_NEEDS = (
+    "from fed_diffusion.models.unet import UNet  # an export has the classes themselves here\n"
+)
+MODEL, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+def export(run: RunDir, folder: Path, format: str | None = None, weights: str = "ema") -> Path:
+    """Write what a run has trained into a new folder, with a model card; returns the folder.
+
+    Parameters
+    ----------
+    folder
+        A folder that does not exist yet, or an empty one.
+    format
+        diffusers: a pipeline; that of the built-in U-Net brings its own code. safetensors: the
+        tensors by name, and config.json. Default: diffusers for a run with model.name = diffusers.
+    weights
+        ema: the moving average, which samples are made of; theta: the parameters themselves.
+
+    Raises
+    ------
+    ConfigError
+        Nothing is trained; the folder is not empty; a network of the user's own has no pipeline.
+    """
+    config, checkpoint = trained(run)
+    name = config.model.name
+    format = format or ("diffusers" if name == from_diffusers.NAME else "safetensors")
+    if format == "diffusers" and name not in PIPELINES:
+        raise ConfigError(
+            f"--format diffusers needs a network of diffusers or the built-in U-Net, and {run.path}"
+            f" has model.name = {name!r}; use --format safetensors."
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not empty; name a new folder.")
+    theta = checkpoint.tensors[weights]
+    pipeline = PIPELINES[name](config, theta) if format == "diffusers" else None
+    folder.mkdir(parents=True, exist_ok=True)
+    if pipeline is None:
+        _tensors(config, theta, folder, weights)
+    else:
+        pipeline(folder)
+    write_atomic(folder / CARD, card(run, config, checkpoint.state["round"], format, weights))
+    return folder
+
+
+def _diffusers(config: Config, theta: Mapping[str, Tensor]) -> Write:
+    """The pipeline of a run's network and its scheduler."""
+    description = from_diffusers.describe(config.model)
+    size = image_shape(config.data)[1]
+    network = from_diffusers.unet_of(
+        {"unet": description["unet"] | {"sample_size": size}}  # the size that it makes
+    )
+    prefix = from_diffusers.PREFIX
+    network.load_state_dict({name.removeprefix(prefix): value for name, value in theta.items()})
+    import diffusers
+
+    kind = getattr(diffusers, description["pipeline"])
+    made = kind(unet=network, scheduler=from_diffusers.scheduler_of(description))
+    write: Write = made.save_pretrained
+    return write
+
+
+def _unet(config: Config, theta: Mapping[str, Tensor]) -> Write:
+    """The pipeline of the built-in U-Net, with the code of both."""
+    channels, size, _ = image_shape(config.data)
+    keys = ("widths", "blocks", "attention", "group", "head", "dropout", "prediction")
+    shape = config.model.model_dump(mode="json", include=set(keys))
+    shape |= {"channels": channels, "size": size}
+    shape["classes"] = class_count(config.data) if config.model.conditional else None
+    index = {
+        "_class_name": ["pipeline", "FedDiffusionPipeline"],
+        "unet": ["network", "Network"],
+        "times": time_grid(config.diffusion, config.evaluation.steps).tolist(),
+        "denoise": config.evaluation.denoise,
+    }
+
+    def write(folder: Path) -> None:
+        inside = folder / "unet"
+        inside.mkdir()
+        tensors = {f"net.{name}": value for name, value in theta.items()}
+        save_tensors(inside / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+        write_atomic(inside / CONFIG, json.dumps({"_class_name": "Network"} | shape, indent=2))
+        write_atomic(inside / "network.py", _code_of_network())
+        write_atomic(folder / "pipeline.py", _template("pipeline.py"))
+        write_atomic(folder / "model_index.json", json.dumps(index, indent=2))
+
+    return write
+
+
+def _code_of_network() -> str:
+    """The template of the network with the U-Net's own code in place of its import."""
+    code = inspect.getsource(unet)
+    needed = (process.alpha, process.sigma, process.per_image)
+    parts = [inspect.getsource(one) for one in needed]
+    assert UNET_NEEDS in code
+    code = code.replace(UNET_NEEDS, "\n\n".join(parts))
+    first = "from __future__ import annotations\n"
+    template = _template("network.py")
+    assert NETWORK_NEEDS in template
+    return template.replace(NETWORK_NEEDS, code[code.index(first) + len(first) :])
+
+
+def _template(name: str) -> str:
+    text = (Path(__file__).parent / "templates" / name).read_text("utf-8")
+    return f"# From fed-diffusion {__version__}, Apache-2.0.\n{text}"
+
+
+def _tensors(config: Config, theta: Mapping[str, Tensor], folder: Path, weights: str) -> None:
+    """The tensors in one file, and in another what network they are of."""
+    model = config.model.model_dump(mode="json", exclude={"pretrained", "config", "scheduler"})
+    model["start"] = None  # a path of the machine that the run began on
+    channels, size, _ = image_shape(config.data)
+    about = {
+        "fed-diffusion": __version__,
+        "weights": weights,
+        "sha256": hash_of(theta),
+        "images": {"channels": channels, "size": size, "classes": class_count(config.data)},
+        "model": model,
+        "diffusion": config.diffusion.model_dump(mode="json"),
+    }
+    save_tensors(folder / MODEL, theta, {"format": "pt", KEY: json.dumps(model)})
+    write_atomic(folder / CONFIG, json.dumps(about, indent=2) + "\n")
+
+
+PIPELINES: dict[str, Callable[[Config, Mapping[str, Tensor]], Write]] = {
+    "unet": _unet,
+    from_diffusers.NAME: _diffusers,
+}
+"""model.name -> what makes a pipeline of such a network."""
