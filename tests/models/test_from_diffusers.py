@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from fed_diffusion.build import build_network, network_with, parameters_of, time_grid, with_start
+from fed_diffusion.build import Setup, build_network, parameters_of, time_grid, with_start
 from fed_diffusion.checks import check_training
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import ConfigError, build_config, load_config
@@ -372,4 +372,4 @@ def test_weights_that_are_not_those_of_the_noted_hash_are_refused(folder):
     other = noted.model.model_copy(update={"start_hash": "0" * 64})
     with pytest.raises(ConfigError, match=r"other values than model\.start_hash"):
         build_network(noted.model_copy(update={"model": other}))
-    assert time_grid(noted) is not None
+    assert time_grid(noted.diffusion) is not None
