@@ -19,7 +19,7 @@ class Networks:
         self._setup = setup
         built_in = isinstance(setup.skeleton, UNet)
         # now, because it draws; and not the skeleton, which is everybody's
-        self._own = None if built_in else setup.network()
+        self._own = None if built_in else setup.network(started=False)
         self._resident: dict[tuple[torch.Size, ...], tuple[nn.Module, Network, Network]] = {}
 
     def holding(self, theta: dict[str, Tensor]) -> tuple[nn.Module, Network, Network]:

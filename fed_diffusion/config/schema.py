@@ -22,6 +22,7 @@ from fed_diffusion.config.federation import (
     WireConfig,
     WorkerConfig,
 )
+from fed_diffusion.config.images import Background, DataConfig
 from fed_diffusion.config.names import is_own, part
 from fed_diffusion.config.section import (
     LARGEST,
@@ -32,8 +33,6 @@ from fed_diffusion.config.section import (
     is_free_text,
 )
 from fed_diffusion.config.training import (
-    Background,
-    DataConfig,
     DiffusionConfig,
     EmaConfig,
     KeepRatio,

@@ -109,7 +109,7 @@ def test_what_is_no_run_and_no_file_of_tensors_is_refused(tiny, tmp_path):
         ("nowhere", "neither the directory of a run nor"),
         ("other.bin", "neither the directory of a run nor"),
         ("text.safetensors", "cannot be read"),
-        (".", "no run directory"),
+        (".", "is not a run directory"),
     ):
         with pytest.raises(ConfigError, match=message):
             check_training(tiny(model__start=str(tmp_path / name)))
