@@ -81,8 +81,8 @@ class Experiment:
         self.live = Live(self.run, config.rounds)
         self.page = LivePage(self.run)
         try:
-            goes_on = run is not None and run.has_checkpoint()
-            self.coordinator = Coordinator(setup, setup.theta(started=not goes_on))
+            started = run is None or not run.has_checkpoint()
+            self.coordinator = Coordinator(setup, setup.theta(started))
             self.record = _record(self)
             self._guarded = False
             self._round_began = time.perf_counter()
@@ -113,8 +113,8 @@ class Experiment:
         Raises
         ------
         ConfigError
-            There is no run, or it is finished, or another process works on it, or it is no longer
-            what it was: its settings, images, checkpoint or record have changed.
+            There is no run, it is finished, another process works on it, or it has changed:
+            its settings, images, checkpoint or record.
         """
         run = RunDir.open(path)
         run.lock()
@@ -172,7 +172,6 @@ class Experiment:
     @contextmanager
     def guarded(self) -> Iterator[None]:
         """Guard a block that may end a run: save the last round, write status.json, unlock.
-
         Of several blocks inside one another, the outermost does this.
         """
         if self._guarded:
