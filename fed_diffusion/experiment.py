@@ -74,8 +74,7 @@ class Experiment:
         self.config = named = with_start(named) if run is None else named
         self.setup = setup = setup if named is config else Setup.of(named)
         self.trackers = Trackers(named)
-        self.engine = "local"
-        """The engine of this run, which stands in the command that resumes it."""
+        self.engine = "local"  # it stands in the command that resumes the run
         self._data = None if self.dataset is None else content_hash(self.dataset)
         self.run = RunDir.create(path, named, self._data) if run is None else run
         self.live = Live(self.run, config.rounds)
