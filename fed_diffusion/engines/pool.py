@@ -122,7 +122,10 @@ class _InProcesses:
 
     def _submit(self, task: Task) -> Future[Update]:
         with _main_module_hidden():
-            return self._pool.submit(_run_task, task)
+            try:
+                return self._pool.submit(_run_task, task)
+            except OSError as error:  # no process can be started, or the pool broke meanwhile
+                raise BrokenProcessPool(f"{type(error).__name__}: {error}") from error
 
     def _renew(self, round: int, renewed: bool) -> None:
         problem = (

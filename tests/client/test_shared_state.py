@@ -2,7 +2,7 @@
 
 import torch
 
-from fed_diffusion.build import build_network, parameters_of, skeleton
+from fed_diffusion.build import Setup, build_network, parameters_of, skeleton
 from fed_diffusion.client.budget import demand
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.rng import Purpose, generator, seed_torch, torch_generator
@@ -32,7 +32,7 @@ def test_one_client_over_rounds_is_one_run_of_adam_bit_for_bit(tiny, digits):
     optimiser = torch.optim.Adam(network.parameters(), lr=config.local.eta, fused=True)
     diffusion = config.diffusion
     loss = DSMLoss(PARTITIONS[diffusion.partition](diffusion.T, diffusion.delta, diffusion.K))
-    train = Worker(config, digits)._training_images(0)
+    train = Worker(config, digits).images.of(0).train
     for round in range(1, 5):
         seed_torch(config.seed, Purpose.DROPOUT, round, 0)
         noise = torch_generator(config.seed, Purpose.NOISE, round, 0)
@@ -53,6 +53,6 @@ def test_one_client_over_rounds_is_one_run_of_adam_bit_for_bit(tiny, digits):
 def test_a_budget_counts_the_moments_that_come_with_a_task(tiny):
     network = skeleton(tiny())
     parameters = sum(p.numel() for p in network.parameters())
-    fresh, shared = (demand(config, network) for config in (tiny(), tiny(**SHARED)))
+    fresh, shared = (demand(Setup.of(c), network) for c in (tiny(), tiny(**SHARED)))
     assert shared.parameters - fresh.parameters == 8 * parameters
     assert shared.activations == fresh.activations

@@ -239,7 +239,7 @@ def test_bits_that_disagree_with_the_recipe_are_refused():
         with pytest.raises(RecipeError, match=r"the bits keep \d+ of 35 in w"):
             decode_task(Payload(arrays, numbers), THETA, None, wire_of(TOPK))
     without = {name: array for name, array in payload.arrays.items() if name != "mask:w"}
-    with pytest.raises(RecipeError, match=r"other tensors than it masks.*\['w'\]"):
+    with pytest.raises(RecipeError, match=r"not for the tensors that it masks.*\['w'\]"):
         decode_task(Payload(without, payload.numbers), THETA, None, wire_of(TOPK))
 
 

@@ -354,4 +354,4 @@ def test_the_second_moment_of_many_images_is_looked_at_in_parts(tiny, digits):
     pixels = digits.images.double() / 127.5 - 1
     assert len(digits.images) > MOMENT_IMAGES
     expected = float(pixels.square().sum((1, 2, 3)).mean())
-    assert worker.second_moment(0) == pytest.approx(expected, rel=1e-12)
+    assert worker.images.second_moment(0) == pytest.approx(expected, rel=1e-12)
