@@ -14,7 +14,7 @@ def add_commands(commands: Any) -> None:
     export = commands.add_parser(
         "export", help="write a trained run as a pipeline of diffusers, or as safetensors"
     )
-    export.add_argument("run", type=Path, metavar="RUN")
+    export.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     export.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     export.add_argument(
         "--format",
