@@ -36,8 +36,15 @@ simulate(config, sys.argv[1], processes=2)
 
 def children():
     """Of this process: the workers, without the helper that tracks shared resources."""
-    found = psutil.Process().children(recursive=True)
-    return [child for child in found if "spawn_main" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process().children(recursive=True) if is_worker(child)]
+
+
+def is_worker(process):
+    """Whether a process is one; of a process that has ended there is no command line any more."""
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
 
 
 def test_a_killed_worker_costs_time_and_no_bit(tiny, tmp_path, caplog):
