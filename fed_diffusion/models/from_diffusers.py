@@ -171,8 +171,9 @@ def scheduler_of(description: Mapping[str, Any]) -> Any:
 
     given = dict(description["scheduler"])
     name = str(given.get("_class_name", "DDPMScheduler"))
-    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+    kind: Any = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    known = inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)
+    if not known:
         raise ConfigError(f"model.scheduler: diffusers has no scheduler {name!r}.")
     try:
         made = kind.from_config(given)
