@@ -28,7 +28,7 @@ from fed_diffusion.models.unet import reset
 from fed_diffusion.server.coordinator import Coordinator
 
 if TYPE_CHECKING:
-    from gpu import Record
+    from gpu_record import Record
 
 LEAST_S = 1.0
 """A row of a GPU is measured over at least this long; on a CPU a call is enough to see it work."""

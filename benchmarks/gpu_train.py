@@ -33,7 +33,7 @@ from fed_diffusion.generate import RunDir, Sampler
 from fed_diffusion.report.grids import save_grid
 
 if TYPE_CHECKING:
-    from gpu import Record
+    from gpu_record import Record
 
 PART_BYTES = 15_000_000
 ROUNDS = 100_000

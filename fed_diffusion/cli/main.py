@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="fed-diffusion", description="Federated training of diffusion models."
     )
+    top.set_defaults(parser=top)
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and the commit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 

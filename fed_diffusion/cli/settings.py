@@ -105,7 +105,5 @@ def completion_command(arguments: argparse.Namespace) -> int:
         )
     import shtab
 
-    from fed_diffusion.cli.main import parser
-
-    say(shtab.complete(parser(), shell=arguments.shell))
+    say(shtab.complete(arguments.parser, shell=arguments.shell))
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fed_diffusion import __version__
+from fed_diffusion.common.version import __version__
 from fed_diffusion.config import Config, ConfigError, method_name
 from fed_diffusion.data import image_shape
 from fed_diffusion.models import from_diffusers

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fed_diffusion import __version__
 from fed_diffusion.build import time_grid
+from fed_diffusion.common.version import __version__
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import class_count, image_shape
 from fed_diffusion.diffusion import process

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fed_diffusion import __version__
+from fed_diffusion.common.version import __version__
 from fed_diffusion.config import Config, ConfigError, build_config, with_overrides
 from fed_diffusion.config.schema import DataConfig
 from fed_diffusion.store.checkpoint import Checkpoint

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
-from fed_diffusion import __version__
 from fed_diffusion.common.hardware import usable_cores
+from fed_diffusion.common.version import __version__
 from fed_diffusion.config.schema import ConfigError
 from fed_diffusion.store.files import read_object, write_atomic
 
