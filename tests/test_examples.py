@@ -134,8 +134,8 @@ def test_the_tracker_is_told_of_rounds_images_and_the_end(tmp_path):
     assert diary[0] == "digits, 2 rounds with 2 clients"
     assert diary[1:-1] == [f"round {n}: loss {lines[n - 1]['loss']:.4f}" for n in (1, 2)]
     assert diary[-1] == "FID None"
-    assert torch.load(run.path / "diary-0001.pt").shape == (16, 1, 8, 8)
-    assert torch.load(run.path / "diary-0002.pt").shape == (4, 1, 8, 8)
+    assert torch.load(run.path / "diary-0001.pt", weights_only=True).shape == (16, 1, 8, 8)
+    assert torch.load(run.path / "diary-0002.pt", weights_only=True).shape == (4, 1, 8, 8)
     assert len((run.path / "rounds.csv").read_text().splitlines()) == 3
 
 

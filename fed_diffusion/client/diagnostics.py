@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fed_diffusion.client.images import ClientImages
 from fed_diffusion.config import Config
+from fed_diffusion.diffusion.loss import Network, NoisyBatch
 from fed_diffusion.masks.recipe import Numbers
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.diagnostics import (
@@ -30,9 +32,6 @@ from fed_diffusion.protocol.diagnostics import (
 from fed_diffusion.protocol.messages import MEASURED_LIMIT, Task
 from fed_diffusion.theory.curvature import curvature
 from fed_diffusion.theory.sketch import Sketch, sampled_gradients
-
-if TYPE_CHECKING:
-    from fed_diffusion.client.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +51,24 @@ MOST_LETTERS = 200
 """The number of letters in the reason why a worker could not measure, at most."""
 
 
+class Trainer(Protocol):
+    """What this module asks of the worker that it measures for; see `Worker`."""
+
+    config: Config
+    device: torch.device
+    images: ClientImages
+
+    def examples(self, client: int) -> int: ...
+
+    def steps(self, examples: int) -> int: ...
+
+    def minibatches(
+        self, theta: dict[str, Tensor], client: int, round: int, count: int, size: int
+    ) -> tuple[list[nn.Parameter], Network, Iterator[NoisyBatch]]: ...
+
+
 def measure(
-    worker: Worker, theta: Mapping[str, Tensor], task: Task
+    worker: Trainer, theta: Mapping[str, Tensor], task: Task
 ) -> tuple[Numbers, dict[str, Packed]]:
     """Return what the task asks for at theta_r, as it travels; nothing where it asks for nothing.
 
@@ -97,7 +112,7 @@ def minibatches(config: Config, steps: int, workers: int, most: int = MOST_MINIB
 
 
 def _gradients(
-    worker: Worker, theta: Mapping[str, Tensor], task: Task, most: int
+    worker: Trainer, theta: Mapping[str, Tensor], task: Task, most: int
 ) -> tuple[Numbers, dict[str, Packed]]:
     """Return losses and sketched gradients of independent minibatches."""
     config = worker.config
@@ -120,7 +135,7 @@ def _gradients(
     return numbers, {GRADIENTS: packed}
 
 
-def _curvature(worker: Worker, theta: Mapping[str, Tensor], task: Task, products: int) -> Numbers:
+def _curvature(worker: Trainer, theta: Mapping[str, Tensor], task: Task, products: int) -> Numbers:
     """Return L of the first minibatch's loss."""
     parameters, network, drawn = worker.minibatches(
         dict(theta), task.client, task.round, 1, worker.config.local.batch

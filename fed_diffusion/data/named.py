@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +10,7 @@ import numpy as np
 import torch
 
 from fed_diffusion.common.caches import alone
+from fed_diffusion.common.network import socket_timeout
 from fed_diffusion.config.schema import ConfigError, DataConfig
 from fed_diffusion.config.yaml import expanded
 from fed_diffusion.data.decode import BadImage
@@ -207,7 +205,7 @@ def _downloaded(config: DataConfig, root: Path, split: TrainOrTest, problem: str
 
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with alone(root / ".download.lock"), _socket_timeout(DOWNLOAD_TIMEOUT_S):
+        with alone(root / ".download.lock"), socket_timeout(DOWNLOAD_TIMEOUT_S):
             if config.name not in FOLDERS:
                 return _torchvision(config.name, root, split, download=True)
             kind = datasets.MNIST if config.name == "mnist" else datasets.FashionMNIST
@@ -255,14 +253,3 @@ def _files(name: str, root: Path, split: str) -> tuple[Path, list[tuple[str, Pat
     kind: Any = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
     old = root / kind.__name__ / "raw"
     return old, [(kind.mirrors[0] + file, old / file) for file, _ in kind.resources]
-
-
-@contextlib.contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """End in an error if a server is silent; torchvision itself sets no limit."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

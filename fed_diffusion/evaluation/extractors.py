@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,6 +14,7 @@ from torch_fidelity import FeatureExtractorBase
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
 from fed_diffusion.common.hardware import usable_cores
+from fed_diffusion.common.network import socket_timeout
 from fed_diffusion.common.plugins import blamed
 from fed_diffusion.config.schema import ConfigError, EvaluationConfig
 from fed_diffusion.data.datasets import ImageSet
@@ -209,7 +209,7 @@ def _wrapped(kind: str, shown: str, network: torch.nn.Module, device: torch.devi
 
 def _inception(weights: str | None, device: torch.device) -> FeatureExtractorBase:
     try:
-        with _socket_timeout(DOWNLOAD_TIMEOUT_S):
+        with socket_timeout(DOWNLOAD_TIMEOUT_S):
             return create_feature_extractor(
                 INCEPTION,
                 list(LAYERS[INCEPTION]),
@@ -241,13 +241,3 @@ class _Images(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.images[index]
-
-
-@contextlib.contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

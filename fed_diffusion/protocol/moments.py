@@ -153,7 +153,7 @@ class Outgoing:
 
     @property
     def codes(self) -> Tensor:
-        """The values."""
+        """The values of the moment, shaped like the tensor."""
         return self.moment.codes
 
     def take(self, mask: Mask) -> Outgoing:
