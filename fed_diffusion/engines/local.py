@@ -29,6 +29,7 @@ from fed_diffusion.common.compute import device_of
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.engines.pool import Runner, task_runner
+from fed_diffusion.engines.signals import raise_lost_interrupt
 from fed_diffusion.experiment import Experiment, Progress
 from fed_diffusion.protocol.messages import Task, Update
 
@@ -105,6 +106,7 @@ class Exchange:
 
     def __call__(self, round: int) -> None:
         """Send one round's tasks, and take answers until there are enough."""
+        raise_lost_interrupt()
         coordinator = self._coordinator
         for arrives, _, task, outcome in self._arrivals(self._experiment.tasks(round)):
             coordinator.clock = max(coordinator.clock, arrives)

@@ -11,16 +11,34 @@ from types import FrameType
 
 STOP_SIGNALS = [signal.SIGTERM] if sys.platform == "win32" else [signal.SIGTERM, signal.SIGHUP]
 
+_received: list[KeyboardInterrupt] = []
+"""The interrupts of this process that were raised in `stop_signals_interrupt`."""
+
 
 @contextmanager
 def stop_signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise KeyboardInterrupt too, so that the same clean-up follows."""
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt too, so that the same clean-up follows.
+
+    Python drops what is raised while it calls a destructor or the callback of a weak reference:
+    see `raise_lost_interrupt`.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
+        name = signal.Signals(number).name
+        _received.append(KeyboardInterrupt(*([name] if number != signal.SIGINT else [])))
+        raise _received[-1]
 
-    with _handled(STOP_SIGNALS, interrupt):
-        yield
+    try:
+        with _handled([signal.SIGINT, *STOP_SIGNALS], interrupt):
+            yield
+    finally:
+        _received.clear()
+
+
+def raise_lost_interrupt() -> None:
+    """Raise the interrupt that this process has received, if it still goes on in spite of it."""
+    if _received:
+        raise _received[0]
 
 
 @contextmanager
