@@ -67,6 +67,8 @@ class Exchange:
         coordinator = experiment.coordinator
         self._index = longest_index([*coordinator.theta, *coordinator.moments])
         self._looked = time.monotonic()
+        self._most = math.inf
+        """The most messages that may be out at once."""
         self._out: dict[str, Sent] = {}
         self._late: dict[str, Sent] = {}
         """Messages that are no longer waited for."""
@@ -74,6 +76,8 @@ class Exchange:
     def __call__(self, round: int) -> None:
         """Do one round, until there are enough updates, or no more can come, or time is up."""
         self._drop_late()
+        # a window would starve high client numbers where low ones become free again and again
+        self._most = math.inf if self._overlapping else most_out(self._grid)
         tasks, deadline, patience = None, math.inf, Patience()
         while not self._experiment.enough():
             if tasks is None or self._overlapping:
@@ -104,9 +108,7 @@ class Exchange:
 
     def _fill(self, tasks: Iterator[Task], deadline: float) -> None:
         """Send tasks while there is room for messages; each is encoded when it is sent."""
-        # a window would starve high client numbers where low ones become free again and again
-        most = math.inf if self._overlapping else most_out(self._grid)
-        while len(self._out) < most and (task := next(tasks, None)):
+        while len(self._out) < self._most and (task := next(tasks, None)):
             self._send(task, deadline)
 
     def _send(self, task: Task, deadline: float) -> None:
