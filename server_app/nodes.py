@@ -109,7 +109,7 @@ class Nodes:
         self._clients = range(clients)
         self._accept = accept
         self._joined = joined
-        self._admitted = Admitted.of_environment()
+        Admitted.of_environment()  # refused now rather than when a node joins
         self._online: dict[int, NodeInfo] = {}
         self._hosts: dict[int, Host] = {}
         self._queries: dict[str, Query] = {}
@@ -217,6 +217,11 @@ class Nodes:
         active = self._online[node].last_activated_at
         return any(q.node == node and q.active == active for q in self._queries.values())
 
+    def _is_there(self, query: Query) -> bool:
+        """Return whether the process that was asked is the one that is there now."""
+        info = self._online.get(query.node)
+        return info is not None and info.last_activated_at == query.active
+
     def _ask(self, node: int) -> None:
         about = ConfigRecord({"round": 0, "client": 0, "config": self._config_json})
         message = Message(
@@ -235,6 +240,8 @@ class Nodes:
         if isinstance(reply, Message) and reply.has_error() and reply.error.code in again:
             log(WARNING, "node %d did not answer: %s", node, reason_of(reply.error))
             return
+        if not self._is_there(query):
+            return  # who is there later is asked anew; the key is known only of a node that is there
         answer: Answer | None = None
         try:
             answer = read_answer(reply)
@@ -257,8 +264,9 @@ class Nodes:
 
     def _check(self, node: int, answer: Answer) -> None:
         """Refuse a node that is not fit, is not who it says, or claims another node's clients."""
-        if self._admitted is not None and node in self._online:
-            self._admitted.check(self._online[node].public_key, answer.partition, answer.of)
+        admitted = Admitted.of_environment()  # anew each time: the operator may have mended it
+        if admitted is not None:
+            admitted.check(self._online[node].public_key, answer.partition, answer.of)
         for other, host in self._hosts.items():
             if other == node or not self._is_here(other):
                 continue

@@ -21,11 +21,9 @@ from google.protobuf.message import DecodeError
 from fed_diffusion.common.text import clean
 from fed_diffusion.protocol.errors import Fault
 
-UNANSWERED = (
-    ErrorCode.MESSAGE_UNAVAILABLE,
-    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
-    ErrorCode.NODE_UNAVAILABLE,
-)
+EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+"""Flower's errors for a message or a reply that is not there any more."""
+UNANSWERED = (*EXPIRED, ErrorCode.NODE_UNAVAILABLE)
 """Flower's errors for a message, a reply or a node that is not there."""
 UNREADABLE = (
     ArithmeticError,

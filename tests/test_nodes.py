@@ -315,6 +315,24 @@ def test_a_client_weighs_no_more_than_its_node_said_when_it_joined(tmp_path):
     assert "trained on 1000000 images, but its node had 1797 when it joined" in entry["reason"]
 
 
+@pytest.mark.parametrize("said", [None, -1_000_000, 0], ids=["nothing", "less than none", "none"])
+def test_where_images_are_weights_a_node_has_to_say_how_many_it_has(tmp_path, said):
+    class Vague(LocalGrid):
+        def _push(self, message):
+            message_id = super()._push(message)
+            if message.metadata.dst_node_id == 102:
+                found = self._replies[message_id].content["metrics"]
+                del found["images"]
+                if said is not None:
+                    found["images"] = said
+            return message_id
+
+    nodes = [node(0), node(1), node(2)]
+    met = meet(Vague(nodes), tmp_path, **{"round.weighting": "examples"})
+    assert hosts(met) == [100, 101, None]
+    assert "does not say how many images" in met.refused()[0]["reason"]
+
+
 # --- texts --------------------------------------------------------------------------------------
 
 EVIL = "\x1b]0;owned\x07 \x1b[2J\u202e\x9b31m\nINFO : round 3/3 " + "x" * 5_000_000
