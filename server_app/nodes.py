@@ -241,7 +241,7 @@ class Nodes:
             log(WARNING, "node %d did not answer: %s", node, reason_of(reply.error))
             return
         if not self._is_there(query):
-            return  # who is there later is asked anew; the key is known only of a node that is there
+            return  # only of a node that is there the key is known; it is asked when it is back
         answer: Answer | None = None
         try:
             answer = read_answer(reply)

@@ -112,6 +112,7 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     from fed_diffusion.common.terminal import plain_console
+    from fed_diffusion.common.text import shown
     from fed_diffusion.config import load_config
     from fed_diffusion.deploy.doctor import Machine, examine
 
@@ -126,7 +127,7 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     console, wrong = plain_console(), 0
     for finding in examine(machine):
         mark = Text("ok  ", "green") if finding.ok else Text("do  ", "bold red")
-        console.print(mark + Text(f"{finding.name}: {finding.text}"), soft_wrap=True)
+        console.print(mark + Text(shown(f"{finding.name}: {finding.text}")), soft_wrap=True)
         wrong += not finding.ok
     return 1 if wrong else 0
 
