@@ -12,6 +12,8 @@ TIMES = 10.0
 """With round.deadline_s auto: how many times as long as the slowest update so far a round waits."""
 LEAST_S = 300.0
 """With round.deadline_s auto: the least seconds that a round waits."""
+DOUBLINGS = 3
+"""How many times in a row a client that was missed gets twice as long as before."""
 
 
 class Deadline:
@@ -19,8 +21,8 @@ class Deadline:
 
     With `auto` that is `LONGEST_S` until the first update has come; a node that does not reply is
     then missed for minutes, and not for an hour. A client whose update did not come in time gets
-    twice as long the next time, and so on up to `LONGEST_S`: its machine may have become slow, and
-    would otherwise never be heard again.
+    twice as long the next time, `DOUBLINGS` times in a row: its machine may have become slow, and
+    would otherwise never be heard again. One that never comes costs the usual time after that.
 
     Parameters
     ----------
@@ -39,10 +41,9 @@ class Deadline:
             return self._given
         if self._slowest is None:
             return LONGEST_S
-        usual = max(LEAST_S, TIMES * self._slowest)
-        for _ in range(max((self._missed[client] for client in clients), default=0)):
-            usual = min(LONGEST_S, 2 * usual)
-        return min(LONGEST_S, usual)
+        missed = (self._missed[client] for client in clients)
+        doublings = max((times for times in missed if times <= DOUBLINGS), default=0)
+        return min(LONGEST_S, max(LEAST_S, TIMES * self._slowest) * 2**doublings)
 
     def came(self, client: int, seconds: float) -> None:
         """Note how long a client's update took, from the beginning of its round."""

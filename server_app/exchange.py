@@ -21,7 +21,7 @@ from fed_diffusion.protocol.errors import Fault, UpdateError
 from fed_diffusion.protocol.messages import Task
 from server_app.deadline import Deadline
 from server_app.nodes import JOIN_S, Host, Nodes, Patience, most_out
-from server_app.replies import EXPIRED, TooLarge, fault_of, pull, reason_of
+from server_app.replies import EXPIRED, TooLarge, Unfinished, fault_of, pull, reason_of
 
 DEAD_ACTOR = "ray.exceptions.ActorDiedError"
 LIVES_S = 5.0
@@ -164,7 +164,7 @@ class Exchange:
             self._nodes.refresh()
             self._looked = time.monotonic()
         for message_id, sent in list(self._out.items()):  # one update in memory, not all of them
-            for reply in pull(self._grid, message_id, sent.most):
+            for reply in pull(self._grid, message_id, sent.most, sent.expires):
                 came = True
                 self._out.pop(message_id, None)
                 self._receive(reply, sent)
@@ -188,6 +188,10 @@ class Exchange:
         client, node = sent.client, sent.node
         if isinstance(reply, TooLarge):
             self._reject(client, str(reply), node, "node", reply.nbytes)
+            return
+        if isinstance(reply, Unfinished):
+            self._deadline.missed(client)
+            self._reject(client, str(reply), node, "network")
             return
         if isinstance(reply, Exception):
             self._reject(client, f"its reply cannot be read: {reply!r}", node, "node")
@@ -237,7 +241,7 @@ class Exchange:
     def _drop_late(self) -> None:
         """Recognise replies that are no longer waited for, and throw them away."""
         for message_id, sent in list(self._late.items()):
-            found = list(pull(self._grid, message_id, sent.most))
+            found = list(pull(self._grid, message_id, sent.most, 0.0))
             if any(isinstance(reply, Message) and reply.has_content() for reply in found):
                 self._experiment.coordinator.ledger.late()
             if found or time.monotonic() > sent.expires:

@@ -154,7 +154,7 @@ class Nodes:
             if not (self._is_here(node) or self._is_asked(node) or now < self._again.get(node, 0)):
                 self._ask(node)
         for message_id, query in list(self._queries.items()):
-            for reply in pull(self._grid, message_id, MOST_ANSWER):
+            for reply in pull(self._grid, message_id, MOST_ANSWER, query.expires):
                 self._queries.pop(message_id, None)
                 self._again[query.node] = now + AGAIN_S
                 self._take(query, reply)

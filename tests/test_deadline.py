@@ -4,10 +4,15 @@ import time
 
 import pytest
 from flwr.app import MessageType
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 from fed_diffusion.config import ConfigError, load_config
 from server_app import exchange
 from server_app.deadline import Deadline
+from server_app.replies import Bounded, Unfinished
 from server_app.strategy import FedDiffusion
 from tests.localgrid import LocalGrid
 from tests.test_nodes import experiment, lines_of, node
@@ -38,17 +43,30 @@ def test_auto_is_ten_times_the_slowest_update_within_five_minutes_and_an_hour(sl
     assert auto.seconds([0, 1]) == expected
 
 
-def test_who_did_not_come_gets_twice_as_long_until_it_comes_and_others_do_not():
+@pytest.mark.parametrize(
+    ("slowest", "expected"),
+    [(40.0, [400.0, 800.0, 1600.0, 3200.0, 400.0, 400.0]), (200.0, [2000.0, *[HOUR] * 3, 2000.0])],
+)
+def test_who_did_not_come_gets_twice_as_long_three_times_and_others_do_not(slowest, expected):
+    auto = Deadline("auto")
+    auto.came(0, slowest)
+    found = []
+    for _ in expected:
+        found.append(auto.seconds([0, 1]))
+        assert auto.seconds([0]) == expected[0]
+        auto.missed(1)
+    assert found == expected
+
+
+def test_who_came_after_it_was_missed_has_three_chances_again():
     auto = Deadline("auto")
     auto.came(0, 40.0)
-    found = []
-    for _ in range(6):
-        found.append(auto.seconds([0, 1]))
+    for _ in range(4):
         auto.missed(1)
-    assert found == [400.0, 800.0, 1600.0, 3200.0, HOUR, HOUR]
-    assert auto.seconds([0]) == 400.0
     auto.came(1, 41.0)
     assert auto.seconds([0, 1]) == 410.0
+    auto.missed(1)
+    assert auto.seconds([0, 1]) == 820.0
 
 
 def test_auto_is_the_default_and_other_words_and_truth_values_are_refused():
@@ -93,3 +111,17 @@ def test_a_message_that_is_lost_costs_its_round_minutes_and_not_an_hour(tmp_path
     assert reasons == [[], ["no reply within 300 s"], ["no reply within 600 s"], []]
     assert 900 <= ahead[0] + time.monotonic() - start < HOUR
     assert all(entry["fault"] == "network" for line in lines for entry in line["rejected"])
+
+
+def test_a_reply_that_is_begun_and_never_ended_is_waited_for_until_its_deadline_only():
+    """Flower would wait three minutes for every object, and this process with it."""
+
+    class Stalled:
+        def PullObject(self, request):
+            return PullObjectResponse(object_found=True, object_available=False)
+
+    client, began = Bounded(Stalled()), time.monotonic()
+    client.allow(100, began + 0.5)
+    with pytest.raises(Unfinished, match="not ended in time"):
+        pull_objects(["object"], make_pull_object_fn_protobuf(client.PullObject, Node(), 1))
+    assert 0.5 < time.monotonic() - began < 60

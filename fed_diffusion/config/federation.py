@@ -22,8 +22,8 @@ class RoundConfig(Section):
     deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Flower engine: how many seconds a round waits for replies. auto: an hour until the first
     update has come; after that ten times as long as the slowest update so far took, at least five
-    minutes and at most an hour, and twice as long for a client each time that its update did not
-    come. A run that is resumed begins with an hour again."""
+    minutes and at most an hour, and, where a client's update did not come, twice as long for this
+    client the next three times. A run that is resumed begins with an hour again."""
     quorum: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 0.5
     """The least updates that a round needs: a count (2), or a part of those wanted (0.5)."""
     retries: int = Field(2, ge=0)
