@@ -193,6 +193,23 @@ def test_a_key_hosts_the_client_that_the_servers_list_gives_it_and_no_other(list
     assert hosts(met) == [100, 101, 102]
 
 
+def test_a_list_that_is_mended_while_a_run_goes_on_counts_from_then_on(
+    listed, tmp_path, monkeypatch
+):
+    grid, path = listed
+    met = meet(grid, tmp_path)
+    entries = json.loads(path.read_text())
+    entries["node-1"]["key"] = grid.keys[103].decode()  # its machine has a new key
+    later = time.monotonic()
+    for text, found in (("{", [None, 101, 102]), (json.dumps(entries), [103, 101, 102])):
+        path.write_text(text)
+        later += nodes.AGAIN_S
+        monkeypatch.setattr(nodes.time, "monotonic", lambda now=later: now)
+        met.refresh()
+        assert hosts(met) == found
+    assert [entry["node"] for entry in met.refused()] == ["100"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
