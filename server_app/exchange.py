@@ -249,4 +249,4 @@ class Exchange:
 
 
 def _no_reply(seconds: float) -> str:
-    return f"no reply within {seconds:g} s"
+    return f"no reply within {seconds:.4g} s"

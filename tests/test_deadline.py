@@ -93,15 +93,15 @@ class Forgetful(LocalGrid):
 
 
 def test_a_message_that_is_lost_costs_its_round_minutes_and_not_an_hour(tmp_path, monkeypatch):
-    """The clock runs a hundred times as fast while the round only waits."""
-    start, ahead = time.monotonic(), [0.0]
+    """The clock stands still but for waits, which are a hundred times as long on it."""
+    now = [0.0]
 
     class Clock:
-        monotonic = staticmethod(lambda: time.monotonic() + ahead[0])
+        monotonic = staticmethod(lambda: now[0])
 
         @staticmethod
         def sleep(seconds):
-            ahead[0] += 100 * seconds
+            now[0] += 100 * seconds
 
     monkeypatch.setattr(exchange, "time", Clock)
     made = experiment(tmp_path, rounds=4)
@@ -109,7 +109,7 @@ def test_a_message_that_is_lost_costs_its_round_minutes_and_not_an_hour(tmp_path
     lines = lines_of(tmp_path)
     reasons = [[entry["reason"] for entry in line["rejected"]] for line in lines]
     assert reasons == [[], ["no reply within 300 s"], ["no reply within 600 s"], []]
-    assert 900 <= ahead[0] + time.monotonic() - start < HOUR
+    assert 900 <= now[0] < HOUR
     assert all(entry["fault"] == "network" for line in lines for entry in line["rejected"])
 
 
