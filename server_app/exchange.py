@@ -19,8 +19,9 @@ from fed_diffusion.common.text import clean
 from fed_diffusion.experiment import Experiment
 from fed_diffusion.protocol.errors import Fault, UpdateError
 from fed_diffusion.protocol.messages import Task
+from server_app.deadline import Deadline
 from server_app.nodes import JOIN_S, Host, Nodes, Patience, most_out
-from server_app.replies import TooLarge, fault_of, pull, reason_of
+from server_app.replies import EXPIRED, TooLarge, Unfinished, fault_of, pull, reason_of
 
 DEAD_ACTOR = "ray.exceptions.ActorDiedError"
 LIVES_S = 5.0
@@ -29,18 +30,25 @@ LIVES_S = 5.0
 
 @dataclass(frozen=True)
 class Sent:
-    """A message that is out: whose task it carries, to which node, and when it expires.
+    """A message that is out: whose task it carries, to which node, and how long it is waited for.
 
     Attributes
     ----------
+    began
+        When the wait began: with the round, or, where tasks outlive rounds, with the message.
     most
         The most bytes that the message's reply may have.
     """
 
     client: int
     host: Host
-    expires: float
+    began: float
+    seconds: float
     most: int
+
+    @property
+    def expires(self) -> float:
+        return self.began + self.seconds
 
     @property
     def node(self) -> int:
@@ -60,7 +68,8 @@ class Exchange:
         self._grid = grid
         self._nodes = nodes
         self._clients = list(range(experiment.config.clients))
-        self._seconds = experiment.config.round.deadline_s
+        self._deadline = Deadline(experiment.config.round.deadline_s)
+        self._began, self._seconds = time.monotonic(), self._deadline.seconds([])
         self._config_json = json.dumps(experiment.config.to_dict())
         self._overlapping = experiment.coordinator.policy.overlapping
         self._simulated = isinstance(grid, InMemoryGrid)
@@ -78,19 +87,22 @@ class Exchange:
         self._drop_late()
         # a window would starve high client numbers where low ones become free again and again
         self._most = math.inf if self._overlapping else most_out(self._grid)
-        tasks, deadline, patience = None, math.inf, Patience()
+        tasks, patience = None, Patience()
         while not self._experiment.enough():
             if tasks is None or self._overlapping:
-                tasks = self._experiment.tasks(round, self._available())
-                # where tasks outlive rounds, each message has a deadline of its own
-                deadline = math.inf if self._overlapping else time.monotonic() + self._seconds
-            self._fill(tasks, deadline)
-            if not self._out or time.monotonic() >= deadline:
+                available = self._available()
+                tasks = self._experiment.tasks(round, available)
+                self._began, self._seconds = time.monotonic(), self._deadline.seconds(available)
+            self._fill(tasks)
+            if not self._out:
                 break
-            if self._look(tasks, deadline):
+            came = self._look(tasks)
+            if not self._left():
+                break  # after a look at least: what came while tasks were made counts
+            if came:
                 patience = Patience()
             else:
-                time.sleep(min(patience.pause(), max(0.0, deadline - time.monotonic())))
+                time.sleep(min(patience.pause(), self._left()))
         if not self._overlapping:
             self._give_up()
         for client, node, reason in self._nodes.refusals(self._clients):
@@ -102,16 +114,26 @@ class Exchange:
         them.
         """
         count = 1 if self._overlapping else self._experiment.coordinator.quorum()
-        return self._nodes.wait_for(self._clients, count, min(self._seconds, JOIN_S))
+        seconds = self._deadline.seconds(self._clients)
+        return self._nodes.wait_for(self._clients, count, min(seconds, JOIN_S))
+
+    def _left(self) -> float:
+        """Return the seconds until the round's deadline.
+
+        Where tasks outlive rounds, each message has a deadline of its own.
+        """
+        if self._overlapping:
+            return math.inf
+        return max(0.0, self._began + self._seconds - time.monotonic())
 
     # --- out ------------------------------------------------------------------------------------
 
-    def _fill(self, tasks: Iterator[Task], deadline: float) -> None:
+    def _fill(self, tasks: Iterator[Task]) -> None:
         """Send tasks while there is room for messages; each is encoded when it is sent."""
         while len(self._out) < self._most and (task := next(tasks, None)):
-            self._send(task, deadline)
+            self._send(task)
 
-    def _send(self, task: Task, deadline: float) -> None:
+    def _send(self, task: Task) -> None:
         """Return the task's message on its way to the client's node; else reject the client."""
         host = self._nodes.host_of(task.client)
         message_ids = self._grid.push_messages([self._message(task, host)]) if host else []
@@ -120,9 +142,9 @@ class Exchange:
             node = host.node if host else None
             self._reject(task.client, "its node cannot be reached", node, "network")
             return
-        expires = min(deadline, time.monotonic() + self._seconds)
         most = self._experiment.coordinator.flights.out[task.client].most + self._index
-        self._out |= dict.fromkeys(sent, Sent(task.client, host, expires, most))
+        one = Sent(task.client, host, self._began, self._seconds, most)
+        self._out |= dict.fromkeys(sent, one)
 
     def _message(self, task: Task, host: Host) -> Message:
         return Message(
@@ -135,23 +157,24 @@ class Exchange:
 
     # --- back -----------------------------------------------------------------------------------
 
-    def _look(self, tasks: Iterator[Task], deadline: float) -> bool:
+    def _look(self, tasks: Iterator[Task]) -> bool:
         """Look once for each reply that is out, until there are enough; return whether any came."""
         came = False
         if time.monotonic() - self._looked > LIVES_S:
             self._nodes.refresh()
             self._looked = time.monotonic()
         for message_id, sent in list(self._out.items()):  # one update in memory, not all of them
-            for reply in pull(self._grid, message_id, sent.most):
+            for reply in pull(self._grid, message_id, sent.most, sent.expires):
                 came = True
                 self._out.pop(message_id, None)
-                self._receive(reply, sent.client, sent.node)
+                self._receive(reply, sent)
             if self._experiment.enough():
                 break
             if message_id not in self._out:
-                self._fill(tasks, deadline)
+                self._fill(tasks)
             elif time.monotonic() > sent.expires:
-                self._drop(message_id, self._no_reply())
+                self._deadline.missed(sent.client)
+                self._drop(message_id, _no_reply(sent.seconds))
             elif self._nodes.has_restarted(sent.host):
                 self._drop(message_id, "its node was started again while it worked")
         return came
@@ -161,9 +184,14 @@ class Exchange:
         sent = self._late[message_id] = self._out.pop(message_id)
         self._reject(sent.client, why, sent.node, "network")
 
-    def _receive(self, reply: Message | Exception, client: int, node: int) -> None:
+    def _receive(self, reply: Message | Exception, sent: Sent) -> None:
+        client, node = sent.client, sent.node
         if isinstance(reply, TooLarge):
             self._reject(client, str(reply), node, "node", reply.nbytes)
+            return
+        if isinstance(reply, Unfinished):
+            self._deadline.missed(client)
+            self._reject(client, str(reply), node, "network")
             return
         if isinstance(reply, Exception):
             self._reject(client, f"its reply cannot be read: {reply!r}", node, "node")
@@ -173,6 +201,8 @@ class Exchange:
             if self._simulated and reply.error.code == 0 and DEAD_ACTOR in reason:
                 # Flower puts a dead actor back in its pool, where it eats message after message
                 raise RuntimeError(f"a Ray worker process died (out of memory?): {reason}")
+            if reply.error.code in EXPIRED:
+                self._deadline.missed(client)
             self._reject(client, reason, node, fault_of(reply.error))
             return
         try:
@@ -184,6 +214,7 @@ class Exchange:
             reason = f"the reply is for client {update.client}"
             self._reject(client, reason, node, "node", update.payload.nbytes)
             return
+        self._deadline.came(client, time.monotonic() - sent.began)
         if not self._experiment.receive(update, node):
             log(WARNING, "the update of client %d was rejected; see metrics.jsonl", client)
 
@@ -198,21 +229,24 @@ class Exchange:
     def _give_up(self) -> None:
         """Name the clients whose update the round ends without."""
         coordinator, early = self._experiment.coordinator, self._experiment.enough()
-        why = "there were enough updates without it" if early else self._no_reply()
+        why = "there were enough updates without it" if early else _no_reply(self._seconds)
         nodes = {sent.client: sent.node for sent in self._out.values()}
+        for client in () if early else nodes:
+            self._deadline.missed(client)
         self._late |= self._out
         self._out.clear()
         for client in coordinator.waiting() + ([] if early else coordinator.unsent()):
             self._reject(client, why, nodes.get(client), "nobody" if early else "network")
 
-    def _no_reply(self) -> str:
-        return f"no reply within {self._seconds:g} s"
-
     def _drop_late(self) -> None:
         """Recognise replies that are no longer waited for, and throw them away."""
         for message_id, sent in list(self._late.items()):
-            found = list(pull(self._grid, message_id, sent.most))
+            found = list(pull(self._grid, message_id, sent.most, 0.0))
             if any(isinstance(reply, Message) and reply.has_content() for reply in found):
                 self._experiment.coordinator.ledger.late()
             if found or time.monotonic() > sent.expires:
                 del self._late[message_id]
+
+
+def _no_reply(seconds: float) -> str:
+    return f"no reply within {seconds:.4g} s"

@@ -81,6 +81,10 @@ class Query:
     active: str
     expires: float
 
+    def is_for(self, info: NodeInfo | None) -> bool:
+        """Return whether the process that was asked is the one that is there now."""
+        return info is not None and info.last_activated_at == self.active
+
 
 class Nodes:
     """The nodes of a run: new ones are asked and join, and those that are offline host no client.
@@ -109,7 +113,7 @@ class Nodes:
         self._clients = range(clients)
         self._accept = accept
         self._joined = joined
-        self._admitted = Admitted.of_environment()
+        Admitted.of_environment()  # refused now rather than when a node joins
         self._online: dict[int, NodeInfo] = {}
         self._hosts: dict[int, Host] = {}
         self._queries: dict[str, Query] = {}
@@ -154,7 +158,7 @@ class Nodes:
             if not (self._is_here(node) or self._is_asked(node) or now < self._again.get(node, 0)):
                 self._ask(node)
         for message_id, query in list(self._queries.items()):
-            for reply in pull(self._grid, message_id, MOST_ANSWER):
+            for reply in pull(self._grid, message_id, MOST_ANSWER, query.expires):
                 self._queries.pop(message_id, None)
                 self._again[query.node] = now + AGAIN_S
                 self._take(query, reply)
@@ -214,8 +218,8 @@ class Nodes:
 
     def _is_asked(self, node: int) -> bool:
         """Return whether the process that is there now has a query to answer."""
-        active = self._online[node].last_activated_at
-        return any(q.node == node and q.active == active for q in self._queries.values())
+        info = self._online[node]
+        return any(q.node == node and q.is_for(info) for q in self._queries.values())
 
     def _ask(self, node: int) -> None:
         about = ConfigRecord({"round": 0, "client": 0, "config": self._config_json})
@@ -235,6 +239,8 @@ class Nodes:
         if isinstance(reply, Message) and reply.has_error() and reply.error.code in again:
             log(WARNING, "node %d did not answer: %s", node, reason_of(reply.error))
             return
+        if not query.is_for(self._online.get(node)):
+            return  # only of a node that is there the key is known; it is asked when it is back
         answer: Answer | None = None
         try:
             answer = read_answer(reply)
@@ -252,13 +258,14 @@ class Nodes:
             n: it for n, it in self._hosts.items() if self._is_here(n) or not self._both(it, host)
         }
         self._hosts[node] = host
-        log(INFO, "node %d joined%s", node, self._named(node))
+        log(INFO, "node %d joined%s", node, _named(self._online.get(node)))
         self._joined(host)
 
     def _check(self, node: int, answer: Answer) -> None:
         """Refuse a node that is not fit, is not who it says, or claims another node's clients."""
-        if self._admitted is not None and node in self._online:
-            self._admitted.check(self._online[node].public_key, answer.partition, answer.of)
+        admitted = Admitted.of_environment()  # anew each time: the operator may have mended it
+        if admitted is not None:
+            admitted.check(self._online[node].public_key, answer.partition, answer.of)
         for other, host in self._hosts.items():
             if other == node or not self._is_here(other):
                 continue
@@ -267,7 +274,8 @@ class Nodes:
                 raise ValueError(
                     f"it says that it hosts client {shared[0]} (partition-id={answer.partition} "
                     f"num-partitions={answer.of} in its node config), whom node {other}"
-                    f"{self._named(other)} hosts: each node has a partition-id of its own"
+                    f"{_named(self._online.get(other))} hosts: each node has a partition-id of "
+                    "its own"
                 )
         if answer.refused is not None:
             raise ValueError(answer.refused)
@@ -277,10 +285,10 @@ class Nodes:
         """Return the clients that two nodes host, each by its own account."""
         return [client for client in self._clients if one.owns(client) and other.owns(client)]
 
-    def _named(self, node: int) -> str:
-        """Return the name that the operator gave a node, for a log."""
-        info = self._online.get(node)
-        return f" ({clean(info.name, 100)})" if info is not None and info.name else ""
+
+def _named(info: NodeInfo | None) -> str:
+    """Return the name that the operator gave a node, for a log."""
+    return f" ({clean(info.name, 100)})" if info is not None and info.name else ""
 
 
 class Patience:

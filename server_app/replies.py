@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,9 @@ from google.protobuf.message import DecodeError
 from fed_diffusion.common.text import clean
 from fed_diffusion.protocol.errors import Fault
 
-UNANSWERED = (
-    ErrorCode.MESSAGE_UNAVAILABLE,
-    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
-    ErrorCode.NODE_UNAVAILABLE,
-)
+EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+"""Flower's errors for a message or a reply that is not there any more."""
+UNANSWERED = (*EXPIRED, ErrorCode.NODE_UNAVAILABLE)
 """Flower's errors for a message, a reply or a node that is not there."""
 UNREADABLE = (
     ArithmeticError,
@@ -51,6 +50,10 @@ class TooLarge(Exception):
         self.nbytes = nbytes
 
 
+class Unfinished(Exception):
+    """A reply was begun, and not all of it has come in time."""
+
+
 class Bounded:
     """Flower's client of the SuperLink, which fetches no more of a reply than it may have.
 
@@ -58,19 +61,22 @@ class Bounded:
     before one is fetched. Other objects are fetched one by one, and none after the limit. What this
     process holds is then the limit and the objects that are on their way, one or two, which the
     proxy bounds.
+
+    Flower waits for an object that is not there yet, and this thread with it. After the time that
+    a reply has, nothing is waited for.
     """
 
     def __init__(self, client: Any):
         self._client = client
         self._lock = threading.Lock()
-        self._most = 0
+        self._most, self._until = 0, math.inf
         self._fetched = _Count()
         self._replies: list[Metadata] = []
 
-    def allow(self, most: int) -> None:
-        """Allow so many bytes for the next reply."""
+    def allow(self, most: int, until: float) -> None:
+        """Allow so many bytes, and so much time, for the next reply."""
         # a new count: an object of the last reply may still be on its way
-        self._most, self._fetched = most, _Count()
+        self._most, self._until, self._fetched = most, until, _Count()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -93,6 +99,8 @@ class Bounded:
         with self._lock:
             fetched.nbytes += len(response.object_content)
         _check(fetched, most)
+        if not response.object_available and time.monotonic() > self._until:
+            raise Unfinished("its reply was begun and not ended in time")
         return response
 
     def forget(self) -> None:
@@ -135,20 +143,22 @@ def bound(grid: Grid) -> None:
         grid._client = Bounded(grid._runtime_client)  # type: ignore[assignment]
 
 
-def pull(grid: Grid, message_id: str, most: int) -> Iterator[Message | Exception]:
+def pull(grid: Grid, message_id: str, most: int, until: float) -> Iterator[Message | Exception]:
     """Return the reply to a message if it is there; an unreadable one is returned as its exception.
 
     Parameters
     ----------
     most
         The most bytes that the reply may have, where it is to be fetched.
+    until
+        When the whole reply must be there, by the monotonic clock, if it has been begun.
     """
     client = getattr(grid, "_client", None)
     if isinstance(client, Bounded):
-        client.allow(most)
+        client.allow(most, until)
     try:
         yield from grid.pull_messages([message_id])
-    except (*UNREADABLE, TooLarge) as error:
+    except (*UNREADABLE, TooLarge, Unfinished) as error:
         if isinstance(client, Bounded):
             client.forget()
         yield error

@@ -68,6 +68,8 @@ class FedDiffusion:
                 f"clients = {self.config.clients}; it says num-partitions="
                 f"{numbers['num-partitions']:g}"
             )
+        if self.config.round.weighting == "examples" and not numbers.get("images", 0) >= 1:
+            raise ValueError("round.weighting=examples: its answer does not say how many images")
         if self.config.pruning.budget == "level":
             return
         if not numbers["num-partitions"]:
@@ -91,7 +93,7 @@ class FedDiffusion:
 
     def _weigh(self, host: Host, clients: list[int]) -> None:
         """Note a node's number of images: with round.weighting examples no client counts more."""
-        if self.config.round.weighting != "examples" or "images" not in host.numbers:
+        if self.config.round.weighting != "examples":
             return
         images = self.experiment.coordinator.participation.images
         images |= dict.fromkeys(clients, int(host.numbers["images"]))
@@ -100,7 +102,7 @@ class FedDiffusion:
             log(
                 WARNING,
                 "client %d says that it has %d of the %d images of all who have joined: with "
-                "round.weighting=examples it decides more than all others together",
+                "round.weighting=examples it counts only as much as all others of a round together",
                 *(max(images, key=lambda client: images[client]), most, total),
             )
 

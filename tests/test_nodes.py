@@ -193,6 +193,23 @@ def test_a_key_hosts_the_client_that_the_servers_list_gives_it_and_no_other(list
     assert hosts(met) == [100, 101, 102]
 
 
+def test_a_list_that_is_mended_while_a_run_goes_on_counts_from_then_on(
+    listed, tmp_path, monkeypatch
+):
+    grid, path = listed
+    met = meet(grid, tmp_path)
+    entries = json.loads(path.read_text())
+    entries["node-1"]["key"] = grid.keys[103].decode()  # its machine has a new key
+    later = time.monotonic()
+    for text, found in (("{", [None, 101, 102]), (json.dumps(entries), [103, 101, 102])):
+        path.write_text(text)
+        later += nodes.AGAIN_S
+        monkeypatch.setattr(nodes.time, "monotonic", lambda now=later: now)
+        met.refresh()
+        assert hosts(met) == found
+    assert [entry["node"] for entry in met.refused()] == ["100"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -313,6 +330,24 @@ def test_a_client_weighs_no_more_than_its_node_said_when_it_joined(tmp_path):
     (entry,) = line["rejected"]
     assert (entry["client"], entry["fault"]) == (2, "node")
     assert "trained on 1000000 images, but its node had 1797 when it joined" in entry["reason"]
+
+
+@pytest.mark.parametrize("said", [None, -1_000_000, 0], ids=["nothing", "less than none", "none"])
+def test_where_images_are_weights_a_node_has_to_say_how_many_it_has(tmp_path, said):
+    class Vague(LocalGrid):
+        def _push(self, message):
+            message_id = super()._push(message)
+            if message.metadata.dst_node_id == 102:
+                found = self._replies[message_id].content["metrics"]
+                del found["images"]
+                if said is not None:
+                    found["images"] = said
+            return message_id
+
+    nodes = [node(0), node(1), node(2)]
+    met = meet(Vague(nodes), tmp_path, **{"round.weighting": "examples"})
+    assert hosts(met) == [100, 101, None]
+    assert "does not say how many images" in met.refused()[0]["reason"]
 
 
 # --- texts --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from fed_diffusion.cli.output import say
 from fed_diffusion.common.terminal import plain_console
+from fed_diffusion.common.text import shown
 from fed_diffusion.config import ConfigError
 from fed_diffusion.store.files import check_writable
 
@@ -74,7 +75,7 @@ def _table(title: str, names: list[str], rows: dict[str, list[str]]) -> Table:
     table = Table()
     table.add_column(title, overflow="fold")
     for name in names:
-        table.add_column(Text(name), justify="right", overflow="fold")
+        table.add_column(Text(shown(name)), justify="right", overflow="fold")
     for key, cells in rows.items():
         table.add_row(key, *map(Text, cells))
     return table

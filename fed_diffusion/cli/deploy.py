@@ -112,6 +112,7 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     from fed_diffusion.common.terminal import plain_console
+    from fed_diffusion.common.text import shown
     from fed_diffusion.config import load_config
     from fed_diffusion.deploy.doctor import Machine, examine
 
@@ -126,7 +127,7 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     console, wrong = plain_console(), 0
     for finding in examine(machine):
         mark = Text("ok  ", "green") if finding.ok else Text("do  ", "bold red")
-        console.print(mark + Text(f"{finding.name}: {finding.text}"), soft_wrap=True)
+        console.print(mark + Text(shown(f"{finding.name}: {finding.text}")), soft_wrap=True)
         wrong += not finding.ok
     return 1 if wrong else 0
 
@@ -166,7 +167,7 @@ def attach_command(arguments: argparse.Namespace) -> int:
     """Show a run's log until the run ends; exit code 0 means that it has finished."""
     from fed_diffusion.deploy.submit import Operator
 
-    return _attach(Operator(arguments.operator), arguments.run)
+    return _attach(Operator(arguments.operator), _number(arguments.run))
 
 
 def stop_command(arguments: argparse.Namespace) -> int:
@@ -174,13 +175,23 @@ def stop_command(arguments: argparse.Namespace) -> int:
     from fed_diffusion.common.terminal import tell
     from fed_diffusion.deploy.submit import Operator, stop
 
+    run = _number(arguments.run)
     try:
-        stop(Operator(arguments.operator), arguments.run)
+        stop(Operator(arguments.operator), run)
     except EngineError as error:
         tell(str(error), "failed:")
         return 1
-    tell(f"run {arguments.run} is stopped; deploy run --resume goes on with it")
+    tell(f"run {run} is stopped; deploy run --resume goes on with it")
     return 0
+
+
+def _number(given: str) -> str:
+    """Return the number of a run; another text would reach Flower's command line."""
+    if not (given.isascii() and given.isdecimal()):
+        raise ConfigError(
+            f"{given!r} is not the number of a run: give the one that deploy run said."
+        )
+    return given
 
 
 def _attach(operator: Operator, run: str) -> int:

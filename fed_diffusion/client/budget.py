@@ -81,7 +81,7 @@ def measure_budget(setup: Setup, steps: int) -> Budget:
             seconds = sorted(seconds_of(step, device) for _ in range(STEPS))
             probes[keep] = Probe(peak(), seconds[STEPS // 2])
             del network, step
-    return choose(demands, probes, allowed, steps, config.round.deadline_s)
+    return choose(demands, probes, allowed, steps, config.round.longest())
 
 
 def sub_network(whole: UNet, layout: Layout, keep: float, device: torch.device | str) -> UNet:

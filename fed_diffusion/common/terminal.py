@@ -13,6 +13,8 @@ from typing import IO, Any, cast
 from rich.console import Console
 from rich.text import Text
 
+from fed_diffusion.common.text import shown
+
 
 class _StandardError:
     """The current standard error, to which a run's words go and on which nothing depends.
@@ -43,6 +45,13 @@ class _StandardError:
         return getattr(sys.stderr, name)
 
 
+class _Plain(Console):
+    """A console on which names with escape sequences in them cannot do anything."""
+
+    def render_str(self, text: str, *arguments: Any, **more: Any) -> Text:
+        return super().render_str(shown(text), *arguments, **more)
+
+
 def plain_console(file: IO[str] | None = None) -> Console:
     """Return a console that shows strings, also in tables and titles, as they are.
 
@@ -51,7 +60,7 @@ def plain_console(file: IO[str] | None = None) -> Console:
     file
         The file to write to; by default standard output.
     """
-    return Console(file=file, markup=False, emoji=False, highlight=False)
+    return _Plain(file=file, markup=False, emoji=False, highlight=False)
 
 
 console = plain_console(cast("IO[str]", _StandardError()))
@@ -59,4 +68,5 @@ console = plain_console(cast("IO[str]", _StandardError()))
 
 def tell(text: str, label: str = "") -> None:
     """Print a text to the standard error, after a label in red where there is one."""
-    console.print(Text.assemble((f"{label} " if label else "", "bold red"), text), soft_wrap=True)
+    said = Text.assemble((f"{label} " if label else "", "bold red"), shown(text))
+    console.print(said, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Texts that others wrote, made safe to show: the one function that every such text goes through.
+"""Texts that others wrote, made safe to show: `clean` for one text, `shown` for a whole page.
 
 What a node, a server or another program says ends on terminals, in logs, in metrics.jsonl and on
 pages. There an escape sequence sets a terminal's title or hides lines, a line break forges a line
@@ -21,6 +21,7 @@ _SEQUENCES = re.compile(
     re.VERBOSE,
 )
 _BREAKS = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+\s*")
+_UNUSUAL = re.compile(r"[^\t\n -~]")
 _UNSHOWN = {"Cc", "Cf", "Cs", "Co", "Cn"}
 """Unicode's categories of controls, marks of direction, halves of characters and unknown ones."""
 
@@ -37,8 +38,19 @@ def clean(text: object, most: int = MOST) -> str:
     if len(raw) > 2 * most:  # no work is done on five megabytes
         raw = raw[:most] + _GAP + raw[-most:]
     raw = _BREAKS.sub(" | ", _SEQUENCES.sub("", raw).strip()).replace("\t", " ")
-    shown = "".join("?" if unicodedata.category(c) in _UNSHOWN else c for c in raw)
-    if len(shown) <= most:
-        return shown
+    left = shown(raw)
+    if len(left) <= most:
+        return left
     head = (most - len(_GAP)) // 4
-    return shown[:head] + _GAP + shown[head + len(_GAP) - most :]
+    return left[:head] + _GAP + left[head + len(_GAP) - most :]
+
+
+def shown(text: str) -> str:
+    """Return a text, lines and tabs as they are, with question marks for what cannot be shown.
+
+    That is what a name in a folder or a setting may hold: controls, marks of direction, and the
+    halves of characters that stand for bytes which are not UTF-8 and which no file can be given.
+    """
+    return _UNUSUAL.sub(
+        lambda found: "?" if unicodedata.category(found[0]) in _UNSHOWN else found[0], text
+    )

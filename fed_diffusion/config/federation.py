@@ -10,6 +10,8 @@ from fed_diffusion.config.names import part, parts
 from fed_diffusion.config.section import Section
 
 Dtype = Literal["fp32", "bf16", "fp16", "int8"]
+LONGEST_S = 3600.0
+"""How many seconds a round waits for replies at most, where round.deadline_s is auto."""
 
 
 class RoundConfig(Section):
@@ -17,8 +19,11 @@ class RoundConfig(Section):
 
     fraction: float = Field(1.0, gt=0, le=1)
     """The part of the clients that is drawn in each round."""
-    deadline_s: float = Field(3600.0, gt=0)
-    """Flower engine: how many seconds a round waits for replies."""
+    deadline_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Flower engine: how many seconds a round waits for replies. auto: an hour until the first
+    update has come; after that ten times as long as the slowest update so far took, at least five
+    minutes and at most an hour, and, where a client's update did not come, twice as long for this
+    client the next three times. A run that is resumed begins with an hour again."""
     quorum: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = 0.5
     """The least updates that a round needs: a count (2), or a part of those wanted (0.5)."""
     retries: int = Field(2, ge=0)
@@ -85,8 +90,14 @@ class RoundConfig(Section):
 
     weighting: Literal["uniform", "examples"] = "uniform"
     """The weight of an update. uniform: every update counts alike, as in equation (8); examples: a
-    client counts by its number of training images, at most 2^24. The exact sums have room for
-    values up to 64 at any such weight and number of clients."""
+    client counts by its number of training images, at most 2^24. In a deployment it counts no more
+    than its node said when it joined and, of three clients or more that are asked in a round, no
+    more than all others together. The exact sums have room for values up to 64 at any such weight
+    and number of clients."""
+
+    def longest(self) -> float:
+        """Return how many seconds a round waits for replies at most."""
+        return LONGEST_S if isinstance(self.deadline_s, str) else self.deadline_s
 
 
 class ServerConfig(Section):

@@ -35,9 +35,9 @@ def by_type(annotation: Any, value: Any) -> Any:
         The setting is a number, and the value is true or false, or beyond 64 bits.
     """
     kinds = _kinds(annotation)
-    if str in kinds or not kinds & {int, float, bool}:
+    if not kinds & {int, float, bool}:
         return value
-    read = as_numbers(value)
+    read = value if str in kinds else as_numbers(value)
     for one in read if isinstance(read, list) else [read]:
         if isinstance(one, bool) and bool not in kinds:
             raise PydanticCustomError("truth_value", "true and false are not numbers")

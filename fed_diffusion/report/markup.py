@@ -15,6 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fed_diffusion.common.text import shown
 from fed_diffusion.report.curves import to_svg, varies
 from fed_diffusion.report.style import CSS
 
@@ -23,9 +24,12 @@ NONE = "–"
 
 
 def page(title: str, body: str) -> str:
-    """Return a whole page around the body of its `<main>`; the title is text."""
+    """Return a whole page around the body of its `<main>`; the title is text.
+
+    Characters that cannot be shown are question marks on it, whatever part they stand in.
+    """
     # the policy makes the browser hold the page to its promise of fetching nothing
-    return (
+    return shown(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '

@@ -132,6 +132,7 @@ class OpenRound:
                 seconds=measured["seconds"],
                 bytes_up=update.payload.nbytes,
                 bytes_down=flight.nbytes,
+                weight=measured["weight"],
                 precision=measured.get("precision", "unknown"),
                 node=None if node is None else str(node),
             )

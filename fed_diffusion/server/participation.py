@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 
 from fed_diffusion.build import Setup
@@ -44,6 +45,15 @@ class Participation:
             raise ValueError(f"its keep = {keep:g}; it must be above 0 and at most 1")
         if self._layout is not None:
             self._layout.counts(keep)
+
+    def heaviest(self, client: int, asked: Collection[int]) -> float:
+        """Return the most images that a client may count by: as many as all others together have.
+
+        What the others have is what their nodes said when they joined. Where fewer than two others
+        are asked, or a node said nothing, as in one process, there is no limit.
+        """
+        others = [self.images.get(other, math.inf) for other in asked if other != client]
+        return sum(others) if len(others) > 1 else math.inf
 
     def able(self) -> list[int]:
         """All clients but those that `exclusive` leaves out for their keep ratio."""

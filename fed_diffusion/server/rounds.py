@@ -189,8 +189,7 @@ class Rounds:
         moments = {name: arrays.pop(name) for name in sent}
         values = decode_update(arrays, theta, masks, self._wire)
         rms = self._norms.check(values, theta, masks)
-        said = self._participation.images.get(update.client)
-        weight = weight_of(self._config.round, measured["examples"], said)
+        weight = self._weight(update.client, measured["examples"], open.recipes)
         factor = self._policy.weight(staleness)
         if state:
             values |= decode_moments(moments, theta, masks, self._config.wire.state)
@@ -198,8 +197,14 @@ class Rounds:
         whole = {**theta, **state}
         open.mean.add(damped(values, whole, spread(masks, whole), factor), masks, weight)
         self._diagnostics.add(update.client, answer)
-        open.count(flight, update, measured, staleness, node)
+        open.count(flight, update, measured | {"weight": weight}, staleness, node)
         open.norms += [] if rms is None else [rms]
+
+    def _weight(self, client: int, examples: int, asked: Collection[int]) -> int:
+        """Return how often an update counts, which no client alone decides."""
+        said = self._participation.images.get(client)
+        weight = weight_of(self._config.round, examples, said)
+        return int(max(1, min(weight, self._participation.heaviest(client, asked))))
 
     def _mean(self, theta: Theta, state: Theta, workers: int) -> Aggregator:
         """Return an empty average of theta, and of the optimiser's state where there is one."""

@@ -23,6 +23,8 @@ class ClientRound:
     seconds: float
     bytes_up: int
     bytes_down: int
+    weight: int = 1
+    """How often the update counted (round.weighting)."""
     precision: str = "unknown"
     """What the client's network computed in, as the worker reports it."""
     node: str | None = None

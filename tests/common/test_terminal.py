@@ -38,6 +38,17 @@ def test_a_text_in_a_table_or_its_title_is_shown_as_it_is(text, capsys):
     assert capsys.readouterr().out.count(text) == 3
 
 
+def test_a_name_with_an_escape_sequence_in_it_does_nothing_to_a_terminal(capsys):
+    name = "\x1b]0;owned\x07\x1b[2J\u202ec\udce9"
+    table = Table(name, title=name)
+    table.add_row(name)
+    plain_console().print(table, name)
+    tell(name, "failed:")
+    printed = capsys.readouterr()
+    assert printed.out.count("?]0;owned??[2J?c?") == 4
+    assert printed.err == "failed: ?]0;owned??[2J?c?\n"
+
+
 @pytest.mark.parametrize(
     "name", ["run", "my run", "a'b", 'a"b', "$HOME", "a;b", ":100:", "猫", "-x"]
 )

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fed_diffusion.common.text import MOST, clean
+from fed_diffusion.common.text import MOST, clean, shown
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "left"),
     [
         ("its keep = 7", "its keep = 7"),
         ("\x1b]0;owned\x07fine", "fine"),
@@ -32,9 +32,15 @@ from fed_diffusion.common.text import MOST, clean
         (ValueError("five\x1b[2J"), "five"),
     ],
 )
-def test_what_is_shown_of_a_text(text, shown):
-    assert clean(text) == shown
-    assert clean(shown) == shown
+def test_what_is_shown_of_a_text(text, left):
+    assert clean(text) == left
+    assert clean(left) == left
+
+
+def test_a_page_keeps_its_lines_and_tabs_and_shows_no_control():
+    page = "<p>\n\tGrößé\n</p>\r\x1b[2J\u202e\udce9\x85"
+    assert shown(page) == "<p>\n\tGrößé\n</p>??[2J???"
+    assert shown("plain\n") == "plain\n"
 
 
 def test_of_a_long_text_the_beginning_and_the_end_are_left():
@@ -48,8 +54,8 @@ def test_of_a_long_text_the_beginning_and_the_end_are_left():
 
 @given(st.text(st.characters(exclude_categories=()), max_size=80), st.integers(20, 60))
 def test_any_text_becomes_one_line_that_can_be_encoded_and_stays_as_it_is(text, most):
-    shown = clean(text, most)
-    assert len(shown) <= most
-    assert not {unicodedata.category(c) for c in shown} & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-    shown.encode("utf-8")
-    assert clean(shown, most) == shown
+    left = clean(text, most)
+    assert len(left) <= most
+    assert not {unicodedata.category(c) for c in left} & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+    left.encode("utf-8")
+    assert clean(left, most) == left

@@ -202,7 +202,13 @@ def test_text_that_a_setting_does_not_mean_is_refused_with_its_key(pair):
 
 @pytest.mark.parametrize(
     "given",
-    [{"rounds": True}, {"local.eta": True}, {"data.channels": True}, {"model.widths": [8, True]}],
+    [
+        {"rounds": True},
+        {"local.eta": True},
+        {"data.channels": True},
+        {"model.widths": [8, True]},
+        {"round.norm_factor": True},
+    ],
 )
 def test_true_is_not_one(given):
     with pytest.raises(ConfigError, match="true and false are not numbers"):

@@ -38,6 +38,16 @@ def test_a_new_run_and_a_resumed_one_are_told_apart(words, told, operator, capsy
     assert told in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("command", ["attach", "stop"])
+@pytest.mark.parametrize("number", ["abc", "", "1 2", "/var/tmp/digits-1", "١٢", "1.0"])
+def test_what_is_no_number_of_a_run_is_refused_before_flower_is_asked(
+    command, number, operator, capsys
+):
+    assert main(["deploy", command, str(operator), number]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{number!r} is not the number of a run" in said
+
+
 @pytest.mark.slow
 def test_a_run_is_left_taken_up_again_stopped_and_resumed(operator, tmp_path):
     path = tmp_path / "run"

@@ -226,6 +226,19 @@ def test_hostile_strings_are_shown_not_obeyed(tmp_path: Path) -> None:
     assert page.text.count(HOSTILE) >= 10
 
 
+def test_names_that_no_file_can_hold_or_that_turn_a_page_around_are_questions_on_it(
+    tmp_path: Path,
+) -> None:
+    """A class folder in Latin-1, one that writes backwards, and one that clears a terminal."""
+    names = ["caf\udce9", "evil\u202egnp.exe", "\x1b[2Jgone"]
+    run = write_finished(tmp_path)
+    facts = {"images": 3, "classes": dict.fromkeys(names, 1), "notes": names}
+    (run / "data.json").write_text(json.dumps(facts))
+    page = page_of(run)
+    for name in ("caf?", "evil?gnp.exe", "?[2Jgone"):
+        assert page.text.count(name) >= 2
+
+
 @given(st.text())
 def test_no_text_becomes_markup(text: str) -> None:
     shown = Page(f"<p>{markup.number(text)}{markup.plain(text)}</p>")

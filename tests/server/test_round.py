@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.build import Setup, build_network, parameters_of
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.rng import Purpose, torch_generator
 from fed_diffusion.diffusion.loss import DSMLoss
@@ -16,6 +16,7 @@ from fed_diffusion.masks.mask import mask_of
 from fed_diffusion.protocol.schedules import eta_of
 from fed_diffusion.protocol.wire import Packed, Payload, decode_task, decode_update
 from fed_diffusion.server.coordinator import Coordinator
+from fed_diffusion.server.participation import Participation
 from tests.masks.recipes import masks_of
 from tests.tiny import planned, wire_of
 
@@ -296,6 +297,42 @@ def test_weighting_by_examples_uses_each_clients_number_of_images(tiny, digits):
     name = "leave.weight"
     mean = sum(w * s[name].double() for w, s in zip(weights, sent, strict=True)) / sum(weights)
     torch.testing.assert_close(coordinator.theta[name].double(), mean, rtol=2**-23, atol=2**-39)
+
+
+def test_of_three_or_more_no_client_counts_more_than_all_others_together(tiny, digits):
+    """Said when they joined: 90,000 by one who lies, and about as many as they have by others."""
+    config = tiny(round__weighting="examples", clients=3)
+    coordinator, worker = start(config, digits)
+    coordinator.participation.images = {0: 700, 1: 90_000, 2: 800}
+    sent, counts = [], []
+    for task in coordinator.tasks(1):
+        update = worker.run(task)
+        wire = wire_of(coordinator.config)
+        sent.append(decode_update(update.payload.arrays, coordinator.theta, {}, wire))
+        if task.client == 1:
+            update.payload.numbers["examples"] = 90_000
+        counts.append(update.payload.numbers["examples"])
+        assert coordinator.receive(update)
+    weights = [counts[0], 1500, counts[2]]
+    assert [client.weight for client in coordinator.close_round().clients] == weights
+    name = "leave.weight"
+    mean = sum(w * s[name].double() for w, s in zip(weights, sent, strict=True)) / sum(weights)
+    torch.testing.assert_close(coordinator.theta[name].double(), mean, rtol=2**-23, atol=2**-39)
+
+
+@pytest.mark.parametrize(
+    ("said", "asked", "most"),
+    [
+        ({0: 5, 1: 10}, [0, 1], math.inf),  # of two, one has more than the other
+        ({0: 5, 1: 10, 2: 20}, [0, 1, 2], 15),
+        ({0: 5, 1: 10, 2: 20, 3: 1000}, [0, 1, 2], 15),  # the fourth is not asked
+        ({0: 5, 2: 20}, [0, 1, 2], math.inf),  # as in one process, where nobody says anything
+    ],
+)
+def test_what_bounds_a_client_is_what_the_others_of_its_round_said(tiny, said, asked, most):
+    participation = Participation(Setup.of(tiny(clients=4)))
+    participation.images = said
+    assert participation.heaviest(max(said, key=lambda c: said[c] * (c in asked)), asked) == most
 
 
 def test_eta_warms_up_and_falls(tiny):
