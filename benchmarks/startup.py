@@ -39,7 +39,7 @@ def timed(checkout: Path, words: list[str], run: Path | None = None) -> Seconds:
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     environment.pop("OMP_NUM_THREADS", None)
     before, began = _cpu_seconds(), time.perf_counter()
-    command = [sys.executable, "-m", "fed_diffusion", *words]
+    command = [sys.executable, "-P", "-m", "fed_diffusion", *words]  # not of this folder
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
         first = None
