@@ -25,7 +25,7 @@ from fed_diffusion.masks.families import Family, family_of
 from fed_diffusion.masks.levels import keep_ratios
 from fed_diffusion.masks.plan import known_ratios
 from fed_diffusion.masks.spaces import Layout, layout_of
-from fed_diffusion.masks.subnetwork import resized
+from fed_diffusion.masks.subnetwork import Undrawn, resized
 from fed_diffusion.models import from_diffusers
 from fed_diffusion.models.from_diffusers import DiffusersNetwork
 from fed_diffusion.models.own import NetworkFactory, check_network
@@ -319,7 +319,7 @@ def _smallest(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def _meta_unet(config: Config) -> UNet:
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         return _unet(config)
 
 

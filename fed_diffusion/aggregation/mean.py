@@ -88,10 +88,10 @@ class MaskedMean:
             if counts is None:
                 new[block] = total.div_(everywhere) if everywhere else flat[block]
             else:
-                count = counts[block].to(torch.int64) + everywhere
-                new[block] = total.div_(count.clamp(min=1))
-                if int(count.min()) == 0:
-                    new[block] = torch.where(count > 0, new[block], flat[block])
+                here = counts[block]
+                mean = total.div_(here.to(torch.float64).add_(everywhere))
+                somebody = everywhere or int(here.min()) > 0
+                new[block] = mean if somebody else torch.where(here > 0, mean.float(), flat[block])
         return new.view(old.shape)
 
     def _counts(self, name: str) -> tuple[int, Tensor | None]:

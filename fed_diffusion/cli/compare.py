@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from fed_diffusion.cli.output import say
-from fed_diffusion.common.terminal import plain_console
 from fed_diffusion.common.text import shown
-from fed_diffusion.config import ConfigError
-from fed_diffusion.store.files import check_writable
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def add_commands(commands: Any) -> None:
@@ -49,8 +46,10 @@ def report_command(arguments: argparse.Namespace) -> int:
 
 def compare_command(arguments: argparse.Namespace) -> int:
     """Print a table of the runs' figures and write the page; the last line is the page's path."""
+    from fed_diffusion.common.terminal import plain_console
+    from fed_diffusion.config import ConfigError
     from fed_diffusion.report.comparison import SHOWN, compare, free_name, page_of
-    from fed_diffusion.store.files import write_atomic
+    from fed_diffusion.store.files import check_writable, write_atomic
 
     out: Path | None = arguments.out
     if out is not None and (out.suffix != ".html" or not out.absolute().parent.is_dir()):
@@ -72,6 +71,9 @@ def compare_command(arguments: argparse.Namespace) -> int:
 
 
 def _table(title: str, names: list[str], rows: dict[str, list[str]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table()
     table.add_column(title, overflow="fold")
     for name in names:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fed_diffusion.cli.output import INTERRUPTED, say
-from fed_diffusion.config import ConfigError
-from fed_diffusion.engines.superlink import EngineError
 
 if TYPE_CHECKING:
     from fed_diffusion.deploy.submit import Operator
@@ -135,8 +133,9 @@ def doctor_command(arguments: argparse.Namespace) -> int:
 def run_command(arguments: argparse.Namespace) -> int:
     """Submit a run; the last line of the output is the run's directory on the server."""
     from fed_diffusion.common.terminal import tell
-    from fed_diffusion.config import load_config, parse_pairs
+    from fed_diffusion.config import ConfigError, load_config, parse_pairs
     from fed_diffusion.deploy.submit import Operator, submit
+    from fed_diffusion.engines.superlink import EngineError
 
     out, resumed = arguments.out, arguments.resume
     if (out is None) == (resumed is None) or (resumed is None) != bool(arguments.preset):
@@ -174,6 +173,7 @@ def stop_command(arguments: argparse.Namespace) -> int:
     """Ask Flower to end a run; exit code 0 means that Flower ends it."""
     from fed_diffusion.common.terminal import tell
     from fed_diffusion.deploy.submit import Operator, stop
+    from fed_diffusion.engines.superlink import EngineError
 
     run = _number(arguments.run)
     try:
@@ -197,6 +197,7 @@ def _number(given: str) -> str:
 def _attach(operator: Operator, run: str) -> int:
     from fed_diffusion.common.terminal import tell
     from fed_diffusion.deploy.submit import attach, how_to_go_on
+    from fed_diffusion.engines.superlink import EngineError
 
     try:
         attach(operator, run)

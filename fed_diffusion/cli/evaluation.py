@@ -9,16 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from fed_diffusion.cli.arguments import add_dry_run, add_set
 from fed_diffusion.cli.output import say
-from fed_diffusion.cli.progress import Display, followed
-from fed_diffusion.config import (
-    ConfigError,
-    build_config,
-    parse_pairs,
-    read_value,
-    refuse_overlaps,
-    with_overrides,
-)
-from fed_diffusion.store.files import check_writable
 
 if TYPE_CHECKING:
     from fed_diffusion.store.rundir import RunDir
@@ -85,6 +75,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     typed = _typed(arguments)
     if arguments.dry_run:
         from fed_diffusion.cli.dry_run import print_evaluation
+        from fed_diffusion.config import with_overrides
         from fed_diffusion.store.origin import trained
 
         return print_evaluation(with_overrides(trained(run)[0], typed))
@@ -96,6 +87,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
 def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the dotted settings that are to differ from the run's."""
+    from fed_diffusion.config import ConfigError, parse_pairs, read_value, refuse_overlaps
+
     pairs = parse_pairs(arguments.set)
     if other := [key for key in pairs if not key.startswith("evaluation.")]:
         raise ConfigError(
@@ -119,6 +112,8 @@ def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _measure_again(run: RunDir, typed: dict[str, Any]) -> dict[str, Any]:
     from fed_diffusion.build import Setup
+    from fed_diffusion.cli.progress import Display, followed
+    from fed_diffusion.config import ConfigError, with_overrides
     from fed_diffusion.data import content_hash, load_dataset, tell
     from fed_diffusion.evaluation.checks import OWN_DATA, check_evaluation
     from fed_diffusion.evaluation.generated import evaluate, evaluation_entry
@@ -166,6 +161,9 @@ def _has_none(results: dict[str, Any]) -> bool:
 
 def features_train_command(arguments: argparse.Namespace) -> int:
     """Train a `ResNet` on a data set's labels, write it, and print what is in the file."""
+    from fed_diffusion.config import ConfigError, build_config
+    from fed_diffusion.store.files import check_writable
+
     out: Path = arguments.out
     if arguments.epochs < 1:
         raise ConfigError(f"--epochs = {arguments.epochs} is not allowed; give at least 1.")

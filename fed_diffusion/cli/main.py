@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fed_diffusion.cli import compare as cli_compare
-from fed_diffusion.cli import dry_run as cli_dry_run
 from fed_diffusion.cli import evaluation as cli_evaluation
 from fed_diffusion.cli import export as cli_export
 from fed_diffusion.cli import runs as cli_runs
@@ -19,11 +18,6 @@ from fed_diffusion.cli import theory as cli_theory
 from fed_diffusion.cli.arguments import add_dry_run, add_set, spread
 from fed_diffusion.cli.deploy import add_deploy_commands
 from fed_diffusion.cli.output import INTERRUPTED, OutputError, make_printable, say
-from fed_diffusion.cli.progress import Display
-from fed_diffusion.common.terminal import tell
-from fed_diffusion.config import ConfigError, parse_pairs
-from fed_diffusion.store.files import check_writable, in_words
-from fed_diffusion.store.locks import LockLost
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     make_printable()
     arguments = parser().parse_args(spread(sys.argv[1:] if argv is None else argv))
+    # from here on: help and a wrong word need none of it
+    from fed_diffusion.common.terminal import tell
+    from fed_diffusion.config import ConfigError
+    from fed_diffusion.store.files import in_words
+    from fed_diffusion.store.locks import LockLost
+
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for parts that settings name as module:attribute
     try:
@@ -136,8 +136,10 @@ class _Version(argparse.Action):
 
 def sample_command(arguments: argparse.Namespace) -> int:
     """Write a grid of generated images."""
+    from fed_diffusion.config import ConfigError
     from fed_diffusion.generate import Sampler
     from fed_diffusion.report.grids import save_grid
+    from fed_diffusion.store.files import check_writable
 
     if arguments.num < 1:
         raise ConfigError(f"--num = {arguments.num} is not allowed; give at least 1.")
@@ -164,6 +166,8 @@ def _labels(text: str | None, num: int) -> Tensor | None:
         return None
     import torch  # takes seconds
 
+    from fed_diffusion.config import ConfigError
+
     try:
         chosen = torch.tensor([int(part) for part in text.split(",")])
     except (ValueError, RuntimeError):  # no number; one beyond 64 bits
@@ -175,6 +179,10 @@ def _labels(text: str | None, num: int) -> Tensor | None:
 
 def sweep_command(arguments: argparse.Namespace) -> int:
     """Do what is left of a sweep; the last line of the output is its directory."""
+    from fed_diffusion.cli.dry_run import print_sweep
+    from fed_diffusion.cli.progress import Display
+    from fed_diffusion.common.terminal import tell
+    from fed_diffusion.config import ConfigError, parse_pairs
     from fed_diffusion.engines.signals import stop_signals_interrupt
     from fed_diffusion.sweep import grid as sweeping
     from fed_diffusion.sweep.report import write_outputs
@@ -189,7 +197,7 @@ def sweep_command(arguments: argparse.Namespace) -> int:
         sweeping.refuse_existing(out)
     datasets = sweeping.check_runs(todo)
     if arguments.dry_run:
-        return cli_dry_run.print_sweep([run for run in todo if not run.finished()], datasets)
+        return print_sweep([run for run in todo if not run.finished()], datasets)
     sweeping.start(out, resume=arguments.resume)
     command = sweeping.command_line(arguments)
     try:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from fed_diffusion.cli.arguments import add_dry_run, add_set
 from fed_diffusion.cli.output import INTERRUPTED, say
-from fed_diffusion.cli.progress import LOOK_S, Display, followed, look
-from fed_diffusion.common.terminal import tell
-from fed_diffusion.config import Config, ConfigError, load_config, parse_pairs, refuse_overlaps
 
 if TYPE_CHECKING:
+    from fed_diffusion.cli.progress import Display
+    from fed_diffusion.config import Config
     from fed_diffusion.experiment import Experiment
     from fed_diffusion.store.rundir import RunDir
 
@@ -65,18 +64,23 @@ def add_commands(commands: Any) -> None:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Train a preset on the chosen engine; the last line of the output is the run directory."""
+    from fed_diffusion.config import load_config, parse_pairs
+
     config = load_config(arguments.preset, parse_pairs(arguments.set))
     if arguments.dry_run:
         from fed_diffusion.cli.dry_run import print_run
 
         return print_run(config, arguments.engine)
-    from fed_diffusion.engines.either import begin
+    from fed_diffusion.engines.either import ahead, begin
+    from fed_diffusion.engines.signals import stop_signals_interrupt
 
-    return _train(lambda: (begin(config, arguments.out, arguments.engine), config))
+    with stop_signals_interrupt(), ahead(config, arguments.engine):
+        return _train(lambda: (begin(config, arguments.out, arguments.engine), config))
 
 
 def resume_command(arguments: argparse.Namespace) -> int:
     """Go on from a run's last checkpoint; the run ends with the bits it would have ended with."""
+    from fed_diffusion.config import parse_pairs, refuse_overlaps
     from fed_diffusion.engines.either import begin_again
     from fed_diffusion.store.rundir import RunDir
 
@@ -109,6 +113,9 @@ def _train(begin: Begin, *, resumed: bool = False, accept_changes: bool = False)
         (an experiment in this process, or the run directory for the Flower engine), and its
         settings.
     """
+    from fed_diffusion.cli.progress import Display, followed
+    from fed_diffusion.common.terminal import tell
+    from fed_diffusion.config import ConfigError
     from fed_diffusion.engines.either import carry
     from fed_diffusion.engines.signals import stop_signals_interrupt
     from fed_diffusion.experiment import Experiment
@@ -140,6 +147,7 @@ def _train(begin: Begin, *, resumed: bool = False, accept_changes: bool = False)
 
 def watch_command(arguments: argparse.Namespace) -> int:
     """Show how a run goes until it ends; the exit code is 0 if it has finished, else 1."""
+    from fed_diffusion.cli.progress import LOOK_S, Display, look
     from fed_diffusion.engines.flower import MetricsTail
     from fed_diffusion.store.rundir import RunDir
 
@@ -165,6 +173,7 @@ def _show(shown: Display, line: dict[str, Any]) -> None:
 
 
 def _how_it_ended(run: RunDir) -> int:
+    from fed_diffusion.common.terminal import tell
     from fed_diffusion.store.origin import resume_command
 
     status = run.status()
@@ -183,6 +192,7 @@ def _how_it_ended(run: RunDir) -> int:
 
 def print_results(path: Path) -> None:
     """Print a finished run in a few lines."""
+    from fed_diffusion.common.terminal import tell
     from fed_diffusion.store.rundir import RunDir
 
     results = RunDir(path).results()

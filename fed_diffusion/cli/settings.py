@@ -9,7 +9,6 @@ from typing import Any
 
 from fed_diffusion.cli.arguments import add_set
 from fed_diffusion.cli.output import say
-from fed_diffusion.config import ConfigError, conf_dir, load_config, parse_pairs, presets
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -47,6 +46,8 @@ def add_commands(commands: Any) -> None:
 
 def presets_command(arguments: argparse.Namespace) -> int:
     """Print each preset with the first sentence of its comment."""
+    from fed_diffusion.config import presets
+
     names = presets()
     width = max(map(len, names))
     for name in names:
@@ -55,6 +56,8 @@ def presets_command(arguments: argparse.Namespace) -> int:
 
 
 def _first_sentence(preset: str) -> str:
+    from fed_diffusion.config import conf_dir
+
     lines = (conf_dir() / f"{preset}.yaml").read_text("utf-8").splitlines()
     words: list[str] = []
     for line in lines:
@@ -66,6 +69,7 @@ def _first_sentence(preset: str) -> str:
 
 def settings_command(arguments: argparse.Namespace) -> int:
     """Print the settings whose name, values or meaning hold the text that was searched for."""
+    from fed_diffusion.config import ConfigError
     from fed_diffusion.config.describe import all_settings
 
     text = arguments.search.lower()
@@ -88,8 +92,10 @@ def settings_command(arguments: argparse.Namespace) -> int:
 
 def show_command(arguments: argparse.Namespace) -> int:
     """Print all settings as a preset, and what they come to as comments."""
-    config = load_config(arguments.preset, parse_pairs(arguments.set))
     from fed_diffusion.cli.dry_run import facts
+    from fed_diffusion.config import load_config, parse_pairs
+
+    config = load_config(arguments.preset, parse_pairs(arguments.set))
 
     say(config.to_yaml().rstrip())
     for name, text in facts(config):
@@ -99,6 +105,8 @@ def show_command(arguments: argparse.Namespace) -> int:
 
 def completion_command(arguments: argparse.Namespace) -> int:
     """Print a completion script for a shell, made by shtab."""
+    from fed_diffusion.config import ConfigError
+
     if find_spec("shtab") is None:
         raise ConfigError(
             "completion needs the package shtab: pip install 'fed-diffusion[completion]'."

@@ -9,18 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from rich.table import Table
-
 from fed_diffusion.cli.output import say
-from fed_diffusion.common.terminal import plain_console
-from fed_diffusion.config import Config, ConfigError, build_config, load_config, parse_pairs
-from fed_diffusion.store.files import check_writable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fed_diffusion.analysis.advisor import Plan, Row
     from fed_diffusion.analysis.probe import Probe
     from fed_diffusion.build import Setup
+    from fed_diffusion.config import Config
     from fed_diffusion.theory.bound import Training
 
 K_MAX = 1000
@@ -74,6 +71,10 @@ def add_commands(commands: Any) -> None:
 
 def plan_command(arguments: argparse.Namespace) -> int:
     """Probe the fresh network, print the plan beside the preset, and write what was asked for."""
+    from fed_diffusion.common.terminal import plain_console
+    from fed_diffusion.config import load_config, parse_pairs
+    from fed_diffusion.store.files import check_writable
+
     _check(arguments)
     config = load_config(arguments.preset, parse_pairs(arguments.set))
     from fed_diffusion.analysis import advisor
@@ -123,6 +124,8 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    from fed_diffusion.config import ConfigError
+
     if not 0 < arguments.target < math.inf:
         raise ConfigError(f"--target = {arguments.target} is not allowed; give nats above 0.")
     if arguments.delta is not None and not 0 < arguments.delta < 1:
@@ -144,6 +147,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _images(setup: Setup, M2: float | None) -> tuple[Any, tuple[str, ...]]:
     """The run's images; where they cannot be downloaded, or M_2 is given, a stand-in for them."""
     from fed_diffusion.analysis.probe import stand_in
+    from fed_diffusion.config import ConfigError
     from fed_diffusion.data import load_dataset
     from fed_diffusion.data.datasets import DOWNLOADED
 
@@ -160,6 +164,8 @@ def _images(setup: Setup, M2: float | None) -> tuple[Any, tuple[str, ...]]:
 
 
 def _estimates(probed: Probe) -> Table:
+    from rich.table import Table
+
     table = Table(title="measured at theta_0, on the scale of F (nats)", title_justify="left")
     for name in ("quantity", "value", "95 % interval, ±"):
         table.add_column(name, justify="left" if name == "quantity" else "right")
@@ -181,6 +187,8 @@ def _estimates(probed: Probe) -> Table:
 
 
 def _comparison(setup: Setup, probed: Probe, plan: Plan) -> Table:
+    from rich.table import Table
+
     from fed_diffusion.theory.bound import Steps, theorem_4_11
 
     config, own = setup.config, setup.config.diffusion
@@ -235,6 +243,8 @@ def _moves(probed: Probe, plan: Plan) -> dict[str, list[Row]]:
 
 
 def _moved(name: str, rows: Sequence[Row]) -> Table:
+    from rich.table import Table
+
     table = Table(title=f"the bound by {name}, nats", title_justify="left")
     table.add_column(name)
     for row in rows:
@@ -249,7 +259,10 @@ def _nats(value: float) -> str:
 
 def _apply(config: Config, probed: Probe, plan: Plan, path: Path) -> None:
     """The preset with the plan's diffusion, and its eta where the theorem covers the optimiser."""
+    import yaml
+
     from fed_diffusion.build import Setup
+    from fed_diffusion.config import build_config
     from fed_diffusion.store.files import write_atomic
 
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"preset"})

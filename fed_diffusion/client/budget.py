@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from fed_diffusion.build import Setup
+from fed_diffusion.client.optimisers import Adam
 from fed_diffusion.common.memory import peak_memory
 from fed_diffusion.masks.budget import (
     BYTES_PER_PARAMETER,
@@ -99,6 +99,8 @@ def demand(setup: Setup, network: UNet, measures: bool = False) -> Demand:
         Diagnostic rounds are among the worker's: then it is the more of a step and a measurement.
         Only workers with the whole network are asked.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # triton's import is slow
+
     images, u, labels = _batch(setup, torch.device("meta"))
     own = list(network.parameters())
     with FlopCounterMode(display=False) as flops, saved_bytes(own) as kept:
@@ -124,12 +126,12 @@ def demand(setup: Setup, network: UNet, measures: bool = False) -> Demand:
 def training_step(setup: Setup, network: nn.Module, device: torch.device) -> Callable[[], None]:
     """A function that takes one local step, on blank images, as a worker does on its own."""
     network = network.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.Adam(network.parameters(), lr=setup.config.local.eta, fused=True)
+    optimizer = Adam(network.parameters(), setup.config.local.eta)
     noise = torch.Generator(device).manual_seed(0)
     images, _, labels = _batch(setup, device)
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         setup.loss(network, images, noise, labels).backward()
         optimizer.step()
 

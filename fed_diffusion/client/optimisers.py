@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from fed_diffusion.config.schema import LocalConfig
 from fed_diffusion.protocol.moments import FIRST, SECOND, STEPS, is_shared
@@ -18,16 +19,80 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 class Optimiser(Protocol):
     """What training needs of an optimiser."""
 
-    def zero_grad(self, set_to_none: bool = True) -> None: ...
+    def zero_grad(self) -> None: ...
     def step(self) -> object: ...
+
+
+class _Steps:
+    """What all optimisers here share: parameters, a step size, and a state for each parameter.
+
+    They are not of torch's class, which imports torch._dynamo when it is made: in every worker,
+    that would take as long as importing torch.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], eta: float):
+        self.parameters = list(parameters)
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._eta = eta
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the step before."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _trained(self) -> tuple[list[nn.Parameter], list[Tensor]]:
+        """Return the parameters that have a gradient, and their gradients."""
+        used = [p for p in self.parameters if p.grad is not None]
+        return used, [p.grad for p in used if p.grad is not None]
+
+
+class SGD(_Steps):
+    """torch.optim.SGD, to the bit."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take one step."""
+        used, gradients = self._trained()
+        torch._foreach_add_(used, gradients, alpha=-self._eta)
+
+
+class Adam(_Steps):
+    """torch.optim.Adam(fused=True), to the bit."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take one step."""
+        used, gradients = self._trained()
+        for parameter in used:
+            if parameter not in self.state:
+                self.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        kept = [self.state[parameter] for parameter in used]
+        adam(
+            used,  # type: ignore[arg-type]
+            gradients,
+            [state["exp_avg"] for state in kept],
+            [state["exp_avg_sq"] for state in kept],
+            [],
+            [state["step"] for state in kept],
+            fused=True,
+            amsgrad=False,
+            beta1=BETA1,
+            beta2=BETA2,
+            lr=self._eta,
+            weight_decay=0.0,
+            eps=EPS,
+            maximize=False,
+        )
 
 
 def fresh_optimiser(local: LocalConfig, network: nn.Module, eta: float) -> Optimiser:
     """The optimiser of a round that begins without a state."""
-    parameters = list(network.parameters())
-    if local.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=eta)
-    return torch.optim.Adam(parameters, lr=eta, fused=True)
+    kind = SGD if local.optimizer == "sgd" else Adam
+    return kind(network.parameters(), eta)
 
 
 def optimiser_of(
@@ -58,12 +123,12 @@ class SharedAdam:
     ):
         self._parameters = parameters
         counted = {n for n in parameters if state[STEPS + n].dim()}
-        self._parts: list[torch.optim.Optimizer] = []
+        self._parts: list[Adam | CountedAdam] = []
         if plain := [p for n, p in parameters.items() if n not in counted]:
-            self._parts.append(torch.optim.Adam(plain, lr=eta, fused=True))
+            self._parts.append(Adam(plain, eta))
         if others := [parameters[n] for n in parameters if n in counted]:
             self._parts.append(CountedAdam(others, eta))
-        self._state = {p: part.state for part in self._parts for p in _parameters_of(part)}
+        self._state = {p: part.state for part in self._parts for p in part.parameters}
         for name, parameter in parameters.items():
             self._state[parameter][parameter] = {
                 "step": state[STEPS + name].to(parameter.device, torch.float32, copy=True),
@@ -71,10 +136,10 @@ class SharedAdam:
                 "exp_avg_sq": _like(parameter, state[SECOND + name]),
             }
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self) -> None:
         """Forget the gradients of the step before."""
         for part in self._parts:
-            part.zero_grad(set_to_none)
+            part.zero_grad()
 
     def step(self) -> None:
         """Take one step on all parameters."""
@@ -91,19 +156,14 @@ class SharedAdam:
         }
 
 
-class CountedAdam(torch.optim.Optimizer):
+class CountedAdam(_Steps):
     """Adam with a number of steps for every coordinate, by which its bias corrections go."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], eta: float):
-        super().__init__(parameters, {"lr": eta})
-
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Take one step."""
-        for options in self.param_groups:
-            for parameter in options["params"]:
-                if parameter.grad is not None:
-                    _step(parameter, parameter.grad, options["lr"], self.state[parameter])
+        for parameter, gradient in zip(*self._trained(), strict=True):
+            _step(parameter, gradient, self._eta, self.state[parameter])
 
 
 def _step(parameter: Tensor, gradient: Tensor, eta: float, state: dict[str, Tensor]) -> None:
@@ -119,10 +179,6 @@ def _step(parameter: Tensor, gradient: Tensor, eta: float, state: dict[str, Tens
 
 def _log(beta: float) -> float:
     return float(torch.tensor(beta, dtype=torch.float64).log())
-
-
-def _parameters_of(optimiser: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for options in optimiser.param_groups for p in options["params"]]
 
 
 def _like(parameter: Tensor, values: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class Worker:
         indices = torch.from_numpy(np.concatenate(batches)).to(self.device)  # once, not per step
         for batch in indices.split([len(batch) for batch in batches]):
             images, labels = self.images.batch(batch, noise, changes)
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.zero_grad()
             # a compiled network is compiled for one batch size
             forward = fast if len(batch) == config.local.batch else plain
             loss = self.loss(forward, images, noise, labels)

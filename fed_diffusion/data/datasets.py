@@ -10,6 +10,8 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -190,11 +192,14 @@ def _load_digits(
     config: DataConfig, shape: tuple[int, int, int], split: TrainOrTest, own: bool
 ) -> ImageSet:
     """Return all 1,797 digits; their 17 grey levels 0..16 are spread over 0..255."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = fit(np.round(digits.images * 255 / 16).astype(np.uint8)[:, None], config)
-    labels = digits.target.astype(np.int64)
+    # scikit-learn's own file, of 64 values and a label in each line: its import takes seconds
+    package = find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    lines = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
+    grey = lines[:, :-1].reshape(-1, 1, 8, 8)
+    images = fit(np.round(grey * 255 / 16).astype(np.uint8), config)
+    labels = lines[:, -1].astype(np.int64)
     names = KNOWN["digits"].class_names
     return ImageSet(
         torch.from_numpy(images), torch.from_numpy(labels), name="digits", class_names=names

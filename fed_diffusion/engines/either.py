@@ -5,7 +5,9 @@ torch and Flower take seconds to import, so both are imported only where they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -95,6 +97,27 @@ def resume(
     made, config = begin_again(run, engine, accept_changes, overrides)
     accepts = accept_changes or bool(overrides)
     return carry(made, config, progress, resumed=True, accept_changes=accepts)
+
+
+@contextmanager
+def ahead(config: Config, engine: Engine) -> Iterator[None]:
+    """Start, before anything is checked, what a run that begins in this block waits for later.
+
+    Workers are forked, where nothing that does not survive a fork can have happened yet: in a
+    process that has not imported torch before, on a machine where none will use a GPU.
+    """
+    if engine != "local" or "torch" in sys.modules or sys.platform != "linux":
+        yield
+        return
+    import torch
+
+    from fed_diffusion.engines.local import processes_of
+    from fed_diffusion.engines.pool import forked_ahead
+
+    # where CUDA has begun, a forked process cannot use it; to count devices does not begin it
+    unused = config.worker.device == "cpu" or torch.cuda.device_count() == 0
+    with forked_ahead(processes_of(config) if unused else 1):
+        yield
 
 
 def begin(config: Config, out: str | Path | None, engine: Engine) -> Experiment | RunDir:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -22,11 +23,13 @@ from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.compute import device_of
 from fed_diffusion.config import Config
 from fed_diffusion.data import ImageSet
-from fed_diffusion.engines.signals import signals_held
+from fed_diffusion.engines.signals import STOP_SIGNALS, signals_held
 from fed_diffusion.experiment import RunStopped
 from fed_diffusion.protocol.messages import Task, Update
 
 logger = logging.getLogger(__name__)
+Order = tuple[str, dict[str, Any]]
+"""A worker's device, and for one that was forked ahead the settings of the run."""
 
 
 class Runner(Protocol):
@@ -44,10 +47,35 @@ def task_runner(run: Config | Setup, dataset: ImageSet, processes: int) -> Itera
     runner = _InProcesses(Setup.of(run).config, processes)
     try:
         yield runner
-    except BaseException:
-        runner.abandon()
-        raise
-    runner.close()
+    finally:
+        runner.end()
+
+
+@contextmanager
+def forked_ahead(processes: int) -> Iterator[None]:
+    """Fork the workers of the run that begins in this block: they need not import anything.
+
+    This is for a process that has imported torch and not used it yet, since torch's threads do not
+    survive a fork. One process is none beside this one.
+    """
+    if processes == 1:
+        yield
+        return
+    context = multiprocessing.get_context("fork")
+    orders = context.SimpleQueue()
+    pool = ProcessPoolExecutor(processes, context, _start_process, (orders,))
+    pool.submit(os.getpid)  # the first task starts all of them, and they wait for their settings
+    _ahead[processes] = pool, orders
+    try:
+        yield
+    finally:
+        for unused, _ in _ahead.values():
+            _end(unused)
+        _ahead.clear()
+
+
+_ahead: dict[int, tuple[ProcessPoolExecutor, SimpleQueue[Order]]] = {}
+"""The number of processes -> a pool of so many that were forked ahead, until a run takes it."""
 
 
 class _InTurn:
@@ -106,19 +134,8 @@ class _InProcesses:
                 else:
                     yield task, error if error is not None else future.result()
 
-    def close(self) -> None:
-        self._pool.shutdown()
-
-    def abandon(self) -> None:
-        """End the workers at once: nobody wants what they compute any more.
-
-        It would take minutes to wait for their tasks, and a second signal meanwhile would leave
-        them and this process waiting for each other for ever.
-        """
-        with signals_held():
-            for process in list((self._pool._processes or {}).values()):
-                process.terminate()
-            self._pool.shutdown(cancel_futures=True)
+    def end(self) -> None:
+        _end(self._pool)
 
     def _submit(self, task: Task) -> Future[Update]:
         with _main_module_hidden():
@@ -141,12 +158,31 @@ class _InProcesses:
 
 
 def _new_pool(config: Config, processes: int) -> ProcessPoolExecutor:
+    settings = config.to_dict()
+    if processes in _ahead:
+        pool, orders = _ahead.pop(processes)
+        for _ in range(processes):
+            orders.put((config.worker.device, settings))
+        return pool
     # spawn, not fork: torch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
-    devices = context.SimpleQueue()
+    orders = context.SimpleQueue()
     for process in range(processes):
-        devices.put(_device_of_process(config, process))
-    return ProcessPoolExecutor(processes, context, _start_process, (config.to_dict(), devices))
+        orders.put((_device_of_process(config, process), {}))
+    return ProcessPoolExecutor(processes, context, _start_process, (orders, settings))
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End a pool's workers at once: nobody wants what they may still compute.
+
+    It would take minutes to wait for their tasks, and a second signal meanwhile would leave them
+    and this process waiting for each other for ever. It would take a second to let them end by
+    themselves.
+    """
+    with signals_held():
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -175,10 +211,22 @@ def _device_of_process(config: Config, process: int) -> str:
     return f"cuda:{process % torch.cuda.device_count()}"
 
 
-def _start_process(settings: dict[str, Any], devices: SimpleQueue[str]) -> None:
+def _start_process(orders: SimpleQueue[Order], settings: dict[str, Any] | None = None) -> None:
+    """Make the worker of this process.
+
+    Parameters
+    ----------
+    settings
+        The run's settings; None where they come with the order.
+    """
     global _worker
+    for number in STOP_SIGNALS:  # a forked process has its parent's handlers
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    settings["worker"]["device"] = devices.get()
+    device, found = orders.get()
+    settings = settings or found
+    settings["worker"]["device"] = device
     _worker = Worker(Config.model_validate(settings))
 
 

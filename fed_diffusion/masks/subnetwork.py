@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fed_diffusion.masks.spaces import Channels, layout_of
 from fed_diffusion.models.unet import UNet
@@ -77,6 +79,19 @@ def resized(
             module.register_parameter(name, nn.Parameter(fresh))
         _state_sizes(module)
     return small
+
+
+class Undrawn(TorchFunctionMode):
+    """Embeddings keep what they are made with: on the meta device there is nothing to draw.
+
+    Drawing normal numbers there imports torch._dynamo, in each process as slow as importing torch.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
 
 def _state_sizes(module: nn.Module) -> None:

@@ -50,6 +50,8 @@ class NormLimit:
         self._most = most
         self._factor = factor
         self.recent: list[float] = []
+        self._own: float | None = None
+        """The root mean square of theta; None until it is asked for in a round."""
 
     def check(
         self, values: Mapping[str, Tensor], theta: Mapping[str, Tensor], masks: Masks
@@ -73,7 +75,7 @@ class NormLimit:
         if self._most is not None and not norm <= self._most:
             raise UpdateError(f"its difference has norm {norm:.4g}, above {self._most:g}")
         if self._factor is not None:
-            own = _root_mean_square(theta)
+            own = self._own = _root_mean_square(theta) if self._own is None else self._own
             usual, of = max(own, LEAST), "theta's own"
             if self.recent:
                 usual, of = statistics.median(self.recent), "the median of recent updates"
@@ -87,6 +89,7 @@ class NormLimit:
     def learn(self, fresh: list[float]) -> None:
         """Note a closed round's updates, in an order that does not depend on arrival."""
         self.recent = (self.recent + sorted(fresh))[-KEPT:]
+        self._own = None
 
 
 def limit_of(settings: RoundConfig, privacy: PrivacyConfig) -> NormLimit:

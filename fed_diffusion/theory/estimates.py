@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 LEVEL = 0.95
@@ -251,7 +250,8 @@ class Means:
         pairs = torch.outer(s / m, s / m)
         pairs.diagonal().copy_(s.square() / (m * (m - 1)))
         noise = 2 * self._alike * float((c.square() * pairs).sum())
-        half = float(stdtrit(self._freedom, (1 + LEVEL) / 2)) * math.sqrt(noise + self._linear(c))
+        wide = _quantile((1 - LEVEL) / 2, self._freedom)
+        half = wide * math.sqrt(noise + self._linear(c))
         return Estimate(value, math.hypot(half, NORMAL * self._off * max(value, 0.0)))
 
     def _linear(self, c: Tensor) -> float:
@@ -349,6 +349,8 @@ def _joined(values: list[float], sketch_error: float, lower: bool) -> Estimate:
 
 def _quantile(above: float, freedom: float) -> float:
     """Return what Student's t, or a normal value at infinite freedom, exceeds so often."""
+    from scipy.special import ndtri, stdtrit  # which every worker would import, and none uses
+
     return float(-ndtri(above) if math.isinf(freedom) else stdtrit(freedom, 1 - above))
 
 

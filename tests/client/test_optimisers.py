@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fed_diffusion.client.optimisers import CountedAdam, SharedAdam
+from fed_diffusion.client.optimisers import SGD, Adam, CountedAdam, SharedAdam
 from fed_diffusion.protocol.moments import FIRST, SECOND, STEPS
 
 ETA = 0.01
@@ -20,6 +20,33 @@ def run(parameter, optimiser, found):
         parameter.grad = gradient.clone()
         optimiser.step()
     return parameter.detach()
+
+
+@pytest.mark.parametrize(
+    ("ours", "by_torch"),
+    [
+        (SGD, lambda parameters: torch.optim.SGD(parameters, lr=ETA)),
+        (Adam, lambda parameters: torch.optim.Adam(parameters, lr=ETA, fused=True)),
+    ],
+)
+def test_a_fresh_optimiser_is_torchs_own_to_the_bit_also_where_a_gradient_is_missing(
+    ours, by_torch
+):
+    draw = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=draw) for shape in ((2, 3, 5, 5), (7,), (4, 2))]
+    start[0] = start[0].to(memory_format=torch.channels_last)
+    mine, theirs = ([nn.Parameter(v.clone()) for v in start] for _ in range(2))
+    optimiser, reference = ours(mine, ETA), by_torch(theirs)
+    for k in range(5):
+        optimiser.zero_grad()
+        reference.zero_grad()
+        for i, (one, two) in enumerate(zip(mine, theirs, strict=True)):
+            if i != k:  # each goes without a gradient once
+                one.grad = two.grad = torch.randn(one.shape, generator=draw)
+        optimiser.step()
+        reference.step()
+    for one, two in zip(mine, theirs, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_a_coordinate_with_t_steps_behind_it_moves_as_in_a_run_of_its_own():
@@ -70,7 +97,7 @@ def test_equal_counts_are_torchs_own_adam_to_the_bit_and_only_others_are_not():
         shared.copy_(plain)
     optimiser = SharedAdam({"w": shared, "b": other}, ETA, state)
     kinds = [type(part) for part in optimiser._parts]
-    assert kinds == [torch.optim.Adam, CountedAdam]
+    assert kinds == [Adam, CountedAdam]
     run(plain, reference, found[2:])
     run(shared, optimiser, found[2:])
     assert torch.equal(plain, shared)

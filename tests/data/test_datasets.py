@@ -136,6 +136,15 @@ def test_the_digits_are_all_there_at_full_contrast() -> None:
     assert torch.equal(train.images, test.images)
 
 
+def test_the_digits_are_scikit_learns_with_their_labels() -> None:
+    from sklearn.datasets import load_digits
+
+    theirs, ours = load_digits(), load_dataset(DataConfig())
+    assert np.array_equal(np.rint(ours.images[:, 0].numpy() * (16 / 255)), theirs.images)
+    assert ours.labels is not None
+    assert np.array_equal(ours.labels.numpy(), theirs.target)
+
+
 # --- a function of one's own
 
 

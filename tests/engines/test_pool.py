@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.engines.local import run_in_process, simulate
 from fed_diffusion.engines.pool import task_runner
 from fed_diffusion.engines.signals import stop_signals_interrupt
 from fed_diffusion.experiment import Experiment, RunStopped
 from fed_diffusion.server.coordinator import Coordinator
 from fed_diffusion.store.checkpoint import load_checkpoint
+from tests.tiny import TINY
 
 SCRIPT = """
 import os, sys
@@ -32,6 +34,25 @@ with open(sys.argv[1] + ".begun", "a") as file:
 config = load_config("digits", TINY | {"rounds": 1000, "clients": 2, "evaluation.every": 0})
 simulate(config, sys.argv[1], processes=2)
 """
+
+
+COMMAND = """
+import sys
+from multiprocessing import active_children
+from multiprocessing.context import SpawnProcess
+from fed_diffusion.cli.main import main
+
+SpawnProcess._Popen = None  # none is started like that
+code = main(["run", "digits", "--out", sys.argv[1], "--set", *sys.argv[2:]])
+assert not active_children()
+sys.exit(code)
+"""
+
+
+def command(out, **given):
+    """The arguments of a process that runs the command `run` with workers that are forked."""
+    pairs = [f"{key}={value}" for key, value in (TINY | {"evaluation.every": 0} | given).items()]
+    return [sys.executable, "-c", COMMAND, str(out), *pairs]
 
 
 def children():
@@ -92,6 +113,35 @@ def test_workers_of_a_plain_script_do_not_run_it_again_and_end_when_it_is_killed
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert (tmp_path / "run.begun").read_text() == "once\n"
+    _, left = psutil.wait_procs(workers, timeout=20)
+    assert left == []
+
+
+@pytest.mark.skipif(usable_cores() == 1, reason="one process is none beside the command")
+def test_workers_that_the_command_forks_ahead_end_with_the_bits_of_others(tiny, tmp_path):
+    subprocess.run(command(tmp_path / "forked"), check=True)
+    config = tiny(evaluation__every=0)
+    simulate(config, tmp_path / "whole", processes=1)
+    one, two = (load_checkpoint(tmp_path / name) for name in ("whole", "forked"))
+    for name, value in one.tensors["theta"].items():
+        assert torch.equal(value, two.tensors["theta"][name])
+    # refused when they wait already: none of them is left
+    refused = subprocess.run(command(tmp_path / "forked"), stderr=subprocess.PIPE, text=True)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.skipif(usable_cores() == 1, reason="one process is none beside the command")
+def test_workers_that_were_forked_ahead_end_when_the_command_is_killed(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(out, rounds=1000))
+    try:
+        wait_until((out / "metrics.jsonl").exists, process)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) == min(usable_cores(), TINY["clients"])
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     _, left = psutil.wait_procs(workers, timeout=20)
     assert left == []
 
