@@ -24,9 +24,10 @@ from fed_diffusion.masks.channels import ordered
 from fed_diffusion.masks.families import Family, family_of
 from fed_diffusion.masks.levels import keep_ratios
 from fed_diffusion.masks.plan import known_ratios
-from fed_diffusion.masks.spaces import Layout, layout_of
+from fed_diffusion.masks.spaces import Layout, layout_of, ranks_of
 from fed_diffusion.masks.subnetwork import resized
-from fed_diffusion.models import from_diffusers
+from fed_diffusion.models import from_diffusers, lora
+from fed_diffusion.models.built_in import unet_of
 from fed_diffusion.models.from_diffusers import DiffusersNetwork
 from fed_diffusion.models.own import NetworkFactory, check_network
 from fed_diffusion.models.unet import UNet, reset
@@ -153,7 +154,7 @@ class Setup:
             with blamed("model.name", config.model.name):
                 check_network(network, *_images(config))
         if config.model.start_hash is None:
-            start_of(config.model, self.shapes)
+            start_of(config.model, parameters_of(skeleton(config, adapted=False)))
 
     @cached_property
     def family(self) -> Family:
@@ -162,7 +163,7 @@ class Setup:
 
     @cached_property
     def layout(self) -> Layout | None:
-        """The network's channel spaces, where workers drop whole channels; else None.
+        """The spaces of the network's channels, or of its adapter's ranks, where workers drop them.
 
         Raises
         ------
@@ -171,6 +172,8 @@ class Setup:
         """
         if not self.family.shrinks:
             return None
+        if self.config.lora.rank is not None:
+            return ranks_of(self.skeleton)
         try:
             return layout_of(self.skeleton)
         except TypeError as error:
@@ -250,6 +253,11 @@ def build_network(config: Config) -> nn.Module:
         `new_network` fails, or what the run starts from cannot be read or is of another network.
     """
     network = new_network(config)
+    return network if config.lora.rank is not None else _started(config, network)
+
+
+def _started(config: Config, network: nn.Module) -> nn.Module:
+    """Return the network with the values that the run starts from, where there are such."""
     start = start_of(config.model, parameters_of(network))
     if start is not None:
         for name, parameter in parameters_of(network).items():
@@ -268,7 +276,7 @@ def with_start(config: Config) -> Config:
         noted["network"] = from_diffusers.describe(model)
         model = model.model_copy(update=noted)
         config = config.model_copy(update={"model": model})
-    start = start_of(config.model, parameters_of(skeleton(config)))
+    start = start_of(config.model, parameters_of(skeleton(config, adapted=False)))
     if start is not None:
         noted["start_hash"] = hash_of(start)
     return config.model_copy(update={"model": model.model_copy(update=noted)}) if noted else config
@@ -278,13 +286,26 @@ def new_network(config: Config) -> nn.Module:
     """Return the score network with drawn values, the same bits for the same seed.
 
     Under the baseline `small` this is the smallest worker's sub-network, which everyone trains. A
-    user's network, `model.name: module:Net`, is made as `NetworkFactory` says.
+    user's network, `model.name: module:Net`, is made as `NetworkFactory` says. With `lora.rank` the
+    adapter is drawn, and the network beside it holds what it starts from.
 
     Raises
     ------
     ConfigError
         The message names model.name or model.widths and what does not fit.
     """
+    network = _drawn(config)
+    return network if config.lora.rank is None else _adapted(config, _started(config, network))
+
+
+def _adapted(config: Config, network: nn.Module) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        seed_torch(config.seed, Purpose.ADAPTER)
+        lora.adapt(network, config.lora)
+    return network
+
+
+def _drawn(config: Config) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         seed_torch(config.seed, Purpose.INIT)
         if config.model.name != "unet":
@@ -299,10 +320,18 @@ def new_network(config: Config) -> nn.Module:
         return reset(resized(_meta_unet(config), _smallest(config)))
 
 
-def skeleton(config: Config) -> nn.Module:
-    """Return the structure of `build_network(config)`; the U-Net's takes no memory (meta)."""
+def skeleton(config: Config, adapted: bool = True) -> nn.Module:
+    """Return the structure of `build_network(config)`; the U-Net's takes no memory (meta).
+
+    Parameters
+    ----------
+    adapted
+        With the adapter of `lora.rank`; else it is the structure of what is beside the adapter.
+    """
+    if adapted and config.lora.rank is not None:
+        return _adapted(config, skeleton(config, adapted=False))
     if config.model.name != "unet":
-        return new_network(config)
+        return _drawn(config)
     if config.pruning.baseline == "small":
         return resized(_meta_unet(config), _smallest(config), device="meta")
     return _meta_unet(config)
@@ -324,29 +353,8 @@ def _meta_unet(config: Config) -> UNet:
 
 
 def _unet(config: Config) -> UNet:
-    channels, size, classes = _images(config)
-    model = config.model
-    refuse_unknown("model.name", model.name, NETWORKS)
-    factor = 2 ** (len(model.widths) - 1)
-    if size % factor:
-        raise ConfigError(
-            f"model.widths has {len(model.widths)} levels, which halve the image "
-            f"{len(model.widths) - 1} times; data.size = {size} is not a multiple of {factor}. "
-            "Use fewer levels, or images of another size: data.pad adds a border, data.resize "
-            "scales."
-        )
-    return UNet(
-        channels,
-        size,
-        model.widths,
-        blocks=model.blocks,
-        attention=model.attention,
-        group=model.group,
-        head=model.head,
-        dropout=model.dropout,
-        classes=classes,
-        prediction=model.prediction,
-    )
+    refuse_unknown("model.name", config.model.name, NETWORKS)
+    return unet_of(config.model, *_images(config))
 
 
 def _images(config: Config) -> tuple[int, int, int | None]:

@@ -104,6 +104,10 @@ def _training(config: Config, results: dict[str, Any]) -> list[tuple[str, str]]:
         ("Started from", _base(config)),
         ("Seed", str(config.seed)),
     ]
+    if config.lora.rank is not None:
+        text = f"LoRA of rank {config.lora.rank}, alpha / rank = {config.lora.scale:g}, training "
+        text += f"{config.lora.train}; merged here, and by itself in the folder `adapter`"
+        lines.append(("Adapter", text))
     if images is not None:
         lines[0] = ("Images", f"{images} of {lines[0][1]}")
     if privacy.clip is None:

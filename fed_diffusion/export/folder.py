@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from fed_diffusion.build import time_grid
+from fed_diffusion.build import Setup, parameters_of, skeleton, time_grid
 from fed_diffusion.common.version import __version__
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import class_count, image_shape
 from fed_diffusion.diffusion import process
+from fed_diffusion.export.adapter import ADAPTER, write_adapter
 from fed_diffusion.export.card import card
-from fed_diffusion.models import from_diffusers, unet
+from fed_diffusion.models import from_diffusers, lora, unet
 from fed_diffusion.store.files import save_tensors, write_atomic
 from fed_diffusion.store.origin import trained
 from fed_diffusion.store.rundir import RunDir
@@ -44,6 +46,9 @@ def export(run: RunDir, folder: Path, format: str | None = None, weights: str = 
     weights
         ema: the moving average, which samples are made of; theta: the parameters themselves.
 
+    Of a run that trained an adapter, the network with the adapter in it is written, and the adapter
+    itself in a folder of its own.
+
     Raises
     ------
     ConfigError
@@ -60,8 +65,15 @@ def export(run: RunDir, folder: Path, format: str | None = None, weights: str = 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not empty; name a new folder.")
     theta = checkpoint.tensors[weights]
+    adapter = None
+    if config.lora.rank is not None:
+        network = Setup.of(config).network_with(theta)
+        adapter = partial(write_adapter, network, config.lora)
+        theta = lora.merged(network, parameters_of(skeleton(config, adapted=False)))
     pipeline = PIPELINES[name](config, theta) if format == "diffusers" else None
     folder.mkdir(parents=True, exist_ok=True)
+    if adapter is not None:
+        adapter(folder / ADAPTER)
     if pipeline is None:
         _tensors(config, theta, folder, weights)
     else:

@@ -75,6 +75,11 @@ def _read(model: ModelConfig) -> dict[str, Tensor]:
     path = Path(source)
     if path.is_dir():
         config, checkpoint = trained(RunDir.open(path))
+        if config.lora.rank is not None:
+            raise ConfigError(
+                f"model.start = {source!r} is a run that trained an adapter (lora.rank). Export it "
+                "(fed-diffusion export RUN DIR), which puts it into its base, and start from that."
+            )
         _refuse_other_meaning(model, config.model.model_dump(mode="json"), source)
         return checkpoint.tensors["ema"]
     if path.suffix != ".safetensors" or not path.is_file():
