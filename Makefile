@@ -52,7 +52,7 @@ install: .venv/.test
 	touch $@
 
 .venv/.models: pyproject.toml .venv/.test
-	$(BIN)/python -m pip install --quiet --editable '.[test,diffusers]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,diffusers,hf]' peft
 	touch $@
 
 .venv/.docs: pyproject.toml .venv/.run

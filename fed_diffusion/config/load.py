@@ -14,11 +14,12 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from fed_diffusion.config.images import DataConfig
 from fed_diffusion.config.methods import method_name, method_settings
 from fed_diffusion.config.names import UNKNOWN
 from fed_diffusion.config.pairs import field_of, parse_pairs, read_value, refuse_overlaps
 from fed_diffusion.config.schema import Config, ConfigError, Section, by_type
-from fed_diffusion.config.section import complaint, is_mapping
+from fed_diffusion.config.section import HUB, complaint, is_mapping
 from fed_diffusion.config.training import ModelConfig
 from fed_diffusion.config.yaml import absolute, expanded, read_yaml
 
@@ -166,7 +167,7 @@ def _absolute(config: Config) -> Config:
         reference = str(resolve(reference, "evaluation.reference"))
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"dir": resolve(config.data.dir, "data.dir")}),
+            "data": _absolute_data(config.data),
             "model": _absolute_model(config.model),
             "evaluation": evaluation.model_copy(
                 update={
@@ -175,6 +176,16 @@ def _absolute(config: Config) -> Config:
                 }
             ),
         }
+    )
+
+
+def _absolute_data(data: DataConfig) -> DataConfig:
+    """hf:NAME in data.name is a name on the Hub unless it is here, or looks like a path."""
+    name, source = data.name, data.name.removeprefix(HUB)
+    if source != name and (source[:1] in ("~", ".", "/") or expanded(source, "data.name").exists()):
+        name = f"{HUB}{absolute(source, 'data.name')}"
+    return data.model_copy(
+        update={"name": name, "dir": data.dir and str(absolute(data.dir, "data.dir"))}
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fed_diffusion.common.version import __version__
 from fed_diffusion.config import Config, ConfigError, method_name
+from fed_diffusion.config.section import HUB
 from fed_diffusion.data import image_shape
 from fed_diffusion.models import from_diffusers
 from fed_diffusion.store.rundir import RunDir
@@ -97,7 +99,7 @@ def _training(config: Config, results: dict[str, Any]) -> list[tuple[str, str]]:
     if pruning.keep is not None:
         masks = f"pruning.kind = {pruning.kind}, keep ratios {pruning.keep}"
     lines = [
-        ("Images", f"{config.data.name}, {channels} x {size} x {size}"),
+        ("Images", f"{data_name(config.data.name)}, {channels} x {size} x {size}"),
         ("Clients", f"{config.clients}, split {config.data.partition}"),
         ("Method", f"{config.method or method_name(config)}; {masks}"),
         ("Locally", f"{steps} of {local.optimizer} a round, batches of {local.batch}"),
@@ -119,6 +121,12 @@ def _training(config: Config, results: dict[str, Any]) -> list[tuple[str, str]]:
             text += ", of which the images that the start was trained on are no part"
         lines.append(("Privacy", f"{text}; it covers {spent['covers']}"))
     return lines
+
+
+def data_name(name: str) -> str:
+    """The name of a data set, without the folder that it lies in on the machine that trained."""
+    path = Path(name.removeprefix(HUB))
+    return f"{HUB}{path.name}" if name.startswith(HUB) and path.is_absolute() else name
 
 
 def _base(config: Config) -> str:
