@@ -32,9 +32,9 @@ def worker_of(content: RecordDict, node: NodeConfig) -> Worker:
     about = content["about"]
     assert isinstance(about, ConfigRecord)
     settings = str(about["config"])
-    key = (settings, *_own(node), _base(node))
+    key = (settings, *_own(node), *(_path(node, name) for name in ("base", "vae")))
     if _resident is None or _resident[0] != key:
-        config = _with_base(build_config(json.loads(settings)), _base(node))
+        config = _with_copies(build_config(json.loads(settings)), node)
         data, conditional = config.data, config.model.conditional
         own = load_own(data, conditional, *_own(node)) if any(_own(node)) else None
         _resident = (key, Worker(config, own, own=own is not None))
@@ -47,17 +47,20 @@ def _own(node: NodeConfig) -> tuple[str | None, str | None]:
     return str(folder) if folder else None, str(name) if name else None
 
 
-def _base(node: NodeConfig) -> str | None:
-    """Return where the node config says that the network beside an adapter lies on this machine."""
-    path = node.get("base")
+def _path(node: NodeConfig, key: str) -> str | None:
+    """Return a path that the node config names."""
+    path = node.get(key)
     return str(Path(str(path)).expanduser().absolute()) if path else None
 
 
-def _with_base(config: Config, base: str | None) -> Config:
-    """Return the configuration with this machine's copy of the base; its hash must be the run's."""
-    if base is None or config.lora.rank is None:
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"start": base})})
+def _with_copies(config: Config, node: NodeConfig) -> Config:
+    """Return the configuration with this machine's copies of the network beside an adapter and of
+    the autoencoder; their hashes must be the run's.
+    """
+    used = {"start": ("base", config.lora.rank), "vae": ("vae", config.model.vae)}
+    found = {key: _path(node, name) for key, (name, needed) in used.items() if needed is not None}
+    copies = {key: path for key, path in found.items() if path is not None}
+    return config.model_copy(update={"model": config.model.model_copy(update=copies)})
 
 
 def _number(node: NodeConfig, key: str, default: float) -> float:

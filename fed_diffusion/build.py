@@ -20,18 +20,18 @@ from fed_diffusion.config.schema import DiffusionConfig
 from fed_diffusion.data import ImageSet, Share, class_count, image_shape, named_classes, shares_of
 from fed_diffusion.diffusion.loss import DSMLoss, Network
 from fed_diffusion.diffusion.partitions import PARTITIONS, TimeGrid, check_times
-from fed_diffusion.masks.channels import ordered
 from fed_diffusion.masks.families import Family, family_of
 from fed_diffusion.masks.levels import keep_ratios
 from fed_diffusion.masks.plan import known_ratios
 from fed_diffusion.masks.spaces import Layout, layout_of, ranks_of
-from fed_diffusion.masks.subnetwork import resized
+from fed_diffusion.masks.subnetwork import sub_network
 from fed_diffusion.models import from_diffusers, lora
 from fed_diffusion.models.built_in import unet_of
 from fed_diffusion.models.from_diffusers import DiffusersNetwork
+from fed_diffusion.models.latent import Autoencoder, seen_shape
 from fed_diffusion.models.own import NetworkFactory, check_network
 from fed_diffusion.models.unet import UNet, reset
-from fed_diffusion.store.start import hash_of, start_of
+from fed_diffusion.store.start import autoencoder_of, hashes_of, start_of
 
 NETWORKS = ("unet", from_diffusers.NAME)
 """The names of networks that are built in."""
@@ -62,13 +62,23 @@ class Setup:
     # --- images ---------------------------------------------------------------------------------
 
     @cached_property
-    def shape(self) -> tuple[int, int, int]:
+    def pixels(self) -> tuple[int, int, int]:
         """(C, H, W) of the images."""
         return image_shape(self.config.data)
 
     @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network sees: the images, or their latents with model.vae."""
+        return seen_shape(self.config.model.vae, self.pixels)
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder | None:
+        """What is between the images and the network, on this machine's device; None: nothing."""
+        return autoencoder_of(self.config.model, self.device)
+
+    @cached_property
     def d(self) -> int:
-        """The number of values of an image."""
+        """The number of values that the network sees of an image."""
         return math.prod(self.shape)
 
     @cached_property
@@ -154,7 +164,8 @@ class Setup:
             with blamed("model.name", config.model.name):
                 check_network(network, *_images(config))
         if config.model.start_hash is None:
-            start_of(config.model, parameters_of(skeleton(config, adapted=False)))
+            plain = network if config.lora.rank is None else skeleton(config, adapted=False)
+            start_of(config.model, parameters_of(plain))
 
     @cached_property
     def family(self) -> Family:
@@ -276,9 +287,7 @@ def with_start(config: Config) -> Config:
         noted["network"] = from_diffusers.describe(model)
         model = model.model_copy(update=noted)
         config = config.model_copy(update={"model": model})
-    start = start_of(config.model, parameters_of(skeleton(config, adapted=False)))
-    if start is not None:
-        noted["start_hash"] = hash_of(start)
+    noted |= hashes_of(config.model, parameters_of(skeleton(config, adapted=False)))
     return config.model_copy(update={"model": model.model_copy(update=noted)}) if noted else config
 
 
@@ -317,7 +326,7 @@ def _drawn(config: Config) -> nn.Module:
             return _other_network(config)
         if config.pruning.baseline != "small":
             return _unet(config)
-        return reset(resized(_meta_unet(config), _smallest(config)))
+        return reset(_small(config))
 
 
 def skeleton(config: Config, adapted: bool = True) -> nn.Module:
@@ -333,18 +342,17 @@ def skeleton(config: Config, adapted: bool = True) -> nn.Module:
     if config.model.name != "unet":
         return _drawn(config)
     if config.pruning.baseline == "small":
-        return resized(_meta_unet(config), _smallest(config), device="meta")
+        return _small(config, "meta")
     return _meta_unet(config)
 
 
-def _smallest(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return the parameters' shapes in the sub-network of the smallest keep ratio."""
-    layout = layout_of(_meta_unet(config))
+def _small(config: Config, device: str = "cpu") -> UNet:
+    """Return the sub-network of the smallest keep ratio, not initialised."""
+    whole, keep = _meta_unet(config), min(keep_ratios(config.pruning, config.clients))
     try:
-        counts = layout.counts(min(keep_ratios(config.pruning, config.clients)))
+        return sub_network(whole, layout_of(whole), keep, device)
     except ValueError as error:
         raise ConfigError(f"pruning: {error}.") from error
-    return layout.shapes_of(layout.blocks(ordered(layout, counts)))
 
 
 def _meta_unet(config: Config) -> UNet:
@@ -353,13 +361,12 @@ def _meta_unet(config: Config) -> UNet:
 
 
 def _unet(config: Config) -> UNet:
-    refuse_unknown("model.name", config.model.name, NETWORKS)
     return unet_of(config.model, *_images(config))
 
 
 def _images(config: Config) -> tuple[int, int, int | None]:
-    """Return the channels and the size of the images, and how many labels to condition on."""
-    channels, size, _ = image_shape(config.data)
+    """Return channels and size of what the network sees, and how many labels to condition on."""
+    channels, size, _ = seen_shape(config.model.vae, image_shape(config.data))
     classes = class_count(config.data) if config.model.conditional else None
     if config.model.conditional and classes is None:
         raise ConfigError(

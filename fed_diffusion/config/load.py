@@ -190,11 +190,12 @@ def _absolute_data(data: DataConfig) -> DataConfig:
 
 
 def _absolute_model(model: ModelConfig) -> ModelConfig:
-    """model.pretrained is a name on the Hub unless it is a folder here, or looks like a path."""
+    """model.pretrained and model.vae name what is on the Hub, unless it is here or seems a path."""
     files = {key: getattr(model, key) for key in ("config", "scheduler", "start")}
-    pretrained = model.pretrained
-    if pretrained and (pretrained[0] in "~./" or expanded(pretrained, "model.pretrained").exists()):
-        files["pretrained"] = pretrained
+    for key in ("pretrained", "vae"):
+        named = getattr(model, key)
+        if named and (named[0] in "~./" or expanded(named, f"model.{key}").exists()):
+            files[key] = named
     found = {k: str(absolute(file, f"model.{k}")) for k, file in files.items() if file}
     return model.model_copy(update=found)
 

@@ -153,6 +153,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _latents_are_encoded_once(self) -> Config:
+        changed = "flip" if self.data.flip else "augment" if self.data.augment else None
+        if self.model.vae is not None and changed is not None:
+            raise ValueError(
+                f"data.{changed}: it changes images in each step, and with model.vae they are "
+                f"encoded once; leave data.{changed} out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _guidance_knows_no_label(self) -> Config:
         if self.evaluation.guidance and not self.model.label_dropout:
             raise ValueError(

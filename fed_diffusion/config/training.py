@@ -40,6 +40,14 @@ class ModelConfig(Section):
     start_hash: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of the values that training starts from. A run that starts from `start` or
     `pretrained` notes it in its config.yaml; where it is given, other values are refused."""
+    vae: str | None = None
+    """For latent diffusion: an AutoencoderKL of diffusers, the folder of a pipeline or of the
+    autoencoder, or a name on the Hub. Each client encodes its images once (the mean of the
+    posterior), and the network learns these latents; what is sampled is decoded. Every machine that
+    trains or samples needs it."""
+    vae_hash: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the autoencoder's values. A run notes it in its config.yaml; where it is given,
+    another autoencoder is refused."""
     widths: tuple[int, ...] = Field((32, 64, 64), min_length=1)
     """The number of channels at each resolution level. Each is a multiple of `group`."""
     blocks: int = Field(1, ge=1)

@@ -70,7 +70,7 @@ def _part(dataset: ImageSet, indices: np.ndarray, what: str) -> ImageSet:
 
 
 def _folder(setup: Setup, path: str) -> ImageSet:
-    channels, size, _ = setup.shape
+    channels, size, _ = setup.pixels
     folder = {
         "name": "image_folder",
         "dir": path,

@@ -106,6 +106,8 @@ def _training(config: Config, results: dict[str, Any]) -> list[tuple[str, str]]:
         ("Started from", _base(config)),
         ("Seed", str(config.seed)),
     ]
+    if config.model.vae is not None:
+        lines.append(("Autoencoder", f"{Path(config.model.vae).name}, {config.model.vae_hash}"))
     if config.lora.rank is not None:
         text = f"LoRA of rank {config.lora.rank}, alpha / rank = {config.lora.scale:g}, training "
         text += f"{config.lora.train}; merged here, and by itself in the folder `adapter`"
