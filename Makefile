@@ -21,7 +21,7 @@ test-faults: .venv/.test
 test-lab: .venv/.test
 	$(BIN)/python -m pytest -m lab
 
-# networks of diffusers; nothing comes from the Hub
+# networks of diffusers, data sets of datasets, adapters of peft; nothing comes from the Hub
 test-models: .venv/.models
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m models
 
@@ -52,7 +52,7 @@ install: .venv/.test
 	touch $@
 
 .venv/.models: pyproject.toml .venv/.test
-	$(BIN)/python -m pip install --quiet --editable '.[test,diffusers]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,diffusers,hf]' peft
 	touch $@
 
 .venv/.docs: pyproject.toml .venv/.run

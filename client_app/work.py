@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from client_app.messages import to_records, to_task
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.text import clean
-from fed_diffusion.config import ConfigError, build_config
+from fed_diffusion.config import Config, ConfigError, build_config
 from fed_diffusion.config.schema import as_numbers
 from fed_diffusion.data import load_own
 from fed_diffusion.masks.budget import BudgetError
@@ -31,9 +32,9 @@ def worker_of(content: RecordDict, node: NodeConfig) -> Worker:
     about = content["about"]
     assert isinstance(about, ConfigRecord)
     settings = str(about["config"])
-    key = (settings, *_own(node))
+    key = (settings, *_own(node), *(_path(node, name) for name in ("base", "vae")))
     if _resident is None or _resident[0] != key:
-        config = build_config(json.loads(settings))
+        config = _with_copies(build_config(json.loads(settings)), node)
         data, conditional = config.data, config.model.conditional
         own = load_own(data, conditional, *_own(node)) if any(_own(node)) else None
         _resident = (key, Worker(config, own, own=own is not None))
@@ -44,6 +45,22 @@ def _own(node: NodeConfig) -> tuple[str | None, str | None]:
     """Return the folder and the data set that the node config names."""
     folder, name = (node.get(key) for key in ("data-dir", "dataset"))
     return str(folder) if folder else None, str(name) if name else None
+
+
+def _path(node: NodeConfig, key: str) -> str | None:
+    """Return a path that the node config names."""
+    path = node.get(key)
+    return str(Path(str(path)).expanduser().absolute()) if path else None
+
+
+def _with_copies(config: Config, node: NodeConfig) -> Config:
+    """Return the configuration with this machine's copies of the network beside an adapter and of
+    the autoencoder; their hashes must be the run's.
+    """
+    used = {"start": ("base", config.lora.rank), "vae": ("vae", config.model.vae)}
+    found = {key: _path(node, name) for key, (name, needed) in used.items() if needed is not None}
+    copies = {key: path for key, path in found.items() if path is not None}
+    return config.model_copy(update={"model": config.model.model_copy(update=copies)})
 
 
 def _number(node: NodeConfig, key: str, default: float) -> float:

@@ -20,17 +20,18 @@ from fed_diffusion.config.schema import DiffusionConfig
 from fed_diffusion.data import ImageSet, Share, class_count, image_shape, named_classes, shares_of
 from fed_diffusion.diffusion.loss import DSMLoss, Network
 from fed_diffusion.diffusion.partitions import PARTITIONS, TimeGrid, check_times
-from fed_diffusion.masks.channels import ordered
 from fed_diffusion.masks.families import Family, family_of
 from fed_diffusion.masks.levels import keep_ratios
 from fed_diffusion.masks.plan import known_ratios
-from fed_diffusion.masks.spaces import Layout, layout_of
-from fed_diffusion.masks.subnetwork import Undrawn, resized
-from fed_diffusion.models import from_diffusers
+from fed_diffusion.masks.spaces import Layout, layout_of, ranks_of
+from fed_diffusion.masks.subnetwork import Undrawn, sub_network
+from fed_diffusion.models import from_diffusers, lora
+from fed_diffusion.models.built_in import unet_of
 from fed_diffusion.models.from_diffusers import DiffusersNetwork
+from fed_diffusion.models.latent import Autoencoder, seen_shape
 from fed_diffusion.models.own import NetworkFactory, check_network
 from fed_diffusion.models.unet import UNet, reset
-from fed_diffusion.store.start import hash_of, start_of
+from fed_diffusion.store.start import autoencoder_of, hashes_of, start_of
 
 NETWORKS = ("unet", from_diffusers.NAME)
 """The names of networks that are built in."""
@@ -61,13 +62,23 @@ class Setup:
     # --- images ---------------------------------------------------------------------------------
 
     @cached_property
-    def shape(self) -> tuple[int, int, int]:
+    def pixels(self) -> tuple[int, int, int]:
         """(C, H, W) of the images."""
         return image_shape(self.config.data)
 
     @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network sees: the images, or their latents with model.vae."""
+        return seen_shape(self.config.model.vae, self.pixels)
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder | None:
+        """What is between the images and the network, on this machine's device; None: nothing."""
+        return autoencoder_of(self.config.model, self.device)
+
+    @cached_property
     def d(self) -> int:
-        """The number of values of an image."""
+        """The number of values that the network sees of an image."""
         return math.prod(self.shape)
 
     @cached_property
@@ -153,7 +164,8 @@ class Setup:
             with blamed("model.name", config.model.name):
                 check_network(network, *_images(config))
         if config.model.start_hash is None:
-            start_of(config.model, self.shapes)
+            plain = network if config.lora.rank is None else skeleton(config, adapted=False)
+            start_of(config.model, parameters_of(plain))
 
     @cached_property
     def family(self) -> Family:
@@ -162,7 +174,7 @@ class Setup:
 
     @cached_property
     def layout(self) -> Layout | None:
-        """The network's channel spaces, where workers drop whole channels; else None.
+        """The spaces of the network's channels, or of its adapter's ranks, where workers drop them.
 
         Raises
         ------
@@ -171,6 +183,8 @@ class Setup:
         """
         if not self.family.shrinks:
             return None
+        if self.config.lora.rank is not None:
+            return ranks_of(self.skeleton)
         try:
             return layout_of(self.skeleton)
         except TypeError as error:
@@ -250,6 +264,11 @@ def build_network(config: Config) -> nn.Module:
         `new_network` fails, or what the run starts from cannot be read or is of another network.
     """
     network = new_network(config)
+    return network if config.lora.rank is not None else _started(config, network)
+
+
+def _started(config: Config, network: nn.Module) -> nn.Module:
+    """Return the network with the values that the run starts from, where there are such."""
     start = start_of(config.model, parameters_of(network))
     if start is not None:
         for name, parameter in parameters_of(network).items():
@@ -268,9 +287,7 @@ def with_start(config: Config) -> Config:
         noted["network"] = from_diffusers.describe(model)
         model = model.model_copy(update=noted)
         config = config.model_copy(update={"model": model})
-    start = start_of(config.model, parameters_of(skeleton(config)))
-    if start is not None:
-        noted["start_hash"] = hash_of(start)
+    noted |= hashes_of(config.model, parameters_of(skeleton(config, adapted=False)))
     return config.model_copy(update={"model": model.model_copy(update=noted)}) if noted else config
 
 
@@ -278,13 +295,26 @@ def new_network(config: Config) -> nn.Module:
     """Return the score network with drawn values, the same bits for the same seed.
 
     Under the baseline `small` this is the smallest worker's sub-network, which everyone trains. A
-    user's network, `model.name: module:Net`, is made as `NetworkFactory` says.
+    user's network, `model.name: module:Net`, is made as `NetworkFactory` says. With `lora.rank` the
+    adapter is drawn, and the network beside it holds what it starts from.
 
     Raises
     ------
     ConfigError
         The message names model.name or model.widths and what does not fit.
     """
+    network = _drawn(config)
+    return network if config.lora.rank is None else _adapted(config, _started(config, network))
+
+
+def _adapted(config: Config, network: nn.Module) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        seed_torch(config.seed, Purpose.ADAPTER)
+        lora.adapt(network, config.lora)
+    return network
+
+
+def _drawn(config: Config) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         seed_torch(config.seed, Purpose.INIT)
         if config.model.name != "unet":
@@ -296,26 +326,33 @@ def new_network(config: Config) -> nn.Module:
             return _other_network(config)
         if config.pruning.baseline != "small":
             return _unet(config)
-        return reset(resized(_meta_unet(config), _smallest(config)))
+        return reset(_small(config))
 
 
-def skeleton(config: Config) -> nn.Module:
-    """Return the structure of `build_network(config)`; the U-Net's takes no memory (meta)."""
+def skeleton(config: Config, adapted: bool = True) -> nn.Module:
+    """Return the structure of `build_network(config)`; the U-Net's takes no memory (meta).
+
+    Parameters
+    ----------
+    adapted
+        With the adapter of `lora.rank`; else it is the structure of what is beside the adapter.
+    """
+    if adapted and config.lora.rank is not None:
+        return _adapted(config, skeleton(config, adapted=False))
     if config.model.name != "unet":
-        return new_network(config)
+        return _drawn(config)
     if config.pruning.baseline == "small":
-        return resized(_meta_unet(config), _smallest(config), device="meta")
+        return _small(config, "meta")
     return _meta_unet(config)
 
 
-def _smallest(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return the parameters' shapes in the sub-network of the smallest keep ratio."""
-    layout = layout_of(_meta_unet(config))
+def _small(config: Config, device: str = "cpu") -> UNet:
+    """Return the sub-network of the smallest keep ratio, not initialised."""
+    whole, keep = _meta_unet(config), min(keep_ratios(config.pruning, config.clients))
     try:
-        counts = layout.counts(min(keep_ratios(config.pruning, config.clients)))
+        return sub_network(whole, layout_of(whole), keep, device)
     except ValueError as error:
         raise ConfigError(f"pruning: {error}.") from error
-    return layout.shapes_of(layout.blocks(ordered(layout, counts)))
 
 
 def _meta_unet(config: Config) -> UNet:
@@ -324,34 +361,12 @@ def _meta_unet(config: Config) -> UNet:
 
 
 def _unet(config: Config) -> UNet:
-    channels, size, classes = _images(config)
-    model = config.model
-    refuse_unknown("model.name", model.name, NETWORKS)
-    factor = 2 ** (len(model.widths) - 1)
-    if size % factor:
-        raise ConfigError(
-            f"model.widths has {len(model.widths)} levels, which halve the image "
-            f"{len(model.widths) - 1} times; data.size = {size} is not a multiple of {factor}. "
-            "Use fewer levels, or images of another size: data.pad adds a border, data.resize "
-            "scales."
-        )
-    return UNet(
-        channels,
-        size,
-        model.widths,
-        blocks=model.blocks,
-        attention=model.attention,
-        group=model.group,
-        head=model.head,
-        dropout=model.dropout,
-        classes=classes,
-        prediction=model.prediction,
-    )
+    return unet_of(config.model, *_images(config))
 
 
 def _images(config: Config) -> tuple[int, int, int | None]:
-    """Return the channels and the size of the images, and how many labels to condition on."""
-    channels, size, _ = image_shape(config.data)
+    """Return channels and size of what the network sees, and how many labels to condition on."""
+    channels, size, _ = seen_shape(config.model.vae, image_shape(config.data))
     classes = class_count(config.data) if config.model.conditional else None
     if config.model.conditional and classes is None:
         raise ConfigError(

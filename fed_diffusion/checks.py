@@ -75,7 +75,7 @@ def check_training(run: Config | Setup) -> None:
     check_device(config.worker.device)
     spent(config.privacy, config.round.fraction, 1)  # needs the accountant, if anything
     setup.check_network()
-    augmentation(config.data, setup.shape)
+    augmentation(config.data, setup.pixels)
     check_trackers(config.trackers)
     check_aggregator(config.round)
     check_optimizer(config.server)

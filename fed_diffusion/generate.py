@@ -102,7 +102,8 @@ class Sampler:
         network = setup.network_with(theta).to(self.device)
         self.network = network.to(memory_format=torch.channels_last)
         self._evaluate = setup.evaluator(self.network)
-        self.shape, self.classes = setup.shape, setup.classes
+        self.shape, self.pixels, self.classes = setup.shape, setup.pixels, setup.classes
+        self._autoencoder = setup.autoencoder
 
     @classmethod
     def from_run(cls, path: str | Path, *, ema: bool = True) -> Sampler:
@@ -135,6 +136,11 @@ class Sampler:
             return -eps / per_image(sigma(u), y)
 
         return evaluate
+
+    def decoded(self, y: Tensor) -> Tensor:
+        """Return what the network has made as images uint8 on the CPU."""
+        images = y if self._autoencoder is None else self._autoencoder.decode(y)
+        return to_uint8(images).cpu()
 
     def partition(self, steps: int | None = None) -> Tensor:
         """Return the sampler's partition; `steps` defaults to evaluation.steps, then diffusion.K.
@@ -232,7 +238,7 @@ class Sampler:
         elif self.classes is not None:
             labels = torch.arange(num) % self.classes
         made = _Batches(self, config, batch, seed, purpose).made(num, labels, progress)
-        return torch.cat([torch.empty((0, *self.shape), dtype=torch.uint8), *made])
+        return torch.cat([torch.empty((0, *self.pixels), dtype=torch.uint8), *made])
 
     def batches(
         self, num: int, *, purpose: Purpose = Purpose.SAMPLES, progress: Sampled | None = None
@@ -286,7 +292,7 @@ class _Batches:
             score = count.counted(sampler.score(chosen, guidance), start, n)
             y = solve(score, y, u, generator=noise, denoise=evaluation.denoise)
             count.note(start, n)
-            return to_uint8(y).cpu()
+            return sampler.decoded(y)
 
         starts = range(0, num, batch)
         if not starts:

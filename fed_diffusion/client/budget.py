@@ -22,9 +22,7 @@ from fed_diffusion.masks.budget import (
     expected_memory,
     memory_allowed,
 )
-from fed_diffusion.masks.channels import ordered
-from fed_diffusion.masks.spaces import Layout
-from fed_diffusion.masks.subnetwork import resized
+from fed_diffusion.masks.subnetwork import sub_network
 from fed_diffusion.models.unet import UNet, reset
 from fed_diffusion.protocol.moments import is_shared
 from fed_diffusion.theory.curvature import gradient, images_within, saved_bytes
@@ -82,12 +80,6 @@ def measure_budget(setup: Setup, steps: int) -> Budget:
             probes[keep] = Probe(peak(), seconds[STEPS // 2])
             del network, step
     return choose(demands, probes, allowed, steps, config.round.longest())
-
-
-def sub_network(whole: UNet, layout: Layout, keep: float, device: torch.device | str) -> UNet:
-    """Return the sub-network of the first groups at this ratio, not initialised."""
-    blocks = layout.blocks(ordered(layout, layout.counts(keep)))
-    return resized(whole, layout.shapes_of(blocks), device=device)
 
 
 def demand(setup: Setup, network: UNet, measures: bool = False) -> Demand:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fed_diffusion.build import Setup
+from fed_diffusion.client.latents import encoded
 from fed_diffusion.common.rng import Purpose, generator
 from fed_diffusion.data import (
     ImageSet,
@@ -42,7 +43,11 @@ class ClientImages:
         self.dataset = dataset if dataset is not None else load_dataset(setup.config.data)
         self.shares = None if own else setup.shares(self.dataset)
         """What each client holds; None where all images are one client's."""
-        self._images = self.dataset.images.to(self._device)  # once: bytes, a GPU has room for them
+        # once: bytes, a GPU has room for them; or latents, which are few
+        self._encoded = encoded(setup, self.dataset)
+        self._images = (self.dataset.images if self._encoded is None else self._encoded).to(
+            self._device
+        )
         labels = self.dataset.labels
         self._labels = None if labels is None else labels.to(self._device)
         self._moments: dict[int, float] = {}
@@ -60,7 +65,8 @@ class ClientImages:
         """M_{n,2} of the images that a client trains on, exact; computed once."""
         if client not in self._moments:
             index = torch.from_numpy(self.of(client).train)
-            parts = ((part, self.dataset.images[part]) for part in index.split(MOMENT_IMAGES))
+            seen = self.dataset.images if self._encoded is None else self._encoded
+            parts = ((part, seen[part]) for part in index.split(MOMENT_IMAGES))
             total = math.fsum(len(part) * second_moment(images) for part, images in parts)
             self._moments[client] = total / len(index)
         return self._moments[client]
@@ -84,11 +90,13 @@ class ClientImages:
     def batch(
         self, index: Tensor, noise: torch.Generator, changes: np.random.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """Images in [-1, 1] as training sees them, changed at random, and their labels."""
+        """Images in [-1, 1] as training sees them, changed at random, or their latents with
+        model.vae; and their labels.
+        """
         pixels = self._images[index]
         if self._augment is not None:
             pixels = self._augment(pixels, changes)
-        images = to_unit(pixels)
+        images = self._seen(pixels)
         if self._config.data.flip:
             flipped = torch.rand(len(images), generator=noise, device=self._device) < 0.5
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
@@ -99,8 +107,11 @@ class ClientImages:
         return images, labels
 
     def plain(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images in [-1, 1] as they are, and their labels."""
-        return to_unit(self._images[index]), self._labels_of(index)
+        """Images in [-1, 1] as they are, or their latents; and their labels."""
+        return self._seen(self._images[index]), self._labels_of(index)
+
+    def _seen(self, pixels: Tensor) -> Tensor:
+        return to_unit(pixels) if self._encoded is None else pixels
 
     def _labels_of(self, index: Tensor) -> Tensor | None:
         if not self._config.model.conditional or self._labels is None:

@@ -78,7 +78,7 @@ class Worker:
         recipe, masks, start = decode_task(task.payload, self.shapes, self.layout, self.wire)
         train, holdout = self.images.of(task.client)
         measured, sketches = diagnostics.measure(self, start, task)
-        network, forward, fast = self.networks.holding(start)
+        network, forward, fast = self.networks.holding(start, masks)
         numbers: Numbers = recipe.to_metrics() | measured
         if len(holdout):
             numbers["holdout_loss"] = self._holdout_loss(network, forward, holdout, task.client)

@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     AUGMENTATION = 17
     ROUNDING_STATE = 18
     ROUNDING_STATE_DOWN = 19
+    ADAPTER = 20
 
 
 def philox(seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Philox:

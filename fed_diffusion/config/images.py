@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from fed_diffusion.config.names import part
+from fed_diffusion.config.names import is_own, part
 from fed_diffusion.config.section import Section, as_values
 
 Background = Literal["white", "black"]
@@ -37,7 +37,8 @@ class DataConfig(Section):
 
     name: str = "digits"
     """The data set: digits (embedded), cifar10, svhn, fashion_mnist or mnist (read from `dir`, or
-    downloaded on first use), image_folder (a folder of yours, `dir`), or your_module:function, see
+    downloaded on first use), image_folder (a folder of yours, `dir`), hf:NAME-OR-PATH (a data set
+    of the package datasets, on the Hub or in local files), or your_module:function, see
     `data.Loader`."""
     dir: str | None = None
     """Where the files are. A named set may lie there as it is published or as class folders of
@@ -71,7 +72,11 @@ class DataConfig(Section):
     partition: Annotated[str, part("iid", "dirichlet", "shards", "folders")] = "iid"
     """How the images are split over the clients. iid: at random; dirichlet: each class in unequal
     parts (`alpha`); shards: few classes for each client (`classes_per_client`); folders: each
-    first-level folder is a client; your_module:function: see `data.partition.Split`."""
+    first-level folder is a client; your_module:function: see `data.partition.Split`;
+    flwr_datasets.partitioner:DirichletPartitioner or another of Flower's partitioners, with
+    `partition_options`."""
+    partition_options: dict[str, Any] = Field({}, validate_default=False)
+    """The options of one of Flower's partitioners, as in {alpha: 0.5, min_partition_size: 10}."""
     alpha: float = Field(0.5, gt=0)
     """For the dirichlet split: its concentration. The smaller it is, the more unequal the parts."""
     classes_per_client: int = Field(2, ge=1)
@@ -85,6 +90,20 @@ class DataConfig(Section):
     """The transforms of torchvision.transforms.v2 that training applies to each image of a batch,
     in this order, as in [{RandomCrop: {size: 32, padding: 4}}, ColorJitter]. They see uint8 images
     [C, H, W] and keep the shape. Held-out and reference images are not changed."""
+
+    @field_validator("partition_options", mode="before")
+    @classmethod
+    def _read_options(cls, value: Any) -> Any:
+        return as_values(value)
+
+    @model_validator(mode="after")
+    def _options_of_a_part_of_yours(self) -> DataConfig:
+        if self.partition_options and not is_own(self.partition):
+            raise ValueError(
+                f"partition_options: they are for one of Flower's partitioners, not for "
+                f"{self.partition}"
+            )
+        return self
 
     @field_validator("augment", mode="before")
     @classmethod

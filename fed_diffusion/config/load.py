@@ -14,11 +14,12 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from fed_diffusion.config.images import DataConfig
 from fed_diffusion.config.methods import method_name, method_settings
 from fed_diffusion.config.names import UNKNOWN
 from fed_diffusion.config.pairs import field_of, parse_pairs, read_value, refuse_overlaps
 from fed_diffusion.config.schema import Config, ConfigError, Section, by_type
-from fed_diffusion.config.section import complaint, is_mapping
+from fed_diffusion.config.section import HUB, complaint, is_mapping
 from fed_diffusion.config.training import ModelConfig
 from fed_diffusion.config.yaml import absolute, expanded, read_yaml
 
@@ -166,7 +167,7 @@ def _absolute(config: Config) -> Config:
         reference = str(resolve(reference, "evaluation.reference"))
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"dir": resolve(config.data.dir, "data.dir")}),
+            "data": _absolute_data(config.data),
             "model": _absolute_model(config.model),
             "evaluation": evaluation.model_copy(
                 update={
@@ -178,12 +179,23 @@ def _absolute(config: Config) -> Config:
     )
 
 
+def _absolute_data(data: DataConfig) -> DataConfig:
+    """hf:NAME in data.name is a name on the Hub unless it is here, or looks like a path."""
+    name, source = data.name, data.name.removeprefix(HUB)
+    if source != name and (source[:1] in ("~", ".", "/") or expanded(source, "data.name").exists()):
+        name = f"{HUB}{absolute(source, 'data.name')}"
+    return data.model_copy(
+        update={"name": name, "dir": data.dir and str(absolute(data.dir, "data.dir"))}
+    )
+
+
 def _absolute_model(model: ModelConfig) -> ModelConfig:
-    """model.pretrained is a name on the Hub unless it is a folder here, or looks like a path."""
+    """model.pretrained and model.vae name what is on the Hub, unless it is here or seems a path."""
     files = {key: getattr(model, key) for key in ("config", "scheduler", "start")}
-    pretrained = model.pretrained
-    if pretrained and (pretrained[0] in "~./" or expanded(pretrained, "model.pretrained").exists()):
-        files["pretrained"] = pretrained
+    for key in ("pretrained", "vae"):
+        named = getattr(model, key)
+        if named and (named[0] in "~./" or expanded(named, f"model.{key}").exists()):
+            files[key] = named
     found = {k: str(absolute(file, f"model.{k}")) for k, file in files.items() if file}
     return model.model_copy(update=found)
 

@@ -23,8 +23,8 @@ coordinate, equation (7)'s plain SGD, no moving average).
 def method_name(config: Config) -> str:
     """Return the name of these settings, as in R-FedDM-S or FedDM-S-exclusive-quant.
 
-    For keep ratios of the user's own, and for ratios that nodes say, the name has `own`, `node` or
-    `auto` in place of the level.
+    Masks over ranks have a word in place of a letter: ranks-FedDM-S. For keep ratios of the user's
+    own, and for ratios that nodes say, the name has `own`, `node` or `auto` in place of the level.
     """
     pruning = config.pruning
     level: str = pruning.level
@@ -38,7 +38,7 @@ def method_name(config: Config) -> str:
     elif level != "F":
         letters = {kind: letter for letter, kind in FAMILIES.items()}
         own = pruning.kind.partition(":")[2]  # a family of the user's own is called as it is
-        words.insert(0, own or letters[pruning.kind])
+        words.insert(0, own or letters.get(pruning.kind, pruning.kind))
     if config.local.prox:
         words.append("prox")
     if "int8" in (config.wire.down, config.wire.up):

@@ -38,6 +38,7 @@ from fed_diffusion.config.training import (
     KeepRatio,
     Level,
     LocalConfig,
+    LoraConfig,
     ModelConfig,
     PruningConfig,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "KeepRatio",
     "Level",
     "LocalConfig",
+    "LoraConfig",
     "ModelConfig",
     "PrivacyConfig",
     "PruningConfig",
@@ -88,6 +90,7 @@ class Config(Section):
     """N, the number of workers."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     pruning: PruningConfig = PruningConfig()
     local: LocalConfig = LocalConfig(steps=20)
@@ -126,6 +129,36 @@ class Config(Section):
             raise ValueError(
                 f"pruning.keep: {len(keep)} ratios for clients = {self.clients}; "
                 "give one ratio for all, or one per client"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_has_a_base(self) -> Config:
+        pruning, adapted = self.pruning, self.lora.rank is not None
+        if pruning.kind == "ranks" and not adapted:
+            raise ValueError("pruning.kind: ranks drops ranks of an adapter; give its lora.rank")
+        if not adapted:
+            return self
+        if self.model.start is None and self.model.pretrained is None:
+            raise ValueError(
+                "lora.rank: an adapter is trained beside a network that is there; name it in "
+                "model.start or model.pretrained"
+            )
+        if pruning.kind == "channels" or pruning.unit == "channels":
+            raise ValueError(
+                "pruning.kind: an adapter (lora.rank) has ranks and no channels to drop; use ranks"
+            )
+        if pruning.baseline == "small":
+            raise ValueError("pruning.baseline: for a small adapter set a smaller lora.rank")
+        return self
+
+    @model_validator(mode="after")
+    def _latents_are_encoded_once(self) -> Config:
+        changed = "flip" if self.data.flip else "augment" if self.data.augment else None
+        if self.model.vae is not None and changed is not None:
+            raise ValueError(
+                f"data.{changed}: it changes images in each step, and with model.vae they are "
+                f"encoded once; leave data.{changed} out"
             )
         return self
 

@@ -13,6 +13,10 @@ LARGEST = 2**63
 """Whole numbers are below this limit: they travel, and reach torch, as 64 bits with a sign."""
 
 
+HUB = "hf:"
+"""Before the name or the path of a data set of the package datasets, in data.name."""
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used; the message says which, what is allowed and how to fix it."""
 

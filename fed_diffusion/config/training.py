@@ -40,6 +40,14 @@ class ModelConfig(Section):
     start_hash: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of the values that training starts from. A run that starts from `start` or
     `pretrained` notes it in its config.yaml; where it is given, other values are refused."""
+    vae: str | None = None
+    """For latent diffusion: an AutoencoderKL of diffusers, the folder of a pipeline or of the
+    autoencoder, or a name on the Hub. Each client encodes its images once (the mean of the
+    posterior), and the network learns these latents; what is sampled is decoded. Every machine that
+    trains or samples needs it."""
+    vae_hash: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the autoencoder's values. A run notes it in its config.yaml; where it is given,
+    another autoencoder is refused."""
     widths: tuple[int, ...] = Field((32, 64, 64), min_length=1)
     """The number of channels at each resolution level. Each is a multiple of `group`."""
     blocks: int = Field(1, ge=1)
@@ -110,6 +118,42 @@ class ModelConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """An adapter that is trained in place of the network (LoRA, Hu et al. 2021).
+
+    A layer with the weights W computes with W + (alpha / rank) B A. W is that of what `model.start`
+    or `model.pretrained` names. It is frozen and never travels, so every machine that trains or
+    samples needs it; A and B are what is trained.
+    """
+
+    rank: int | None = Field(None, ge=1)
+    """The rank r of each layer's adapter: A has r rows and B has r columns. null trains the whole
+    network and no adapter."""
+    alpha: float | None = Field(None, gt=0)
+    """The adapter's output is multiplied by alpha / rank, whatever part of the ranks a worker
+    trains. null stands for alpha = rank."""
+    targets: tuple[str, ...] = ()
+    """The layers that get an adapter, by their names or the ends of their names, as in
+    [to_q, to_v]. By default all linear layers and convolutions have one."""
+    train: Literal["AB", "B"] = "AB"
+    """What is trained. AB: both; averaging A and B is then not averaging their product. B: only B;
+    A is drawn from the seed and is the same on all machines, so that the average is exact."""
+
+    @model_validator(mode="after")
+    def _nothing_without_a_rank(self) -> LoraConfig:
+        default = {"alpha": None, "targets": (), "train": "AB"}
+        changed = [key for key, value in default.items() if getattr(self, key) != value]
+        if self.rank is None and changed:
+            raise ValueError(f"{changed[0]}: it describes an adapter; give its rank in lora.rank")
+        return self
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank of the whole adapter."""
+        assert self.rank is not None
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
 class DiffusionConfig(Section):
     """The partition of time u_0 = T > ... > u_K = delta, where u is the time to the data."""
 
@@ -142,10 +186,11 @@ class DiffusionConfig(Section):
 class PruningConfig(Section):
     """How each worker's mask comes about."""
 
-    kind: Annotated[str, part("full", "random", "topk", "channels", "balanced")] = "full"
+    kind: Annotated[str, part("full", "random", "topk", "channels", "balanced", "ranks")] = "full"
     """The mask family. full drops nothing; random drops weights that are drawn; topk keeps the
     largest weights; channels drops whole channel groups, so that the worker's network is smaller;
-    balanced drops each weight or channel (`unit`) at as few workers at once as possible;
+    balanced drops each weight or channel (`unit`) at as few workers at once as possible; ranks
+    drops ranks of an adapter (`lora.rank`), so that the worker's adapter is smaller;
     your_module:Family is one of yours, see `masks.families.contract.Family`."""
     options: dict[str, int | float | str] = Field({}, validate_default=False)
     """For a mask family of yours: the settings that only this family knows, as in {of: 4}."""
@@ -163,8 +208,9 @@ class PruningConfig(Section):
     """For topk and balanced weights: whether the largest are chosen within each tensor, or over
     the whole network."""
     choice: Literal["ordered", "rolling", "random", "magnitude"] = "ordered"
-    """For channels: which groups a worker keeps. ordered: the first ones; rolling: a window that
-    moves each round; random: groups that are drawn; magnitude: those with the largest weights."""
+    """For channels and ranks: which groups or ranks a worker keeps. ordered: the first ones;
+    rolling: a window that moves each round; random: some that are drawn; magnitude: those with the
+    largest weights."""
     unit: Literal["weights", "channels"] = "weights"
     """For balanced: whether single weights or whole channels are dropped."""
     by: Literal["chance", "magnitude"] = "chance"
@@ -195,8 +241,8 @@ class PruningConfig(Section):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> PruningConfig:
-        if self.choice != "ordered" and self.kind != "channels":
-            raise ValueError(f"choice: {self.choice} needs kind channels, not {self.kind}")
+        if self.choice != "ordered" and self.kind not in ("channels", "ranks"):
+            raise ValueError(f"choice: {self.choice} needs kind channels or ranks, not {self.kind}")
         if self.options and not is_own(self.kind):
             raise ValueError(f"options: only a kind of your own takes any, not {self.kind}")
         if self.unit != "weights" and self.kind != "balanced":

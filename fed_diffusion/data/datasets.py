@@ -20,8 +20,10 @@ import torch
 from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.config.names import refuse_unknown
 from fed_diffusion.config.schema import ConfigError, DataConfig
+from fed_diffusion.config.section import HUB
 from fed_diffusion.data.decode import BadImage
 from fed_diffusion.data.fit import HOW, fit
+from fed_diffusion.data.hub import has_test, load_hub
 from fed_diffusion.data.image_folder import WITHOUT_CLASSES, read_folder
 from fed_diffusion.data.image_set import ImageSet as ImageSet
 from fed_diffusion.data.named import DOWNLOADED as DOWNLOADED
@@ -91,7 +93,7 @@ def image_shape(config: DataConfig) -> tuple[int, int, int]:
             _check_known(config, "size", known.sides)
         given = config.side or config.size or known.sides[0]
         return known.channels, given, given
-    refuse_unknown("data.name", config.name, LOADERS)
+    _refuse_unknown(config.name)
     side = config.side or config.size
     if side is None:
         raise ConfigError(
@@ -112,7 +114,7 @@ def class_count(config: DataConfig) -> int | None:
     given = config.classes if config.class_names is None else len(config.class_names)
     known = KNOWN.get(config.name)
     if known is None:
-        refuse_unknown("data.name", config.name, LOADERS)
+        _refuse_unknown(config.name)
         return given
     _check_known(config, "classes", (known.classes,), given)
     return known.classes
@@ -149,14 +151,30 @@ def load_dataset(
         The message names the key, what was found, what is expected and how to fix it.
     """
     shape, classes = image_shape(config), class_count(config)
+    if config.name.startswith(HUB):
+        dataset = load_hub(config, shape, split, own)
+        _check_labels(f"data.name = {config.name!r}", dataset, classes)
+        return dataset
     found = resolve("data.name", config.name, LOADERS)
     if config.name in LOADERS:
-        dataset: ImageSet = found(config, shape, split, own)
+        dataset = found(config, shape, split, own)
     else:
         dataset = _load_own(found, config, shape, classes)
     if config.name == "image_folder" or config.class_names is None or dataset.labels is None:
         return dataset
     return replace(dataset, class_names=config.class_names)
+
+
+def has_test_split(config: DataConfig) -> bool:
+    """Whether a set has test images of its own, which `load_dataset(config, "test")` gives."""
+    if config.name.startswith(HUB):
+        return has_test(config)
+    return config.name in DOWNLOADED
+
+
+def _refuse_unknown(name: str) -> None:
+    if not name.startswith(HUB):
+        refuse_unknown("data.name", name, (*LOADERS, f"{HUB}NAME-OR-PATH"))
 
 
 def tell(dataset: ImageSet) -> ImageSet:
@@ -167,8 +185,12 @@ def tell(dataset: ImageSet) -> ImageSet:
 
 
 def named_classes(data: DataConfig, dataset: ImageSet | None) -> DataConfig:
-    """The settings with the names of an image folder's classes, as they are numbered."""
-    if dataset is None or dataset.class_names is None or data.name != "image_folder":
+    """The settings with the names of an image folder's classes, or of a set of datasets', as they
+    are numbered.
+    """
+    if dataset is None or dataset.class_names is None:
+        return data
+    if data.name != "image_folder" and not data.name.startswith(HUB):
         return data
     return data.model_copy(update={"class_names": dataset.class_names})
 
@@ -238,18 +260,22 @@ def _load_own(
             f"and data.size = {shape[1]}. Change one to match the other, or have the run change "
             f"the size: {HOW}."
         )
+    _check_labels(key, dataset, classes)
+    return dataset
+
+
+def _check_labels(key: str, dataset: ImageSet, classes: int | None) -> None:
     if classes is not None and len(dataset):
         if dataset.labels is None:
             raise ConfigError(
-                f"{key} returns no labels, but data.classes = {classes}; {WITHOUT_CLASSES} and "
+                f"{key} has no labels, but data.classes = {classes}; {WITHOUT_CLASSES} and "
                 "data.classes=null."
             )
         if int(dataset.labels.max()) >= classes:
             raise ConfigError(
-                f"{key} returns the label {int(dataset.labels.max())}, but data.classes = "
+                f"{key} has the label {int(dataset.labels.max())}, but data.classes = "
                 f"{classes} allows 0 to {classes - 1}."
             )
-    return dataset
 
 
 def _as_image_set(result: Any, name: str) -> ImageSet:

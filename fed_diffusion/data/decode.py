@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 
@@ -29,9 +30,9 @@ class BadImage(ValueError):
 
 
 def read_image(
-    path: Path, background: Background | None = None, size: tuple[int, int] | None = None
+    source: Path | bytes, background: Background | None = None, size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """Decode a file in full, turned as its EXIF or XMP orientation says.
+    """Decode a file, or the bytes of one, in full, turned as its EXIF or XMP orientation says.
 
     Colour profiles are not applied: the values are those in the file. CMYK becomes RGB by the plain
     formula. Of a JPEG with several pictures (MPO) the main one is read.
@@ -55,8 +56,9 @@ def read_image(
         or has more than 8 bits in a channel.
     """
     try:
-        with Image.open(path, formats=tuple(FORMATS)) as image:
-            depth = _check(path, image)
+        opened = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(opened, formats=tuple(FORMATS)) as image:
+            depth = _check(source, image)
             found = upright_size(image)
             if size is not None and found != size:
                 raise BadImage(f"is {found[0]}x{found[1]} pixels")
@@ -82,12 +84,12 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def _check(path: Path, image: Image.Image) -> int:
+def _check(source: Path | bytes, image: Image.Image) -> int:
     """Return the bits per channel; refuse an image that would be read otherwise than it is seen."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise BadImage(f"has {frames} frames or pages; save the one that is meant alone")
-    depth = _depth(path, image)
+    depth = _depth(source, image)
     if depth > 8:
         raise BadImage(
             f"has more than 8 bits per channel ({depth}, mode {image.mode}); convert it to 8"
@@ -99,13 +101,12 @@ def _check(path: Path, image: Image.Image) -> int:
     return depth
 
 
-def _depth(path: Path, image: Image.Image) -> int:
+def _depth(source: Path | bytes, image: Image.Image) -> int:
     """Return the bits per channel in the file: Pillow silently reads several 16-bit kinds as 8
     bits.
     """
     if image.format == "PNG":
-        with path.open("rb") as file:
-            head = file.read(25)
+        head = source[:25] if isinstance(source, bytes) else _head(source)
         if head[12:16] != b"IHDR":
             raise BadImage("cannot be read: its first chunk is not IHDR, so it is not a usual PNG")
         return head[24]
@@ -115,6 +116,11 @@ def _depth(path: Path, image: Image.Image) -> int:
             raise BadImage("holds signed or floating-point values; convert it to 8 unsigned bits")
         return max(tags.get(_BITS_PER_SAMPLE, (1,)))
     return 16 if image.mode.startswith(("I", "F")) else 8
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(25)
 
 
 def _flat(image: Image.Image, depth: int, background: Background | None) -> Image.Image:

@@ -355,7 +355,7 @@ def _decoded(
         images = np.empty((len(part), *shape), dtype=np.uint8)
         for i, path in enumerate(part):
             try:
-                images[i] = _pixels(path, shape, config)
+                images[i] = fitted(path, shape, config)
             except BadImage as problem:
                 problems.append((path, str(problem)))
         return images
@@ -371,10 +371,10 @@ def _decoded(
         raise _bad(root, "\n".join(_explain(root, problems, len(paths), shape)))
 
 
-def _pixels(path: Path, shape: tuple[int, int, int], config: DataConfig) -> np.ndarray:
+def fitted(source: Path | bytes, shape: tuple[int, int, int], config: DataConfig) -> np.ndarray:
     channels, height, width = shape
     changed = config.side is not None or config.crop is not None
-    image = read_image(path, config.background, None if changed else (width, height))
+    image = read_image(source, config.background, None if changed else (width, height))
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     pixels = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
     found = fit(pixels, config)

@@ -15,6 +15,7 @@ from fed_diffusion.common.rng import Purpose, generator
 from fed_diffusion.config import ConfigError
 from fed_diffusion.config.schema import DataConfig
 from fed_diffusion.data.datasets import ImageSet
+from fed_diffusion.data.flower import is_partitioner, require, split_by
 
 LARGEST_ALPHA = 1e9  # as good as equal parts; far above it NumPy's Dirichlet overflows
 
@@ -78,6 +79,7 @@ def partition(dataset: ImageSet, data: DataConfig, clients: int, seed: int) -> l
       is dealt at most `classes_per_client` of them (McMahan et al. 2017); see `_shards`.
     - ``folders``: client n holds what is in the n-th folder.
     - ``module:function``: what a `Split` of the user's own says.
+    - ``flwr_datasets.partitioner:Class``: what one of Flower's partitioners says.
 
     Returns
     -------
@@ -93,6 +95,7 @@ def partition(dataset: ImageSet, data: DataConfig, clients: int, seed: int) -> l
         or one of the user's own that gives something else.
     """
     n, kind, built_in = len(dataset), data.partition, splits(data)
+    require(kind)
     split: Split = resolve("data.partition", kind, built_in)
     if clients > n and kind != "folders":
         raise ConfigError(
@@ -103,6 +106,13 @@ def partition(dataset: ImageSet, data: DataConfig, clients: int, seed: int) -> l
     if kind in built_in:
         parts: Sequence[np.ndarray] = split(dataset, clients, draw)
     else:
+        if is_partitioner(split):
+            split = partial(split_by, split, data.partition_options)
+        elif data.partition_options:
+            raise ConfigError(
+                f"data.partition_options: data.partition = {kind!r} is a function of yours, which "
+                "takes none; they are for classes of flwr_datasets.partitioner."
+            )
         with blamed("data.partition", kind):
             parts = [np.asarray(part) for part in split(dataset, clients, draw)]
             _check_parts(parts, n, clients)

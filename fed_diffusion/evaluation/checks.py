@@ -55,7 +55,7 @@ def check_evaluation(run: Config | Setup) -> None:
             "own data set), train or test (parts of it), none (no quality figures) or an existing "
             "folder of images."
         )
-    for choice in choices(settings, setup.shape):
+    for choice in choices(settings, setup.pixels):
         _check_choice(setup, choice, folder)
         if choice.because is not None:
             logger.warning("evaluation.extractor = auto takes %s: %s.", choice.name, choice.because)
@@ -64,12 +64,12 @@ def check_evaluation(run: Config | Setup) -> None:
 def _check_choice(setup: Setup, choice: Choice, folder: Path | None) -> None:
     settings = choice.settings
     if choice.name not in ("inception", "classifier"):
-        check_judge(settings, setup.shape, setup.device)
+        check_judge(settings, setup.pixels, setup.device)
     elif choice.name == "inception":
         if settings.weights is not None:
             check_weights(str(settings.weights))
     elif settings.weights is not None:
-        check_features(str(settings.weights), setup.shape)
+        check_features(str(settings.weights), setup.pixels)
     elif folder is not None:
         _check_class_folders(folder)
     elif class_count(setup.config.data) is None:

@@ -48,7 +48,7 @@ def evaluate(
     needed = images_needed(config.evaluation)
     num = max(shown, needed)
     tell: Told = told or (lambda doing, done, of: None)
-    images, here = [torch.empty((0, *sampler.shape), dtype=torch.uint8)], 0
+    images, here = [torch.empty((0, *sampler.pixels), dtype=torch.uint8)], 0
     for part in sampler.batches(num, progress=lambda done: tell("sampling", done, num)):
         before, here = here, here + len(part)
         images.append(part)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fed_diffusion.build import Setup
 from fed_diffusion.config import ConfigError
-from fed_diffusion.data.datasets import DOWNLOADED, ImageSet, load_dataset, tell
+from fed_diffusion.data.datasets import ImageSet, has_test_split, load_dataset, tell
 from fed_diffusion.evaluation.checks import OWN_DATA
 from fed_diffusion.evaluation.memorisation import Holdings, holdings
 
@@ -53,7 +53,7 @@ def reference_set(setup: Setup, dataset: ImageSet | None) -> Reference | None:
     train = _part(dataset, np.concatenate(known.train), "train")
     if word == "train":
         return Reference(train, train, known)
-    if config.data.name in DOWNLOADED:
+    if has_test_split(config.data):
         test = load_dataset(config.data, "test")
         return Reference(replace(test, name=f"{test.name} test"), train, known)
     if len(known.held) == 0:
@@ -70,7 +70,7 @@ def _part(dataset: ImageSet, indices: np.ndarray, what: str) -> ImageSet:
 
 
 def _folder(setup: Setup, path: str) -> ImageSet:
-    channels, size, _ = setup.shape
+    channels, size, _ = setup.pixels
     folder = {
         "name": "image_folder",
         "dir": path,

@@ -21,7 +21,7 @@ from fed_diffusion.common.rng import Purpose, generator, torch_generator
 from fed_diffusion.config import ConfigError
 from fed_diffusion.config.schema import DataConfig
 from fed_diffusion.config.yaml import expanded
-from fed_diffusion.data.datasets import DOWNLOADED, ImageSet, load_dataset, tell, to_unit
+from fed_diffusion.data.datasets import ImageSet, has_test_split, load_dataset, tell, to_unit
 from fed_diffusion.evaluation.features import (
     ClassifierFeatures,
     FeatureNet,
@@ -132,7 +132,7 @@ def train_features(
 def _split(data: DataConfig, seed: int) -> tuple[ImageSet, ImageSet, str]:
     """Return what is trained on, what is held out, and the name of the held-out part."""
     dataset = tell(load_dataset(data))
-    if data.name in DOWNLOADED:
+    if has_test_split(data):
         test = load_dataset(data, "test")
         return dataset, test, f"test split ({len(test)} images)"
     order = generator(seed, Purpose.EVALUATION, client=_STREAM + 1).permutation(len(dataset))

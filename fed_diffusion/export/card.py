@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fed_diffusion.common.version import __version__
 from fed_diffusion.config import Config, ConfigError, method_name
+from fed_diffusion.config.section import HUB
 from fed_diffusion.data import image_shape
 from fed_diffusion.models import from_diffusers
 from fed_diffusion.store.rundir import RunDir
@@ -97,13 +99,19 @@ def _training(config: Config, results: dict[str, Any]) -> list[tuple[str, str]]:
     if pruning.keep is not None:
         masks = f"pruning.kind = {pruning.kind}, keep ratios {pruning.keep}"
     lines = [
-        ("Images", f"{config.data.name}, {channels} x {size} x {size}"),
+        ("Images", f"{data_name(config.data.name)}, {channels} x {size} x {size}"),
         ("Clients", f"{config.clients}, split {config.data.partition}"),
         ("Method", f"{config.method or method_name(config)}; {masks}"),
         ("Locally", f"{steps} of {local.optimizer} a round, batches of {local.batch}"),
         ("Started from", _base(config)),
         ("Seed", str(config.seed)),
     ]
+    if config.model.vae is not None:
+        lines.append(("Autoencoder", f"{Path(config.model.vae).name}, {config.model.vae_hash}"))
+    if config.lora.rank is not None:
+        text = f"LoRA of rank {config.lora.rank}, alpha / rank = {config.lora.scale:g}, training "
+        text += f"{config.lora.train}; merged here, and by itself in the folder `adapter`"
+        lines.append(("Adapter", text))
     if images is not None:
         lines[0] = ("Images", f"{images} of {lines[0][1]}")
     if privacy.clip is None:
@@ -115,6 +123,12 @@ def _training(config: Config, results: dict[str, Any]) -> list[tuple[str, str]]:
             text += ", of which the images that the start was trained on are no part"
         lines.append(("Privacy", f"{text}; it covers {spent['covers']}"))
     return lines
+
+
+def data_name(name: str) -> str:
+    """The name of a data set, without the folder that it lies in on the machine that trained."""
+    path = Path(name.removeprefix(HUB))
+    return f"{HUB}{path.name}" if name.startswith(HUB) and path.is_absolute() else name
 
 
 def _base(config: Config) -> str:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from fed_diffusion.build import time_grid
+from fed_diffusion.build import Setup, parameters_of, skeleton, time_grid
 from fed_diffusion.common.version import __version__
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.data import class_count, image_shape
 from fed_diffusion.diffusion import process
+from fed_diffusion.export.adapter import ADAPTER, write_adapter
 from fed_diffusion.export.card import card
-from fed_diffusion.models import from_diffusers, unet
+from fed_diffusion.models import from_diffusers, lora, unet
+from fed_diffusion.models.latent import seen_shape
 from fed_diffusion.store.files import save_tensors, write_atomic
 from fed_diffusion.store.origin import trained
 from fed_diffusion.store.rundir import RunDir
-from fed_diffusion.store.start import KEY, hash_of
+from fed_diffusion.store.start import KEY, autoencoder_of, hash_of
 
 Write = Callable[[Path], None]
 FORMATS = ("diffusers", "safetensors")
@@ -44,6 +47,9 @@ def export(run: RunDir, folder: Path, format: str | None = None, weights: str = 
     weights
         ema: the moving average, which samples are made of; theta: the parameters themselves.
 
+    Of a run that trained an adapter, the network with the adapter in it is written, and the adapter
+    itself in a folder of its own.
+
     Raises
     ------
     ConfigError
@@ -57,11 +63,23 @@ def export(run: RunDir, folder: Path, format: str | None = None, weights: str = 
             f"--format diffusers needs a network of diffusers or the built-in U-Net, and {run.path}"
             f" has model.name = {name!r}; use --format safetensors."
         )
+    if format == "diffusers" and config.model.vae and name != from_diffusers.NAME:
+        raise ConfigError(
+            "--format diffusers of a run with model.vae needs a network of diffusers, and "
+            f"{run.path} has model.name = {name!r}; use --format safetensors."
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not empty; name a new folder.")
     theta = checkpoint.tensors[weights]
+    adapter = None
+    if config.lora.rank is not None:
+        network = Setup.of(config).network_with(theta)
+        adapter = partial(write_adapter, network, config.lora)
+        theta = lora.merged(network, parameters_of(skeleton(config, adapted=False)))
     pipeline = PIPELINES[name](config, theta) if format == "diffusers" else None
     folder.mkdir(parents=True, exist_ok=True)
+    if adapter is not None:
+        adapter(folder / ADAPTER)
     if pipeline is None:
         _tensors(config, theta, folder, weights)
     else:
@@ -73,7 +91,7 @@ def export(run: RunDir, folder: Path, format: str | None = None, weights: str = 
 def _diffusers(config: Config, theta: Mapping[str, Tensor]) -> Write:
     """The pipeline of a run's network and its scheduler."""
     description = from_diffusers.describe(config.model)
-    size = image_shape(config.data)[1]
+    size = seen_shape(config.model.vae, image_shape(config.data))[1]
     network = from_diffusers.unet_of(
         {"unet": description["unet"] | {"sample_size": size}}  # the size that it makes
     )
@@ -81,15 +99,19 @@ def _diffusers(config: Config, theta: Mapping[str, Tensor]) -> Write:
     network.load_state_dict({name.removeprefix(prefix): value for name, value in theta.items()})
     import diffusers
 
-    kind = getattr(diffusers, description["pipeline"])
-    made = kind(unet=network, scheduler=from_diffusers.scheduler_of(description))
+    scheduler = from_diffusers.scheduler_of(description)
+    autoencoder = autoencoder_of(config.model)
+    if autoencoder is None:
+        made = getattr(diffusers, description["pipeline"])(unet=network, scheduler=scheduler)
+    else:
+        made = diffusers.LDMPipeline(vqvae=autoencoder.vae, unet=network, scheduler=scheduler)
     write: Write = made.save_pretrained
     return write
 
 
 def _unet(config: Config, theta: Mapping[str, Tensor]) -> Write:
     """The pipeline of the built-in U-Net, with the code of both."""
-    channels, size, _ = image_shape(config.data)
+    channels, size, _ = seen_shape(config.model.vae, image_shape(config.data))
     keys = ("widths", "blocks", "attention", "group", "head", "dropout", "prediction")
     shape = config.model.model_dump(mode="json", include=set(keys))
     shape |= {"channels": channels, "size": size}
@@ -134,7 +156,9 @@ def _template(name: str) -> str:
 
 def _tensors(config: Config, theta: Mapping[str, Tensor], folder: Path, weights: str) -> None:
     """The tensors in one file, and in another what network they are of."""
-    model = config.model.model_dump(mode="json", exclude={"pretrained", "config", "scheduler"})
+    model = config.model.model_dump(
+        mode="json", exclude={"pretrained", "config", "scheduler", "vae"}
+    )
     model["start"] = None  # a path of the machine that the run began on
     channels, size, _ = image_shape(config.data)
     about = {

@@ -16,6 +16,8 @@ from functools import cached_property
 from torch import nn
 
 from fed_diffusion.masks.mask import Block, Runs
+from fed_diffusion.masks.scattered import rounded
+from fed_diffusion.models import lora
 from fed_diffusion.models.unet import Attention, ResBlock, Stage, UNet
 
 Channels = dict[str, tuple[int, ...]]
@@ -147,6 +149,40 @@ class Layout:
                     runs.append((start, start + size))
             offset += self.spaces[name].groups * size
         return tuple(runs)
+
+
+class Ranks(Layout):
+    """The ranks of an adapter: a space of one rank a group for each layer that has one."""
+
+    def counts(self, keep: float) -> dict[str, int]:
+        """Return keep x r of the r ranks, halves rounded up, the same for each layer.
+
+        Raises
+        ------
+        ValueError
+            No rank would be left.
+        """
+        found = {name: rounded(keep, space.groups) for name, space in self.spaces.items()}
+        if min(found.values()) == 0:
+            (r,) = {space.groups for space in self.spaces.values()}
+            raise ValueError(
+                f"keep = {keep:g} leaves none of the adapter's ranks (lora.rank = {r}); a ratio of "
+                f"{1 / r:g} keeps one"
+            )
+        return found
+
+
+def ranks_of(network: nn.Module) -> Ranks:
+    """Return the spaces of a network whose parameters are those of an adapter alone."""
+    shapes = {name: tuple(value.shape) for name, value in network.named_parameters()}
+    spaces: dict[str, Space] = {}
+    axes: dict[str, tuple[tuple[str, ...], ...]] = {}
+    for name, shape in shapes.items():
+        layer, which = lora.parted(name)
+        rank_axis = 0 if which == lora.A else 1
+        spaces[layer] = Space(shape[rank_axis], 1)
+        axes[name] = tuple((layer,) if axis == rank_axis else () for axis in range(len(shape)))
+    return Ranks(spaces, shapes, axes)
 
 
 def layout_of(network: nn.Module) -> Layout:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fed_diffusion.masks.spaces import Channels, layout_of
+from fed_diffusion.masks.channels import ordered
+from fed_diffusion.masks.spaces import Channels, Layout, layout_of
 from fed_diffusion.models.unet import UNet
 
 
@@ -60,6 +61,18 @@ def scatter(
         else values[name].clone()
         for name, value in whole.items()
     }
+
+
+def sub_network(whole: UNet, layout: Layout, keep: float, device: torch.device | str) -> UNet:
+    """Return the sub-network of the first groups at this ratio, not initialised.
+
+    Raises
+    ------
+    ValueError
+        Not even one group everywhere is so small.
+    """
+    blocks = layout.blocks(ordered(layout, layout.counts(keep)))
+    return resized(whole, layout.shapes_of(blocks), device=device)
 
 
 def resized(

@@ -237,7 +237,7 @@ def weights_of(source: str) -> dict[str, Tensor]:
     except Exception as error:  # no file, no network, a damaged file: diffusers says which
         raise ConfigError(
             f"model.pretrained = {source!r}: its weights cannot be read from a .safetensors file "
-            f"({type(error).__name__}: {_first_line(error)})."
+            f"({type(error).__name__}: {first_line(error)})."
         ) from error
     for key in ("missing_keys", "unexpected_keys"):
         if info[key]:
@@ -271,11 +271,11 @@ def _read(source: str) -> tuple[dict[str, Any], dict[str, Any] | None, str]:
             f"model.pretrained = {source!r} holds no UNet2DModel: the folder of a pipeline has "
             f"unet/config.json, and that of a network has config.json. A name on the Hub needs a "
             f"network, or a copy in the Hub's cache "
-            f"({type(error).__name__}: {_first_line(error)})."
+            f"({type(error).__name__}: {first_line(error)})."
         ) from error
-    index = _found(diffusers.DiffusionPipeline, source) or {}
+    index = found(diffusers.DiffusionPipeline, source) or {}
     names = ("scheduler", None) if index else (None,)
-    schedulers = (_found(diffusers.DDPMScheduler, source, name) for name in names)
+    schedulers = (found(diffusers.DDPMScheduler, source, name) for name in names)
     scheduler = next((one for one in schedulers if one is not None), None)
     pipeline = index.get("_class_name")
     return dict(unet), scheduler, pipeline if pipeline in PIPELINES else PIPELINES[0]
@@ -285,11 +285,11 @@ def _subfolder(source: str) -> str | None:
     """Where the network is: in unet/ of a pipeline, but for old ones, else in the folder itself."""
     import diffusers
 
-    return "unet" if _found(diffusers.UNet2DModel, source, "unet") is not None else None
+    return "unet" if found(diffusers.UNet2DModel, source, "unet") is not None else None
 
 
-def _found(kind: Any, source: str, folder: str | None = None) -> dict[str, Any] | None:
-    """The configuration of a part; None where there is no such file."""
+def found(kind: Any, source: str, folder: str | None = None) -> dict[str, Any] | None:
+    """The configuration of a part of a pipeline; None where there is no such file."""
     try:
         return dict(kind.load_config(source, subfolder=folder))
     except OSError:
@@ -358,5 +358,6 @@ def _check_fits(
         )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what a library says, without its full stop."""
     return str(error).strip().split("\n")[0].rstrip(".")

@@ -13,6 +13,7 @@ from fed_diffusion.common.text import clean
 from fed_diffusion.masks.recipe import Recipe
 from fed_diffusion.protocol.errors import Fault, UpdateError
 from fed_diffusion.protocol.messages import Task, Update
+from fed_diffusion.server.gap import Gap
 from fed_diffusion.server.mask_store import Bits, MaskStore
 from fed_diffusion.store.ledger import ClientRound
 
@@ -60,6 +61,8 @@ class OpenRound:
         The running sums of equation (8).
     recipes
         Client -> the recipe of its mask, for all that may be asked in this round.
+    gap
+        What averaging an adapter's factors apart loses.
     target
         Updates that are enough to close the round.
     absent
@@ -83,6 +86,7 @@ class OpenRound:
     mean: Aggregator
     recipes: dict[int, Recipe]
     masks: MaskStore
+    gap: Gap
     target: int
     absent: list[int]
     asked: set[int] = field(default_factory=set)

@@ -34,6 +34,7 @@ from fed_diffusion.protocol.wire import (
     largest_update,
 )
 from fed_diffusion.server.diagnostics import Diagnostics
+from fed_diffusion.server.gap import Gap
 from fed_diffusion.server.mask_store import MaskStore
 from fed_diffusion.server.norms import NormLimit
 from fed_diffusion.server.open_round import Flight, OpenRound
@@ -95,7 +96,8 @@ class Rounds:
         else:
             mean = self._mean(theta, state, target if overlapping else max(1, len(asked)))
         recipes = self.recipes(round, eligible if overlapping else asked, theta)
-        return OpenRound(mean, recipes, masks, target, participation.absent(available))
+        gap = Gap(self._config.lora, self._config.round, self._config.privacy, theta)
+        return OpenRound(mean, recipes, masks, gap, target, participation.absent(available))
 
     def recipes(self, round: int, clients: list[int], theta: Theta) -> dict[int, Recipe]:
         """Return client -> the recipe of its mask in a round at theta_r."""
@@ -196,6 +198,7 @@ class Rounds:
             values |= self._steps(flight, masks, measured["examples"])
         whole = {**theta, **state}
         open.mean.add(damped(values, whole, spread(masks, whole), factor), masks, weight)
+        open.gap.add(update.client, values, masks, weight)
         self._diagnostics.add(update.client, answer)
         open.count(flight, update, measured | {"weight": weight}, staleness, node)
         open.norms += [] if rms is None else [rms]

@@ -128,6 +128,7 @@ class Ledger:
             coverage={str(count): coordinates for count, coordinates in trainers.items()},
             undefended=self._undefended(trainers),
             theory=theory,
+            adapter_gap=state.gap.measured(),
         )
 
     def _undefended(self, trainers: dict[int, int]) -> int | None:

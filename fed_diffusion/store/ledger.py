@@ -80,6 +80,10 @@ class RoundSummary:
     """
     theory: dict[str, Any] | None = None
     """What a diagnostic round measured, on the scale of the simple loss (`diagnostics.close`)."""
+    adapter_gap: dict[str, float] | None = None
+    """How far the product of the mean factors of an adapter is from the mean of the clients'
+    products, where both factors are trained (`server.gap`).
+    """
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fed_diffusion.config.names import is_own
 from fed_diffusion.config.schema import ModelConfig
 from fed_diffusion.models import from_diffusers
 from fed_diffusion.models.from_diffusers import PREFIX
+from fed_diffusion.models.latent import Autoencoder
 from fed_diffusion.store.origin import trained
 from fed_diffusion.store.rundir import RunDir
 
@@ -60,6 +61,32 @@ def start_of(model: ModelConfig, theta: Mapping[str, Tensor]) -> dict[str, Tenso
     return start
 
 
+def hashes_of(model: ModelConfig, theta: Mapping[str, Tensor]) -> dict[str, str]:
+    """What a run notes of what it starts from and of its autoencoder; see `start_of`."""
+    start, autoencoder = start_of(model, theta), autoencoder_of(model)
+    noted = {} if start is None else {"start_hash": hash_of(start)}
+    return noted if autoencoder is None else noted | {"vae_hash": hash_of(autoencoder.values())}
+
+
+def autoencoder_of(model: ModelConfig, device: torch.device | str = "cpu") -> Autoencoder | None:
+    """The autoencoder that model.vae names, on a device; None where there is none.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be read, or is not that of model.vae_hash.
+    """
+    if model.vae is None:
+        return None
+    made = Autoencoder(model.vae)
+    if model.vae_hash is not None and (digest := hash_of(made.values())) != model.vae_hash:
+        raise ConfigError(
+            f"model.vae = {model.vae!r} is another autoencoder than model.vae_hash = "
+            f"{model.vae_hash[:12]}... says (SHA-256 {digest[:12]}...). Put the run's there."
+        )
+    return made.to(device)
+
+
 def facts_of(model: ModelConfig) -> dict[str, str] | None:
     """What results.json says of the start: its name without its folder, and its hash."""
     source = model.start or model.pretrained
@@ -75,6 +102,11 @@ def _read(model: ModelConfig) -> dict[str, Tensor]:
     path = Path(source)
     if path.is_dir():
         config, checkpoint = trained(RunDir.open(path))
+        if config.lora.rank is not None:
+            raise ConfigError(
+                f"model.start = {source!r} is a run that trained an adapter (lora.rank). Export it "
+                "(fed-diffusion export RUN DIR), which puts it into its base, and start from that."
+            )
         _refuse_other_meaning(model, config.model.model_dump(mode="json"), source)
         return checkpoint.tensors["ema"]
     if path.suffix != ".safetensors" or not path.is_file():

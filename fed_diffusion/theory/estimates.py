@@ -94,9 +94,11 @@ class Estimate:
 
 
 def second_moment(images: Tensor) -> float:
-    """Return M_2 = E ||X_0||^2 of images uint8 [n, C, H, W] as networks see them, in [-1, 1];
-    exact.
+    """Return M_2 = E ||X_0||^2 of images [n, C, H, W] as networks see them: uint8, which are in
+    [-1, 1] then (exact), or latents.
     """
+    if images.is_floating_point():
+        return float(images.double().square().sum()) / len(images)
     counts = torch.bincount(images.reshape(-1), minlength=256).double()
     grey = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     return float((counts * grey.square()).sum()) / len(images)

@@ -51,6 +51,7 @@ FAMILIES: dict[str, FamilyFactory] = {
     "topk": TopK,
     "channels": ChosenChannels,
     "balanced": _balanced,
+    "ranks": ChosenChannels,
 }
 
 

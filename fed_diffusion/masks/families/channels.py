@@ -1,4 +1,4 @@
-"""Masks that drop whole channel groups, so that a client's network is physically smaller."""
+"""Masks that drop channel groups or ranks, so that what a client trains is physically smaller."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ Theta = Mapping[str, Tensor]
 class ChosenChannels(Family):
     """The setting `choice` says which groups stay; see `masks.channels.CHOICES`.
 
+    The groups are those of a U-Net's channels, or the ranks of an adapter (`spaces.Ranks`).
+
     Where only theta_r tells (magnitude), the recipe names the kept groups, all spaces one after
     another.
     """
@@ -26,7 +28,7 @@ class ChosenChannels(Family):
     shrinks = True
 
     def __init__(self, pruning: PruningConfig, seed: int):
-        self._choice = pruning.choice
+        self._kind, self._choice = pruning.kind, pruning.choice
         self._seed = seed
 
     def plan(
@@ -41,7 +43,7 @@ class ChosenChannels(Family):
                 kept = channels.magnitude(layout, layout.counts(keep), theta)
                 named["groups"] = channels.flatten(layout, kept)
         return {
-            client: Recipe("channels", keep, self._seed, round, client, options[keep])
+            client: Recipe(self._kind, keep, self._seed, round, client, options[keep])
             for client, keep in keeps.items()
         }
 
