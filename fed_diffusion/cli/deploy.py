@@ -187,6 +187,8 @@ def stop_command(arguments: argparse.Namespace) -> int:
 
 def _number(given: str) -> str:
     """Return the number of a run; another text would reach Flower's command line."""
+    from fed_diffusion.config import ConfigError
+
     if not (given.isascii() and given.isdecimal()):
         raise ConfigError(
             f"{given!r} is not the number of a run: give the one that deploy run said."
