@@ -32,7 +32,7 @@ class _Steps:
 
     def __init__(self, parameters: Iterable[nn.Parameter], eta: float):
         self.parameters = list(parameters)
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
         self._eta = eta
 
     def zero_grad(self) -> None:
@@ -40,9 +40,9 @@ class _Steps:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _trained(self) -> tuple[list[nn.Parameter], list[Tensor]]:
+    def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the parameters that have a gradient, and their gradients."""
-        used = [p for p in self.parameters if p.grad is not None]
+        used: list[Tensor] = [p for p in self.parameters if p.grad is not None]
         return used, [p.grad for p in used if p.grad is not None]
 
 
@@ -72,7 +72,7 @@ class Adam(_Steps):
                 }
         kept = [self.state[parameter] for parameter in used]
         adam(
-            used,  # type: ignore[arg-type]
+            used,
             gradients,
             [state["exp_avg"] for state in kept],
             [state["exp_avg_sq"] for state in kept],
