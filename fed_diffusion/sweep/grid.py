@@ -53,6 +53,8 @@ class Sweep(Section):
     """The name of the sweep; by default that of its file."""
     presets: tuple[str, ...] = Field(min_length=1)
     methods: tuple[str, ...] = Field(min_length=1)
+    also: dict[str, tuple[str, ...]] = Field({})
+    """Further presets with methods of their own, as {fashion_mnist-small-one: [FedDM-F]}."""
     seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     set: dict[str, Any] = Field({})
     """Settings of every run, such as `evaluation.samples: 1000`."""
@@ -142,7 +144,8 @@ def grid(sweep: Sweep, out: Path, overrides: Mapping[str, Any]) -> list[Run]:
         A setting cannot be used, or two cells would be the same run.
     """
     runs: dict[str, Run] = {}
-    cells = ((s, p, m) for s in sweep.seeds for p in sweep.presets for m in sweep.methods)
+    columns = [*((p, sweep.methods) for p in sweep.presets), *sweep.also.items()]
+    cells = ((s, p, m) for s in sweep.seeds for p, methods in columns for m in methods)
     for seed, preset, method in cells:
         given = {**sweep.set, **overrides, "method": method, "seed": seed}
         try:

@@ -38,6 +38,13 @@ def test_the_papers_presets_say_what_its_appendix_d_says(name, variant):
         assert 23.2e6 < sum(p.numel() for p in network.parameters()) < 1.05 * 23.2e6
 
 
+@pytest.mark.parametrize("name", ["fashion_mnist-small", "cifar10-small"])
+def test_the_small_presets_have_ten_clients_and_about_a_million_parameters(name):
+    config = load_config(name)
+    assert (config.clients, config.pruning.level) == (10, "F")
+    assert 0.8e6 < sum(p.numel() for p in skeleton(config).parameters()) < 1.3e6
+
+
 REFUSED = {
     "an unknown preset": ("digit", {}, r"preset = 'digit'.*Did you mean 'digits'"),
     "an unknown key": ("digits", {"pruning.levle": "S"}, r"pruning\.levle.*pruning\.level"),

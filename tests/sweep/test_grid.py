@@ -226,8 +226,21 @@ def test_patterns_choose_by_a_part_of_the_name_or_by_the_whole(tmp_path):
 def test_every_sweep_that_comes_along_is_valid(name, tmp_path):
     sweep = load_sweep(name)
     runs = grid(sweep, tmp_path, {})
-    assert len(runs) == len(sweep.presets) * len(sweep.methods) * len(sweep.seeds)
+    further = sum(map(len, sweep.also.values()))
+    assert len(runs) == (len(sweep.presets) * len(sweep.methods) + further) * len(sweep.seeds)
     assert sweep == load_sweep(str(conf_dir() / "sweeps" / f"{name}.yaml"))
+
+
+def test_the_small_table_of_fashion_mnist_compares_at_equal_images_with_one_client(tmp_path):
+    runs = grid(load_sweep("table2-fashion-small"), tmp_path, {})
+    methods = ["FedDM-F", "R-FedDM-S", "T-FedDM-S", "C-FedDM-S", "FedDM-F"]
+    assert [run.method for run in runs] == methods
+    configs = [run.config for run in runs]
+    assert [config.clients for config in configs] == [10, 10, 10, 10, 1]
+    assert [config.pruning.choice for config in configs[:4]] == [*["ordered"] * 3, "rolling"]
+    images = {c.rounds * c.clients * c.local.steps * c.local.batch for c in configs}
+    assert len(images) == 1
+    assert {len(config.evaluation.extractor) for config in configs} == {2}
 
 
 def test_a_sweep_is_no_preset():
