@@ -4,7 +4,8 @@
         [--causes | --state | --only PATTERN ...]
 
 Every variant processes the same number of images with the same settings otherwise (the preset
-`digits-quick`, level F). Two centralised runs, since not everything can be equal at once: with the
+`digits-quick` at level F, in 10 rounds of 40 steps at eta 1e-3, with Adam's moments fresh in every
+round as in the paper, where the variant's name does not say otherwise). Two centralised runs, since not everything can be equal at once: with the
 clients' batch and ten times their steps, and with their steps and ten times their batch. FID of
 1,000 samples, features of a classifier of the real digits. Finished runs are not repeated.
 With --causes: ten clients with larger steps, with more and shorter rounds, and both sides with
@@ -33,6 +34,15 @@ N = 10
 STEPS, BATCH = 40, 16
 IMAGES = 10 * N * STEPS * BATCH
 """In each run, but for those of four times the rounds."""
+BASE: dict[str, Any] = {
+    "method": "FedDM-F",
+    "rounds": 10,
+    "local.steps": STEPS,
+    "local.eta": 1e-3,
+    "local.state": "fresh",
+    "wire.state": "fp32",
+    "ema.decay": 0.5,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "ten clients": {},
     "ten clients, dirichlet 0.1": {"data.partition": "dirichlet", "data.alpha": 0.1},
@@ -88,7 +98,7 @@ def run(name: str, seed: int, out: Path) -> dict[str, Any]:
     """The results of one run, made unless it is there."""
     path = out / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"
     if not (path.exists() and RunDir(path).finished()):
-        config = load_config(PRESET, ALL[name] | {"method": "FedDM-F", "seed": seed})
+        config = load_config(PRESET, BASE | ALL[name] | {"seed": seed})
         images = config.rounds * config.clients * (config.local.steps or 0) * config.local.batch
         assert images == IMAGES * (4 if "4 x" in name else 1)
         simulate(config, path, processes=1)  # variants side by side, each on a core of its own

@@ -22,6 +22,8 @@ from fed_diffusion.generate import RunDir
 COMMON: dict[str, Any] = {
     "model.widths": [16, 32],
     "local.steps": 10,
+    "local.eta": 1e-3,
+    "local.state": "fresh",
     "local.batch": 8,
     "evaluation.every": 0,
     "ema.decay": 0.8,

@@ -1,10 +1,12 @@
 """Ten workers of very unequal size: what each way to shrink the network costs in quality.
 
     python benchmarks/unequal_clients.py [--out runs/unequal] [--seeds 3] [--only NAME ...]
+        [--set KEY=VALUE ...]
 
 Every variant trains `digits-unequal` (keep ratios 1 to 0.125) on the same images per worker; each
 run is a run directory under --out, and one that is finished is not run again. Ends with a table in
-Markdown (also written to --out/table.md): means over the seeds, with the range of FID.
+Markdown (also written to --out/table.md): means over the seeds, with the range of FID. --set changes
+every variant, as in --set local.state=fresh (with another --out).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.build import Setup
 from fed_diffusion.common.hardware import usable_cores
-from fed_diffusion.config import Config, load_config
+from fed_diffusion.config import Config, load_config, parse_pairs
 from fed_diffusion.engines.local import simulate
 from fed_diffusion.generate import RunDir
 from fed_diffusion.masks.families import derive
@@ -60,7 +62,7 @@ VARIANTS = {
 }
 
 
-def run(variant: str, seed: int, root: Path) -> Path:
+def run(variant: str, seed: int, root: Path, changes: dict[str, Any]) -> Path:
     """The finished run directory of one variant; an unfinished one is started anew beside it."""
     name = variant.replace(", ", "-").replace(" ", "-")
     for attempt in range(100):
@@ -69,7 +71,7 @@ def run(variant: str, seed: int, root: Path) -> Path:
             return path
         if not path.exists():
             break
-    config = load_config(PRESET, VARIANTS[variant] | {"seed": seed})
+    config = load_config(PRESET, VARIANTS[variant] | {"seed": seed} | changes)
     began = time.perf_counter()
     results = simulate(config, path)
     fid = results["quality"]["fid"]
@@ -152,12 +154,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/unequal"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
+    changes = parse_pairs(arguments.set)
     began = time.perf_counter()
     done: dict[str, list[Path]] = {name: [] for name in arguments.only}
     for seed in range(arguments.seeds):
         for name in arguments.only:
-            done[name].append(run(name, seed, arguments.out))
+            done[name].append(run(name, seed, arguments.out, changes))
     text = table([row(name, paths) for name, paths in done.items()], arguments.seeds)
     if "F" in done:
         text += "\n" + on_one_theta(done["F"][0])

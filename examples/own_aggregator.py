@@ -1,6 +1,7 @@
 """An aggregator of the user's own: a mean of updates, each of which moves a weight by little.
 
-    fed-diffusion run digits --set round.aggregation=examples.own_aggregator:Cautious
+    fed-diffusion run digits --set round.aggregation=examples.own_aggregator:Cautious \
+        --set local.state=fresh
 
 The contract is `fed_diffusion.Aggregator`: made with theta_r, the number of updates that there may
 be, and the section `round` of the configuration; given every update with its masks; asked for

@@ -59,6 +59,7 @@ BYTES = Path(__file__).with_name("guard_rails_bytes.json")
 PRESET = "digits"
 BASE: dict[str, Any] = {
     "rounds": 2,
+    "ema.decay": 0.5,
     "clients": 4,
     "model.widths": [8, 16],
     "model.group": 4,
@@ -70,6 +71,8 @@ BASE: dict[str, Any] = {
     "diffusion.delta": 0.05,
     "diffusion.K": 6,
     "data.holdout": 0.02,
+    "local.state": "fresh",
+    "local.eta": 1e-3,
     "local.steps": 2,
     "local.batch": 4,
     "theory.every": 0,

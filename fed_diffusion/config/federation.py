@@ -141,9 +141,9 @@ class WireConfig(Section):
     """Whether a worker sends back what training changed, in place of the values. Differences are
     small numbers, which lose little when they are rounded."""
     state: Literal["fp32", "int4"] = "fp32"
-    """The format of Adam's moments, both ways, where local.state is shared. int4: the first moment
-    in four bits a value, rounded at random without bias, and the second as one bf16 for each 8
-    values of a weight."""
+    """The format of Adam's moments, both ways, where local.state is shared (else none travel).
+    int4: the first moment in four bits a value, rounded at random without bias, and the second as
+    one bf16 for each 8 values of a weight."""
     scale: Literal["channel", "tensor"] = "channel"
     """For int8: whether each output channel has a scale of its own (under scattered masks each
     tensor), or each tensor."""

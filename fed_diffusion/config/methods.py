@@ -11,7 +11,12 @@ FAMILIES = {"F": "full", "R": "random", "T": "topk", "C": "channels", "B": "bala
 OPTIONS: dict[str, dict[str, Any]] = {
     "prox": {"local.prox": 0.01},
     "quant": {"wire.down": "int8", "wire.up": "int8", "wire.differences": True},
-    "literal": {"pruning.scope": "all", "local.optimizer": "sgd", "ema.decay": 0.0},
+    "literal": {
+        "pruning.scope": "all",
+        "local.optimizer": "sgd",
+        "local.state": "fresh",
+        "ema.decay": 0.0,
+    },
 }
 """The settings of a method's last words.
 

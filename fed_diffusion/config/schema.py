@@ -187,10 +187,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _state_is_averaged(self) -> Config:
-        if self.wire.state != "fp32" and self.local.state != "shared":
-            raise ValueError(
-                f"wire.state: {self.wire.state} needs local.state shared, or no state travels"
-            )
         if self.local.state == "shared" and self.round.aggregation != "mean":
             raise ValueError(
                 f"local.state: shared averages moments by equation (8), and a client that "

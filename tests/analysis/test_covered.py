@@ -11,6 +11,7 @@ from tests.theory.test_bound import RUN
 
 LETTER = {
     "local.optimizer": "sgd",
+    "local.state": "fresh",
     "local.schedule": "constant",
     "model.conditional": False,
     "ema.decay": 0,

@@ -17,6 +17,7 @@ from tests.tiny import TINY
 
 LETTER = TINY | {
     "local.optimizer": "sgd",
+    "local.state": "fresh",
     "local.eta": 1e-9,
     "local.schedule": "constant",
     "theory.every": None,

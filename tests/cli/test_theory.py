@@ -20,7 +20,7 @@ def said(capsys):
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
-    sgd = ["--set", "local.optimizer=sgd"]
+    sgd = ["--set", "local.optimizer=sgd", "local.state=fresh"]
     written = ["--apply", str(folder / "planned.yaml"), "--plot", str(folder / "moves.png")]
     assert main(["plan", "digits", *SMALL, *sgd, "--delta", "0.02", *written]) == 0
     return folder
@@ -40,7 +40,9 @@ def test_an_applied_plan_loads_and_keeps_its_own_constraint(planned):
 
 
 def test_an_applied_plan_is_otherwise_the_preset(planned):
-    given = load_config("digits", dict(yaml_pairs(SMALL)) | {"local.optimizer": "sgd"})
+    given = load_config(
+        "digits", dict(yaml_pairs(SMALL)) | {"local.optimizer": "sgd", "local.state": "fresh"}
+    )
     config = load_config(str(planned / "planned.yaml"))
     same = {"preset": None, "diffusion": None, "local": None}
     assert config.model_copy(update=same) == given.model_copy(update=same)

@@ -41,7 +41,7 @@ def test_one_word_takes_the_paper_at_its_letter(preset):
     config = load_config(preset, {"method": "T-FedDM-M-literal"})
     assert (config.pruning.kind, config.pruning.level) == ("topk", "M")
     assert config.pruning.scope == "all"  # masks cover every coordinate
-    assert config.local.optimizer == "sgd"  # (7), without momentum
+    assert (config.local.optimizer, config.local.state) == ("sgd", "fresh")  # (7), no momentum
     assert config.ema.decay == 0  # samples come from theta_R
     assert config.round.weighting == "uniform"  # (8)
     assert (config.round.aggregation, config.wire.up) == ("mean", "fp32")

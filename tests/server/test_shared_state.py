@@ -9,14 +9,14 @@ import torch
 
 from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.client.worker import Worker
-from fed_diffusion.config import ConfigError
+from fed_diffusion.config import ConfigError, load_config
 from fed_diffusion.engines.local import run_in_process, simulate
 from fed_diffusion.experiment import Experiment
 from fed_diffusion.generate import RunDir
 from fed_diffusion.masks.mask import mask_of
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.messages import Update
-from fed_diffusion.protocol.moments import FIRST, PREFIXES, SECOND, STEPS
+from fed_diffusion.protocol.moments import FIRST, PREFIXES, SECOND, STEPS, blank
 from fed_diffusion.protocol.wire import Payload
 from fed_diffusion.server.coordinator import Coordinator
 from tests.guard_rails import run_on_grid
@@ -274,7 +274,6 @@ def test_a_client_that_sends_moments_where_none_are_shared_is_refused(tiny, digi
     ("settings", "reason"),
     [
         ({"local__optimizer": "sgd"}, "keeps no state"),
-        ({"local__state": "fresh", "wire__state": "int4"}, "needs local.state shared"),
         ({"privacy__clip": 1.0, "wire__differences": True}, "the clients' moments are not clipped"),
         ({"round__aggregation": "median"}, "round.aggregation to mean"),
     ],
@@ -282,6 +281,12 @@ def test_a_client_that_sends_moments_where_none_are_shared_is_refused(tiny, digi
 def test_a_shared_state_is_refused_where_it_cannot_be_had(tiny, settings, reason):
     with pytest.raises(ConfigError, match=reason):
         tiny(**{"local__state": "shared"} | settings)
+
+
+@pytest.mark.parametrize("preset", ["digits", "digits-quick", "digits-unequal"])
+def test_a_fresh_state_as_in_the_paper_is_one_word_away(preset):
+    config = load_config(preset, {"local.state": "fresh"})
+    assert not blank({"w": torch.zeros(2)}, config.local)
 
 
 def test_moments_in_four_bits_cost_less_than_a_quarter_of_what_travels_anyway(tiny, digits):
