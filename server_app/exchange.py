@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from logging import WARNING
 
 from flwr.app import Message, MessageType
@@ -16,7 +17,7 @@ from flwr.superlink.grid import InMemoryGrid
 
 from client_app.messages import longest_index, to_records, to_update
 from fed_diffusion.common.text import clean
-from fed_diffusion.experiment import Experiment
+from fed_diffusion.experiment import Experiment, exchanges
 from fed_diffusion.protocol.errors import Fault, UpdateError
 from fed_diffusion.protocol.messages import Task
 from server_app.nodes import JOIN_S, Host, Nodes, Patience, most_out
@@ -64,6 +65,9 @@ class Exchange:
         self._config_json = json.dumps(experiment.config.to_dict())
         self._overlapping = experiment.coordinator.policy.overlapping
         self._simulated = isinstance(grid, InMemoryGrid)
+        self._remembers = experiment.config.secure.aggregation
+        self._held: Task | None = None
+        """A task that waits until its node is free."""
         coordinator = experiment.coordinator
         self._index = longest_index([*coordinator.theta, *coordinator.moments])
         self._looked = time.monotonic()
@@ -78,12 +82,22 @@ class Exchange:
         self._drop_late()
         # a window would starve high client numbers where low ones become free again and again
         self._most = math.inf if self._overlapping else most_out(self._grid)
-        tasks, deadline, patience = None, math.inf, Patience()
+        if self._overlapping:
+            # each message has a deadline of its own
+            self._exchange(lambda: self._experiment.tasks(round, self._available()), math.inf)
+        else:
+            for tasks in exchanges(self._experiment, round, self._available()):
+                self._exchange(partial(_same, tasks), time.monotonic() + self._seconds)
+                self._give_up()
+        for client, node, reason in self._nodes.refusals(self._clients):
+            self._reject(client, reason, node, "node")
+        self._experiment.note_refused(self._nodes.refused())
+
+    def _exchange(self, ask: Callable[[], Iterator[Task]], deadline: float) -> None:
+        """Carry messages out and back; `ask` gives what is to be sent, at each look anew."""
+        patience = Patience()
         while not self._experiment.enough():
-            if tasks is None or self._overlapping:
-                tasks = self._experiment.tasks(round, self._available())
-                # where tasks outlive rounds, each message has a deadline of its own
-                deadline = math.inf if self._overlapping else time.monotonic() + self._seconds
+            tasks = ask()
             self._fill(tasks, deadline)
             if not self._out or time.monotonic() >= deadline:
                 break
@@ -91,11 +105,6 @@ class Exchange:
                 patience = Patience()
             else:
                 time.sleep(min(patience.pause(), max(0.0, deadline - time.monotonic())))
-        if not self._overlapping:
-            self._give_up()
-        for client, node, reason in self._nodes.refusals(self._clients):
-            self._reject(client, reason, node, "node")
-        self._experiment.note_refused(self._nodes.refused())
 
     def _available(self) -> set[int]:
         """Return clients whose node is there; a round that asks once waits for its quorum of
@@ -108,8 +117,21 @@ class Exchange:
 
     def _fill(self, tasks: Iterator[Task], deadline: float) -> None:
         """Send tasks while there is room for messages; each is encoded when it is sent."""
-        while len(self._out) < self._most and (task := next(tasks, None)):
+        while len(self._out) < self._most and (task := self._next(tasks)):
             self._send(task, deadline)
+
+    def _next(self, tasks: Iterator[Task]) -> Task | None:
+        """Return the next task, if its node can take it now.
+
+        Flower's simulation keeps the last of two memories that a node changes at the same time; a
+        deployment has a node answer one message after another.
+        """
+        task, self._held = self._held or next(tasks, None), None
+        if task is not None and self._remembers and self._simulated:
+            host = self._nodes.host_of(task.client)
+            if host is not None and any(sent.node == host.node for sent in self._out.values()):
+                self._held, task = task, None
+        return task
 
     def _send(self, task: Task, deadline: float) -> None:
         """Return the task's message on its way to the client's node; else reject the client."""
@@ -202,6 +224,7 @@ class Exchange:
         nodes = {sent.client: sent.node for sent in self._out.values()}
         self._late |= self._out
         self._out.clear()
+        self._held = None
         for client in coordinator.waiting() + ([] if early else coordinator.unsent()):
             self._reject(client, why, nodes.get(client), "nobody" if early else "network")
 
@@ -216,3 +239,8 @@ class Exchange:
                 self._experiment.coordinator.ledger.late()
             if found or time.monotonic() > sent.expires:
                 del self._late[message_id]
+
+
+def _same(tasks: Iterator[Task]) -> Iterator[Task]:
+    """Return the messages of an exchange that asks once: what is left of them."""
+    return tasks

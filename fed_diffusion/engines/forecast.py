@@ -220,7 +220,7 @@ class _Timed:
             fixed, step, update = self._time(first[ratio])
             self._fixed.append(fixed)
             self._step.append(step)
-            up.append(update.payload.nbytes)
+            up.append(_bytes_up(config, update))
             received = max(received, _took(lambda u=update: coordinator.receive(u))[1])  # type: ignore[misc]
         self.keep = keep
         self.up = sum(float(np.interp(k, self._at, up)) for k in keep.values())
@@ -242,6 +242,17 @@ class _Timed:
         self._worker.config = _with_steps(self._config, 1 + more)
         step = max(_took(lambda: self._worker.run(task))[1] - one, 0.0) / more
         return max(one - step, 0.0), step, update
+
+
+WORD = 8
+"""Bytes of a value in a masked vector."""
+
+
+def _bytes_up(config: Config, update: Update) -> int:
+    """The bytes of an update; under secure aggregation it is a whole number for each value."""
+    if not config.secure.aggregation:
+        return update.payload.nbytes
+    return sum(WORD * math.prod(packed.shape) for packed in update.payload.arrays.values())
 
 
 def _with_steps(config: Config, steps: int) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -176,21 +177,13 @@ class Rounds:
         UpdateError, RecipeError
             The update is bad; the message says why.
         """
-        numbers = update.payload.numbers
-        recipe = Recipe.from_metrics(numbers)
-        if recipe != flight.recipe:
-            odd = recipe.differences(flight.recipe)
-            raise RecipeError(f"the recipe is not the one agreed on: {odd}")
-        measured = measurements(numbers)
-        self._ledger.check_loss(measured["loss"])
-        masks = open.masks.of(recipe, flight.bits)
+        measured, weight = self.read(flight, update)
+        masks = open.masks.of(flight.recipe, flight.bits)
         arrays, answer = self._diagnostics.split(update)
         sent = [n for n in arrays if n in state and not n.startswith(STEPS)]
         moments = {name: arrays.pop(name) for name in sent}
         values = decode_update(arrays, theta, masks, self._wire)
         rms = self._norms.check(values, theta, masks)
-        said = self._participation.images.get(update.client)
-        weight = weight_of(self._config.round, measured["examples"], said)
         factor = self._policy.weight(staleness)
         if state:
             values |= decode_moments(moments, theta, masks, self._config.wire.state)
@@ -200,6 +193,24 @@ class Rounds:
         self._diagnostics.add(update.client, answer)
         open.count(flight, update, measured, staleness, node)
         open.norms += [] if rms is None else [rms]
+
+    def read(self, flight: Flight, update: Update) -> tuple[dict[str, Any], int]:
+        """Return what an update says beside its values, checked: its measurements, and its weight.
+
+        Raises
+        ------
+        UpdateError, RecipeError
+            The message says what is wrong with it.
+        """
+        numbers = update.payload.numbers
+        recipe = Recipe.from_metrics(numbers)
+        if recipe != flight.recipe:
+            odd = recipe.differences(flight.recipe)
+            raise RecipeError(f"the recipe is not the one agreed on: {odd}")
+        measured = measurements(numbers)
+        self._ledger.check_loss(measured["loss"])
+        said = self._participation.images.get(update.client)
+        return measured, weight_of(self._config.round, measured["examples"], said)
 
     def _mean(self, theta: Theta, state: Theta, workers: int) -> Aggregator:
         """Return an empty average of theta, and of the optimiser's state where there is one."""

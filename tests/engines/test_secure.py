@@ -1,0 +1,126 @@
+"""Whole runs under secure aggregation in one process: the bits of runs without it."""
+
+import json
+
+import pytest
+
+from fed_diffusion.config import ConfigError
+from fed_diffusion.engines.local import Exchange
+from fed_diffusion.engines.pool import task_runner
+from fed_diffusion.engines.secure import SecureRunner
+from fed_diffusion.experiment import Experiment, RunStopped
+from fed_diffusion.protocol.codecs import Packed
+from fed_diffusion.secure import messages as m
+from fed_diffusion.secure.messages import Stage
+from tests.secure.runs import FAST, run, same
+
+INT8 = {"wire__up": "int8", "wire__differences": True}
+KINDS = [
+    {"method": "FedDM-F"},
+    {"method": "R-FedDM-S", **INT8},
+    {"method": "T-FedDM-S", "round__weighting": "examples"},
+    {"pruning__kind": "channels", "pruning__level": "S"},
+    {"pruning__kind": "balanced", "pruning__level": "S", "server__optimizer": "adam"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["F", "R-int8", "T-examples", "channels", "balanced"])
+def test_a_run_ends_with_the_same_bits_whether_its_sums_are_secret_or_not(tiny, tmp_path, kind):
+    settings = FAST | kind
+    plain = run(tiny(**settings), tmp_path / "plain")
+    secure = run(tiny(secure__aggregation=True, secure__least=1, **settings), tmp_path / "secure")
+    assert same(plain, secure)
+    line = secure.history[0]
+    assert (line.withheld, line.gamma) == (0, plain.history[0].gamma)
+    assert line.coverage == plain.history[0].coverage
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_clients_lost_at_any_stage_leave_the_bits_of_a_run_without_them(tiny, tmp_path, stage):
+    settings = FAST | {"method": "R-FedDM-S"}
+    gone = () if stage == Stage.OPEN else (1, 3)  # whoever has sent its vector counts
+    plain = run(tiny(**settings), tmp_path / "plain", plain_without=gone)
+    config = tiny(secure__aggregation=True, secure__least=1, **settings)
+    secure = run(config, tmp_path / "secure", lost={1: stage, 3: stage})
+    assert same(plain, secure)
+    assert [c.client for c in secure.history[0].clients] == [c for c in range(5) if c not in gone]
+    assert {entry["client"] for entry in secure.history[0].rejected} == set(gone)
+
+
+def test_with_too_few_left_the_run_stops_and_says_how_to_go_on(tiny, tmp_path):
+    config = tiny(secure__aggregation=True, **FAST)
+    lost = dict.fromkeys((0, 1, 2), Stage.OPEN)
+    with pytest.raises(RunStopped, match=r"shares of client 0's secrets are needed") as stopped:
+        run(config, tmp_path / "run", lost=lost)
+    assert "tried 3 times" in str(stopped.value)
+    assert "resume" in json.loads((tmp_path / "run/status.json").read_text())["reason"]
+
+
+def test_a_client_whose_values_are_out_of_range_says_so_and_costs_its_own_update(tiny, tmp_path):
+    config = tiny(secure__aggregation=True, **FAST)
+    experiment = Experiment(config, tmp_path / "run")
+    with task_runner(config, experiment.dataset, 1) as runner:
+
+        def spoil(tasks):
+            for task, outcome in runner(tasks):
+                if task.client == 2:
+                    first = next(iter(outcome.payload.arrays.values()))
+                    object.__setattr__(first, "data", b"\x00\x00\x80\x7f" * (len(first.data) // 4))
+                yield task, outcome
+
+        experiment.train(Exchange(experiment, SecureRunner(experiment.setup, spoil)))
+    (entry,) = experiment.history[0].rejected
+    assert entry["client"] == 2
+    assert "not finite" in entry["reason"]
+    assert len(experiment.history[0].clients) == 4
+
+
+@pytest.mark.parametrize("part", [m.SEALED_SHARES, m.HASHES])
+def test_a_client_whose_shares_nobody_can_use_costs_one_more_try_and_is_named(tiny, tmp_path, part):
+    config = tiny(secure__aggregation=True, **FAST)
+    experiment, tries = Experiment(config, tmp_path / "run"), []
+
+    class Spoiling(SecureRunner):
+        def _answer(self, task, trained=None):
+            answer = super()._answer(task, trained)
+            stage = m.stage_of(task)
+            tries.append(task.client) if stage == Stage.KEYS else None
+            if (task.client, stage) == (2, Stage.SHARES):
+                parts = answer.payload.arrays
+                one = parts[m.PREFIX + part]
+                parts[m.PREFIX + part] = Packed(one.dtype, one.shape, bytes(one.shape[0]))
+            return answer
+
+    with task_runner(config, experiment.dataset, 1) as runner:
+        experiment.train(Exchange(experiment, Spoiling(experiment.setup, runner)))
+    assert tries == [0, 1, 2, 3, 4, 0, 1, 3, 4]
+    summary = experiment.history[0]
+    assert [client.client for client in summary.clients] == [0, 1, 3, 4]
+    (entry,) = summary.rejected
+    assert (entry["client"], entry["fault"]) == (2, "node")
+    assert "cannot use the shares" in entry["reason"]
+
+
+REFUSED = {
+    "round.mode": {"round__mode": "buffered", "wire__differences": True},
+    "round.aggregation": {"round__aggregation": "median"},
+    "round.over_select": {"round__over_select": 0.5},
+    "round.max_norm": {"round__max_norm": 1.0},
+    "round.norm_factor": {"round__norm_factor": 10},
+    "local.state": {"local__state": "shared", "local__optimizer": "adam"},
+    "privacy.clip": {"privacy__clip": 1.0, "wire__differences": True},
+    "theory.every": {"theory__every": 1},
+    "wire.down": {"wire__down": "bf16", "wire__differences": True},
+    "round.fraction": {"round__fraction": 0.2},
+    "secure.least": {"secure__least": 6},
+    "secure.neighbours": {"secure__neighbours": 2, "method": "R-FedDM-S"},
+    "neighbours: 3": {"secure__neighbours": 3},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_secret_sums_cannot_have_is_refused_with_the_key_and_the_reason(tiny, key):
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")) as refused:
+        tiny(secure__aggregation=True, **REFUSED[key])
+    assert "secure" in str(refused.value)
+    assert len(str(refused.value)) > 80
