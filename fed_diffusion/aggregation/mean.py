@@ -72,11 +72,12 @@ class MaskedMean:
         self._sums.add(values, check_update(self._theta, values, masks), whole)
         self.coverage.add(masks, whole)
 
-    def fill(self, name: str, sums: Tensor) -> None:
+    def fill(self, name: str, sums: Tensor, level: int = 0) -> None:
         """Take a tensor's sums as secure aggregation has made them; see `ExactSums.fill`.
 
-        Whose they are is added to `coverage` by itself.
+        Whose they are is added to `coverage` by itself. There is one part of every value: level 0.
         """
+        assert level == 0
         self._sums.fill(name, sums)
 
     def result(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -33,6 +33,10 @@ class SecureConfig(Section):
     least: int = Field(3, ge=1)
     """A sum of fewer clients than this is not opened: such coordinates keep theta_r, and `withheld`
     in metrics.jsonl counts them. 1 opens everything."""
+
+    losses: Literal["each", "summed"] = "each"
+    """each: every client's losses, images and seconds travel in the clear. summed: only their sums
+    are opened, and every client's entry in metrics.jsonl holds the mean."""
 
     @model_validator(mode="after")
     def _circles_are_even(self) -> SecureConfig:
@@ -75,11 +79,6 @@ def check_secure(
         ),
         "round.max_norm": (round.max_norm, None, "the server sees no update's norm"),
         "round.norm_factor": (factor, None, "the server sees no update's norm"),
-        "local.state": (
-            local.state,
-            "fresh",
-            "the clients' moments are sums of several parts, which are not aggregated securely",
-        ),
         "privacy.clip": (
             privacy.clip,
             None,
@@ -92,6 +91,12 @@ def check_secure(
             "with wire.differences a client adds its difference to theta_r itself",
         ),
     }
+    if secure.losses == "summed":
+        counts = "uniform", "secure.losses = summed hides the clients' numbers of images"
+        wanted["round.weighting"] = round.weighting, *counts
+        if local.state == "shared":
+            why = "with secure.losses = summed nobody knows how many steps a client has taken"
+            wanted["local.epochs"] = local.epochs, None, why
     for key, (value, needed, why) in wanted.items():
         if value != needed:
             raise ValueError(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fed_diffusion.aggregation.stateful import LEVELS
 from fed_diffusion.build import Setup
 from fed_diffusion.client import diagnostics
 from fed_diffusion.client.budget import demand
@@ -28,6 +29,7 @@ from fed_diffusion.finish import SMALL
 from fed_diffusion.generate import Sampler
 from fed_diffusion.models.unet import UNet
 from fed_diffusion.protocol.messages import Task, Update
+from fed_diffusion.protocol.moments import PREFIXES, is_shared
 from fed_diffusion.server.coordinator import Coordinator
 
 START_S = {"local": 8.0, "flower": 22.0}
@@ -249,10 +251,12 @@ WORD = 8
 
 
 def _bytes_up(config: Config, update: Update) -> int:
-    """The bytes of an update; under secure aggregation it is a whole number for each value."""
+    """The bytes of an update; under secure aggregation it is whole numbers for each value."""
     if not config.secure.aggregation:
         return update.payload.nbytes
-    return sum(WORD * math.prod(packed.shape) for packed in update.payload.arrays.values())
+    arrays = update.payload.arrays.items()
+    kept = sum(math.prod(it.shape) for name, it in arrays if not name.startswith(PREFIXES))
+    return WORD * kept * (3 * LEVELS if is_shared(config.local) else 1)
 
 
 def _with_steps(config: Config, steps: int) -> Config:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.config.secure import SecureConfig
 from fed_diffusion.masks.mask import Masks
 from fed_diffusion.masks.recipe import Recipe
@@ -28,6 +27,7 @@ from fed_diffusion.secure.masking import Openings, parted
 from fed_diffusion.secure.opening import Fault, Opening, Sealed, Unopened
 from fed_diffusion.secure.plan import Member, Plan, PlanError, mask_digest
 from fed_diffusion.secure.shamir import SHARE
+from fed_diffusion.secure.words import tensor_of, with_numbers, words_of
 
 
 @dataclass
@@ -42,6 +42,8 @@ class Gathering:
         The masks of a client, derived or from what the server has kept of them.
     workers, heaviest
         See `aggregation.update.Room`.
+    shared
+        Whether the clients' optimiser's state is summed, too.
     weights
         The clients whose vector is in the sums, with their weights.
     faults
@@ -55,6 +57,7 @@ class Gathering:
     masks_of: Callable[[int], Masks]
     workers: int
     heaviest: int
+    shared: bool = False
     weights: dict[int, int] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
 
@@ -66,7 +69,11 @@ class Gathering:
         self._plan: Plan | None = None
         self._openings: Openings | None = None
         self._bits: dict[str, dict[str, bytes]] = {}
-        self._sums = {n: torch.zeros(v.shape, dtype=torch.int64) for n, v in self.theta.items()}
+        self.theta = theta = with_numbers(self.theta, self.settings.losses == "summed")
+        self._sums = {
+            word: torch.zeros(theta[tensor_of(word)].shape, dtype=torch.int64)
+            for word in words_of(theta, self.shared)
+        }
 
     @property
     def plan(self) -> Plan:
@@ -137,7 +144,7 @@ class Gathering:
         """
         _check_count(len(self._sealed), self.settings.least, "have shared their secrets")
         masks = (self.masks_of(client) for client in sorted(self._sealed))
-        self._openings = Openings(self.theta, self.plan, masks)
+        self._openings = Openings(self.theta, self.plan, masks, self.shared)
 
     def vector_parts(self, client: int) -> dict[str, bytes]:
         """Return what a client is sent beside its task: who is there, shares, and mask bits."""
@@ -157,8 +164,8 @@ class Gathering:
     def most(self, client: int) -> int:
         """Return the bytes of a client's vector."""
         assert self._openings is not None
-        sent = self._openings.of(self.masks_of(client)).sent.values()
-        return 8 * sum(part.count for part in sent)
+        part = self._openings.of(self.masks_of(client))
+        return 8 * sum(part.sent[tensor_of(word)].count for word in part.words)
 
     def take_vector(self, update: Update, weight: int, masks: Masks) -> None:
         """Add a client's masked vector to the sums.
@@ -168,9 +175,7 @@ class Gathering:
         UpdateError
             There is none, or it is of another length; nothing has been added.
         """
-        if why := update.payload.numbers.get(m.FAULT):
-            kind = DivergedError if why == 2 else RangeError
-            raise kind("its client found values that are not finite, or beyond its share")
+        _check_fault(update)
         assert self._openings is not None
         part = self._openings.of(masks)
         complaints = set(m.clients_of(update, m.COMPLAINTS))
@@ -226,10 +231,6 @@ class Gathering:
             self.faults,
         )
 
-    def open(self, mean: MaskedMean) -> int:
-        """Take all masks off the sums, and put these into an empty mean; see `Opening.into`."""
-        return self.opening().into(mean)
-
 
 def _sealed_of(plan: Plan, update: Update) -> Sealed:
     """Return a client's sealed shares, and the hashes that came with them."""
@@ -243,6 +244,15 @@ def _sealed_of(plan: Plan, update: Update) -> Sealed:
         [seeds[SIZE * level :][:SIZE] for level in range(plan.levels)],
         {holder: hashes[each * i :][:each] for i, holder in enumerate(holders)},
     )
+
+
+def _check_fault(update: Update) -> None:
+    """Raise what a client has found of its own update, if that must not count."""
+    why = update.payload.numbers.get(m.FAULT)
+    if why == 2:
+        raise DivergedError("its client says that it diverged: values not finite, or huge")
+    if why is not None:
+        raise RangeError("its client found values beyond its share of the sums' range")
 
 
 def _check_count(count: int, least: int, what: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,3 +133,10 @@ class Stream:
                 continue
             places = np.flatnonzero(where[start : start + WORDS])
             part[places] = operation(part[places], self.words(len(places)))
+
+    def add_to_each(
+        self, vectors: Iterable[np.ndarray], where: np.ndarray | None, minus: bool
+    ) -> None:
+        """Add the next numbers to one vector after another; see `add_to`."""
+        for vector in vectors:
+            self.add_to(vector, where, minus)

@@ -13,7 +13,8 @@ that have at least `least` survivors, whoever it was that is lost. What is below
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +25,12 @@ from fed_diffusion.aggregation.coverage import Coverage
 from fed_diffusion.masks.mask import Mask, Masks, Scattered, mask_of
 from fed_diffusion.secure.keys import KeyPair, Stream, derived
 from fed_diffusion.secure.plan import Plan
+from fed_diffusion.secure.words import Word, tensor_of, words_of
 
 Theta = Mapping[str, Tensor]
 """Only names and shapes count."""
-Vector = dict[str, np.ndarray]
-"""Tensor name -> uint64 of one dimension: what a client sends of it."""
+Vector = dict[Word, np.ndarray]
+"""uint64 of one dimension: what a client sends of each word."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,13 @@ class Openings:
         The attempt.
     masks
         Of every member that shares masks.
+    shared
+        See `words_of`.
     """
 
-    def __init__(self, theta: Theta, plan: Plan, masks: Iterable[Masks]):
+    def __init__(self, theta: Theta, plan: Plan, masks: Iterable[Masks], shared: bool = False):
         self.theta, self.plan = theta, plan
+        self.words = words_of(theta, shared)
         self._coverage = Coverage(theta, len(plan.members))
         for one in masks:
             self._coverage.add(one)
@@ -114,7 +119,7 @@ class Openings:
         """What a client with these masks sends."""
         named = {name: mask_of(masks, name, whole) for name, whole in self.theta.items()}
         sent = {name: self.sent(name, mask) for name, mask in named.items()}
-        return Part(self.plan, named, sent)
+        return Part(self.plan, named, sent, self.words)
 
 
 @dataclass(frozen=True)
@@ -125,22 +130,26 @@ class Part:
     ----------
     masks, sent
         Of every tensor by name.
+    words
+        What is sent, in order.
     """
 
     plan: Plan
     masks: Mapping[str, Mask]
     sent: Mapping[str, Sent]
+    words: Sequence[Word]
 
     def blank(self) -> Vector:
         """Zeros for all that the client sends."""
-        return {name: np.zeros(sent.count, np.uint64) for name, sent in self.sent.items()}
+        return {word: np.zeros(self.sent[tensor_of(word)].count, np.uint64) for word in self.words}
 
-    def chosen(self, values: Mapping[str, np.ndarray]) -> Vector:
+    def chosen(self, values: Mapping[Word, np.ndarray]) -> Vector:
         """What is sent of the client's kept values, int64 as `fixed_point` makes them."""
         vector = {}
-        for name, sent in self.sent.items():
-            kept = values[name] if sent.open is None else values[name][sent.open]
-            vector[name] = kept.view(np.uint64).copy()
+        for word in self.words:
+            sent = self.sent[tensor_of(word)]
+            kept = values[word] if sent.open is None else values[word][sent.open]
+            vector[word] = kept.view(np.uint64).copy()
         return vector
 
     def add_own(self, vector: Vector, seed: bytes, opened: int = 0, minus: bool = False) -> None:
@@ -154,15 +163,15 @@ class Part:
             Whether to take it away.
         """
         streams = _Levels(seed, opened, self.plan.digest)
-        for name, sent in self.sent.items():
-            levels, part = sent.levels, vector[name]
+        for name, words in itertools.groupby(self.words, tensor_of):
+            levels, parts = self.sent[name].levels, [vector[word] for word in words]
             if isinstance(levels, int):
                 if levels >= opened:
-                    streams[levels].add_to(part, None, minus)
+                    streams[levels].add_to_each(parts, None, minus)
                 continue
             for level in np.flatnonzero(np.bincount(levels)):
                 if level >= opened:
-                    streams[int(level)].add_to(part, levels == level, minus)
+                    streams[int(level)].add_to_each(parts, levels == level, minus)
 
     def add_pair(self, vector: Vector, others: Masks, key: bytes, minus: bool = False) -> None:
         """Add what the client shares with a neighbour to the client's vector.
@@ -177,23 +186,23 @@ class Part:
             Whether to take it away.
         """
         stream = Stream(key)
-        for name, mask in self.masks.items():
-            other, where = others.get(name), None
+        for name, words in itertools.groupby(self.words, tensor_of):
+            mask, other, where = self.masks[name], others.get(name), None
             if other is not None and not other.whole and mask != other:
                 where = mask.take(other.dense()).reshape(-1).numpy()
                 is_open = self.sent[name].open
                 where = where if is_open is None else where[is_open]
-            stream.add_to(vector[name], where, minus)
+            stream.add_to_each([vector[word] for word in words], where, minus)
 
-    def scatter(self, vector: Vector, sums: Mapping[str, Tensor]) -> None:
+    def scatter(self, vector: Vector, sums: Mapping[Word, Tensor]) -> None:
         """Add the client's vector to the sums: int64 of theta's shapes, modulo 2^64."""
-        for name, sent in self.sent.items():
-            kept = vector[name].view(np.int64)
+        for word in self.words:
+            mask, sent = self.masks[tensor_of(word)], self.sent[tensor_of(word)]
+            kept = vector[word].view(np.int64)
             if sent.open is not None:
                 kept = np.zeros(len(sent.open), np.int64)
-                kept[sent.open] = vector[name].view(np.int64)
-            mask = self.masks[name]
-            mask.add(torch.from_numpy(kept).view(mask.kept), sums[name])
+                kept[sent.open] = vector[word].view(np.int64)
+            mask.add(torch.from_numpy(kept).view(mask.kept), sums[word])
 
 
 class _Levels:

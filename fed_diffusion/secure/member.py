@@ -23,6 +23,7 @@ from fed_diffusion.secure.messages import Stage
 from fed_diffusion.secure.plan import Plan, PlanError
 from fed_diffusion.secure.shamir import SHARE, split
 from fed_diffusion.secure.vectors import Vectors
+from fed_diffusion.secure.words import MEASURED
 
 Known = dict[str, Any]
 """What a client remembers, as JSON holds it; bytes are in hexadecimal."""
@@ -45,7 +46,8 @@ class Members:
         """Return the members of a run."""
         config = setup.config
         wire = Wire(config.wire, config.pruning, config.local, setup.family, config.seed)
-        vectors = Vectors(config.round.weighting, wire, setup.shapes, setup.layout)
+        summed = config.secure.losses == "summed"
+        vectors = Vectors(config.round.weighting, summed, wire, setup.shapes, setup.layout)
         return cls(config.secure, vectors)
 
     def answer(self, task: Task, memory: bytes | None) -> tuple[Update, bytes | None]:
@@ -124,7 +126,8 @@ class Members:
             )
         complaints = _take_shares(task, known, plan, here)
         known["here"] = here
-        numbers, vectors = m.without_arrays(update), self._vectors
+        vectors = self._vectors
+        numbers = m.without_arrays(update, MEASURED if vectors.summed else ())
         masks, theta = vectors.begin(task, plan)
         try:
             values = vectors.fixed(update, theta, masks, plan)

@@ -7,7 +7,7 @@ the task itself, and the masked vector in the place of the update; and the share
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -112,9 +112,9 @@ def plain(message: Task) -> Task:
     return Task(message.round, message.client, Payload(arrays, numbers))
 
 
-def without_arrays(update: Update) -> Payload:
-    """An update's numbers alone."""
-    return Payload({}, dict(update.payload.numbers))
+def without_arrays(update: Update, hidden: Collection[str] = ()) -> Payload:
+    """Return an update's numbers alone, without those that are hidden."""
+    return Payload({}, {k: v for k, v in update.payload.numbers.items() if k not in hidden})
 
 
 def bits_part(digest: str, packed: Mapping[str, Packed]) -> dict[str, bytes]:

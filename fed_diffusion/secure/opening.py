@@ -15,6 +15,7 @@ from fed_diffusion.secure.keys import SIZE, KeyPair, digest
 from fed_diffusion.secure.masking import Openings, pair_key
 from fed_diffusion.secure.plan import Plan
 from fed_diffusion.secure.shamir import join
+from fed_diffusion.secure.words import NUMBERS, Word, tensor_of
 
 
 class Unopened(RuntimeError):
@@ -66,11 +67,13 @@ class Opening:
     complaints
         Owner -> the holders that could not open what it has sealed for them, or found it wrong.
     sums
-        The sums of all vectors, still masked.
+        The sums of all vectors by word, still masked.
     opened
         The level from which on own masks are opened.
     faults
         Who did not keep to the protocol; it is added to.
+    numbers
+        The sums of what the clients have measured, once they are opened, where they are summed.
     """
 
     plan: Plan
@@ -80,15 +83,24 @@ class Opening:
     weights: Mapping[int, int]
     shares: Mapping[int, Mapping[int, bytes]]
     complaints: Mapping[int, set[int]]
-    sums: Mapping[str, Tensor]
+    sums: Mapping[Word, Tensor]
     opened: int
     faults: list[Fault]
+    numbers: Tensor | None = None
     _wrong: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     """Holder -> owners whose share it has not given as it was made."""
     _problems: list[str] = field(default_factory=list)
 
-    def into(self, mean: MaskedMean) -> int:
+    def into(
+        self, mean: MaskedMean, known: Callable[[int, Masks], None] = lambda client, masks: None
+    ) -> int:
         """Take all masks off the sums, and put these into an empty mean; it counts who is in it.
+
+        Parameters
+        ----------
+        known
+            A function that adds to the mean what the server knows of a client by itself, under the
+            client's masks without what stays hidden.
 
         Returns
         -------
@@ -115,11 +127,16 @@ class Opening:
         for client, seed in seeds.items():
             masks = self.unmask(client, seed, pairs)
             trained.add(masks)
-            mean.coverage.add(self.openings.without(masks, hidden), self.weights[client])
-        for name, sums in self.sums.items():
-            if (cover := hidden.get(name)) is not None:
+            masks = self.openings.without(masks, hidden)
+            mean.coverage.add(masks, self.weights[client])
+            known(client, masks)
+        for word, sums in self.sums.items():
+            if (cover := hidden.get(tensor_of(word))) is not None:
                 sums[cover] = 0
-            mean.fill(name, sums)
+            if word[0] == NUMBERS:
+                self.numbers = sums
+            else:
+                mean.fill(word[0], sums, word[1])
         if not hidden:
             return 0
         counts = trained.counts()

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from fed_diffusion.aggregation.exact import fixed_point
+from fed_diffusion.aggregation.stateful import parts_of
 from fed_diffusion.aggregation.update import Room
 from fed_diffusion.masks.mask import Masks, mask_of
 from fed_diffusion.masks.spaces import Layout
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.messages import Task, Update
+from fed_diffusion.protocol.moments import PREFIXES, decode_moments, is_shared
 from fed_diffusion.protocol.wire import (
     Wire,
     decode_bits,
@@ -27,6 +29,7 @@ from fed_diffusion.secure import messages as m
 from fed_diffusion.secure.keys import KeyPair
 from fed_diffusion.secure.masking import Openings, flat, pair_key
 from fed_diffusion.secure.plan import Plan, PlanError, mask_digest
+from fed_diffusion.secure.words import NUMBERS, Word, summed_numbers, with_numbers
 
 MASK_BYTES = 256 << 20
 """Bits of other members' masks that a client keeps; what is beyond is derived twice."""
@@ -38,8 +41,8 @@ class Vectors:
 
     Attributes
     ----------
-    weighting
-        round.weighting.
+    weighting, summed
+        round.weighting, and whether what the client measures is summed, too.
     wire
         How tensors travel.
     theta
@@ -49,6 +52,7 @@ class Vectors:
     """
 
     weighting: str
+    summed: bool
     wire: Wire
     theta: Mapping[str, Tensor]
     layout: Layout | None
@@ -75,7 +79,7 @@ class Vectors:
 
     def fixed(
         self, update: Update, theta: Mapping[str, Tensor], masks: Masks, plan: Plan
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[Word, np.ndarray]:
         """Return an update in fixed point, exactly what a server would have made of it.
 
         Raises
@@ -83,12 +87,31 @@ class Vectors:
         UpdateError
             The update must not count: a value is not finite, or beyond its share of the sums.
         """
-        values = decode_update(update.payload.arrays, theta, masks, self.wire)
+        arrays, numbers = dict(update.payload.arrays), update.payload.numbers
+        moments = {n: arrays.pop(n) for n in list(arrays) if n.startswith(PREFIXES)}
+        values = decode_update(arrays, theta, masks, self.wire)
         room, weight = Room(plan.workers, plan.heaviest), 1
         if self.weighting == "examples":
-            weight = int(update.payload.numbers["examples"])  # type: ignore[arg-type]
+            weight = int(numbers["examples"])  # type: ignore[arg-type]
         weight = room.check(weight)
-        return {name: fixed_point(name, value, weight, room) for name, value in values.items()}
+        split = _alone
+        if self.shared:
+            values |= decode_moments(moments, theta, masks, self.wire.settings.state)
+            split = parts_of
+        found = {
+            (name, level): fixed_point(name, part, weight, room)
+            for name, value in values.items()
+            for level, part in enumerate(split(value))
+        }
+        if self.summed:
+            whole = plan.equal and not plan.members[0].mask
+            found[NUMBERS, 0] = summed_numbers(numbers, whole, plan.workers)
+        return found
+
+    @property
+    def shared(self) -> bool:
+        """Whether the optimiser's state is summed, too."""
+        return is_shared(self.wire.local)
 
     def hidden(
         self,
@@ -96,7 +119,7 @@ class Vectors:
         plan: Plan,
         here: list[int],
         masks: Masks,
-        values: Mapping[str, np.ndarray],
+        values: Mapping[Word, np.ndarray],
         seed: bytes,
         pair: KeyPair,
     ) -> bytes:
@@ -111,7 +134,8 @@ class Vectors:
         """
         client = task.client
         told = _Told(self, task, plan, plan.by_client[client].mask, masks)
-        part = Openings(self.theta, plan, (told.masks(other) for other in here)).of(masks)
+        theta, others = with_numbers(self.theta, self.summed), map(told.masks, here)
+        part = Openings(theta, plan, others, self.shared).of(masks)
         vector = part.chosen(values)
         part.add_own(vector, seed)
         for other in plan.neighbours[client]:
@@ -119,6 +143,10 @@ class Vectors:
                 key = pair_key(pair, plan.by_client[other].pair, plan, client, other)
                 part.add_pair(vector, told.masks(other), key, minus=other < client)
         return flat(vector)
+
+
+def _alone(value: Tensor) -> list[Tensor]:
+    return [value]
 
 
 class _Told:

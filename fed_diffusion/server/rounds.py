@@ -187,12 +187,16 @@ class Rounds:
         factor = self._policy.weight(staleness)
         if state:
             values |= decode_moments(moments, theta, masks, self._config.wire.state)
-            values |= self._steps(flight, masks, measured["examples"])
+            values |= self.steps(flight, masks, measured["examples"])
         whole = {**theta, **state}
         open.mean.add(damped(values, whole, spread(masks, whole), factor), masks, weight)
         self._diagnostics.add(update.client, answer)
         open.count(flight, update, measured, staleness, node)
         open.norms += [] if rms is None else [rms]
+
+    def check_loss(self, loss: float) -> None:
+        """Refuse a loss that no honest training makes; see `Ledger.check_loss`."""
+        self._ledger.check_loss(loss)
 
     def read(self, flight: Flight, update: Update) -> tuple[dict[str, Any], int]:
         """Return what an update says beside its values, checked: its measurements, and its weight.
@@ -219,7 +223,7 @@ class Rounds:
             return aggregator_of(theta, workers, settings)
         return StatefulMean(theta, state, workers, heaviest_of(settings))
 
-    def _steps(self, flight: Flight, masks: Masks, examples: int) -> dict[str, Tensor]:
+    def steps(self, flight: Flight, masks: Masks, examples: int) -> dict[str, Tensor]:
         """Return the steps behind a client's moments: those that it began with, and its own."""
         taken = self._config.local.steps_of(examples)
         began = kept_values(flight.steps, masks)

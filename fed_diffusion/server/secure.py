@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.aggregation.named import heaviest_of
+from fed_diffusion.aggregation.stateful import StatefulMean
 from fed_diffusion.build import Setup
 from fed_diffusion.common.text import clean
 from fed_diffusion.config import Config
 from fed_diffusion.masks.mask import Masks
-from fed_diffusion.protocol.errors import Fault, UpdateError
+from fed_diffusion.masks.recipe import Numbers
+from fed_diffusion.protocol.errors import DivergedError, Fault, UpdateError
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.protocol.wire import BESIDE
 from fed_diffusion.secure import messages as m
 from fed_diffusion.secure.gathering import Gathering
 from fed_diffusion.secure.messages import Stage
 from fed_diffusion.secure.opening import Unopened
+from fed_diffusion.secure.words import means_of
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.server.mask_store import Bits
 from fed_diffusion.server.open_round import Flight, Flights, OpenRound
@@ -25,6 +29,8 @@ from fed_diffusion.server.rounds import Rounds, Theta
 from fed_diffusion.store.ledger import RoundSummary
 
 logger = logging.getLogger(__name__)
+UNTOLD: Numbers = {"loss": 0.0, "images": 0, "examples": 1, "seconds": 0.0}
+"""What stands for a client's measurements until their sums are opened."""
 
 
 class SecureRound:
@@ -34,8 +40,8 @@ class SecureRound:
     ----------
     open
         The round in progress, with nothing in it yet; its recipes say who is asked.
-    theta
-        theta_r.
+    theta, state
+        theta_r, and the optimiser's state where local.state is shared; else empty.
     quorum
         How many updates the round needs.
 
@@ -55,13 +61,18 @@ class SecureRound:
         round: int,
         open: OpenRound,
         theta: Theta,
+        state: Theta,
         rounds: Rounds,
         flights: Flights,
         quorum: int,
     ):
-        self._open, self._theta, self._round, self._quorum = open, theta, round, quorum
+        self._open, self._round, self._quorum = open, round, quorum
+        self._theta, self._state = theta, state
+        self._summed = setup.config.secure.losses == "summed"
         self._rounds, self._flights = rounds, flights
         self._packed: dict[int, Bits | None] = {}
+        self._behind: dict[int, tuple[Flight, int]] = {}
+        """Client -> its task, and its number of examples."""
         self._begin(Stage.KEYS)
         self.problem: str | None = "the round was not brought to its end"
         self.shunned: set[int] = set()
@@ -74,6 +85,7 @@ class SecureRound:
             self._masks_of,
             max(1, len(open.recipes)),
             heaviest_of(setup.config.round),
+            bool(state),
         )
 
     def exchanges(self) -> Iterator[Iterator[Task]]:
@@ -90,10 +102,9 @@ class SecureRound:
                 return
             gathering.level()
             yield self._small(Stage.OPEN)
-            assert isinstance(self._open.mean, MaskedMean)
-            self._open.withheld = gathering.open(self._open.mean)
+            self._take_sums()
             self.problem = None
-        except Unopened as error:
+        except (Unopened, DivergedError) as error:
             self.problem = str(error)
         for fault in gathering.faults:
             whose: Fault = "node" if fault.surely else "nobody"
@@ -101,6 +112,42 @@ class SecureRound:
             self._open.failed += [fault.client] if fault.surely else []
             if fault.surely or self.problem is not None:
                 self.shunned.add(fault.client)
+
+    def _take_sums(self) -> None:
+        """Open the sums into the round's mean, and into its record what they hold of measurements.
+
+        Raises
+        ------
+        Unopened
+            They cannot be opened.
+        DivergedError
+            The mean loss is beyond all that honest training makes.
+        """
+        open, opening = self._open, self._gathering.opening()
+        assert isinstance(open.mean, MaskedMean)
+        open.withheld = opening.into(open.mean, self._add_steps)
+        if opening.numbers is None:
+            return
+        count = len(open.clients)
+        loss, heldout, images, seconds = means_of(opening.numbers, count)
+        self._rounds.check_loss(loss)
+        open.clients = [
+            replace(
+                client,
+                loss=loss,
+                holdout_loss=heldout,
+                images=images // count + (place < images % count),  # so that their sum is right
+                seconds=seconds,
+            )
+            for place, client in enumerate(sorted(open.clients, key=lambda it: it.client))
+        ]
+
+    def _add_steps(self, client: int, masks: Masks) -> None:
+        """Add how many steps are behind a client's moments, which the server knows by itself."""
+        if isinstance(mean := self._open.mean, StatefulMean):
+            flight, examples = self._behind[client]
+            steps = self._rounds.steps(flight, masks, examples)
+            mean.add_steps(steps, masks, self._gathering.weights[client])
 
     def _begin(self, stage: Stage) -> None:
         self.stage, self._open.counting = stage, stage == Stage.VECTORS
@@ -126,13 +173,13 @@ class SecureRound:
         self._begin(Stage.VECTORS)
         gathering, open = self._gathering, self._open
         recipes = {c: open.recipes[c] for c in gathering.clients(Stage.VECTORS)}
-        made = self._rounds.tasks(self._round, self._theta, {}, recipes, open.masks)
+        made = self._rounds.tasks(self._round, self._theta, self._state, recipes, open.masks)
         for plain, flight in made:
             parts = gathering.vector_parts(plain.client)
             task = m.task(Stage.VECTORS, self._round, plain.client, parts, plain.payload)
             most = BESIDE + gathering.most(plain.client)
             known = flight.recipe, task.payload.nbytes, flight.kept, flight.w2
-            self._send(task, Flight(self._round, *known, None, most=most))
+            self._send(task, Flight(self._round, *known, None, flight.steps, most))
             yield task
 
     def _send(self, task: Task, flight: Flight) -> None:
@@ -156,7 +203,12 @@ class SecureRound:
         elif self.stage == Stage.OPEN:
             self._gathering.take_opened(update)
         else:
-            measured, weight = self._rounds.read(flight, update)
+            said = update
+            if self._summed:  # nothing of it travels, whatever the client says
+                numbers = update.payload.numbers | UNTOLD
+                said = replace(update, payload=replace(update.payload, numbers=numbers))
+            measured, weight = self._rounds.read(flight, said)
+            self._behind[update.client] = flight, measured["examples"]
             self._gathering.take_vector(update, weight, self._masks_of(update.client))
             self._open.count(flight, update, measured, 0, node)
 
@@ -211,8 +263,8 @@ class SecureCoordinator(Coordinator):
         self.flights.forget()
         shunned = self._shunned[1] if self._shunned[0] == round else set()
         asked = [c for c in self.participants(round, available) if c not in shunned]
-        self.open = self._rounds.begin(round, self.theta, {}, asked, available)
-        parts = self.open, self.theta, self._rounds, self.flights, self.quorum()
+        self.open = self._rounds.begin(round, self.theta, self.moments, asked, available)
+        parts = self.open, self.theta, self.moments, self._rounds, self.flights, self.quorum()
         attempt = self._rounds.attempt = SecureRound(self._setup, round, *parts)
         yield from attempt.exchanges()
         self._shunned = round, shunned | attempt.shunned

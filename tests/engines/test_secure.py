@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from fed_diffusion.config import ConfigError
 from fed_diffusion.engines.local import Exchange
@@ -12,19 +13,27 @@ from fed_diffusion.experiment import Experiment, RunStopped
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.secure import messages as m
 from fed_diffusion.secure.messages import Stage
+from fed_diffusion.secure.words import MEASURED
+from fed_diffusion.store.rundir import RunDir
 from tests.secure.runs import FAST, run, same
 
 INT8 = {"wire__up": "int8", "wire__differences": True}
+SHARED = {"local__state": "shared", "local__optimizer": "adam", "rounds": 2}
 KINDS = [
     {"method": "FedDM-F"},
     {"method": "R-FedDM-S", **INT8},
     {"method": "T-FedDM-S", "round__weighting": "examples"},
     {"pruning__kind": "channels", "pruning__level": "S"},
     {"pruning__kind": "balanced", "pruning__level": "S", "server__optimizer": "adam"},
+    {"method": "R-FedDM-S", **SHARED},
+    {"pruning__kind": "channels", "pruning__level": "S", "wire__state": "int4", **SHARED},
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["F", "R-int8", "T-examples", "channels", "balanced"])
+NAMES = ["F", "R-int8", "T-examples", "channels", "balanced", "R-shared", "channels-int4"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_a_run_ends_with_the_same_bits_whether_its_sums_are_secret_or_not(tiny, tmp_path, kind):
     settings = FAST | kind
     plain = run(tiny(**settings), tmp_path / "plain")
@@ -54,6 +63,56 @@ def test_with_too_few_left_the_run_stops_and_says_how_to_go_on(tiny, tmp_path):
         run(config, tmp_path / "run", lost=lost)
     assert "tried 3 times" in str(stopped.value)
     assert "resume" in json.loads((tmp_path / "run/status.json").read_text())["reason"]
+
+
+@pytest.mark.parametrize("method", ["FedDM-F", "R-FedDM-S"])
+def test_summed_losses_leave_no_client_by_itself_and_the_parameters_as_they_are(
+    tiny, tmp_path, method
+):
+    settings = FAST | {"method": method, "data__holdout": 0.2}
+    plain = run(tiny(**settings), tmp_path / "plain").history[0]
+    told = []
+
+    class Listening(SecureRunner):
+        def _answer(self, task, trained=None):
+            answer = super()._answer(task, trained)
+            told.append(answer.payload.numbers.keys())
+            return answer
+
+    config = tiny(secure__aggregation=True, secure__losses="summed", secure__least=1, **settings)
+    experiment = Experiment(config, tmp_path / "secure")
+    with task_runner(config, experiment.dataset, 1) as runner:
+        experiment.train(Exchange(experiment, Listening(experiment.setup, runner)))
+    (line,) = experiment.history
+    assert not any(numbers & {*MEASURED} for numbers in told)
+    assert same_theta(tmp_path / "plain", tmp_path / "secure")
+    losses = [client.loss for client in plain.clients]
+    assert line.loss == pytest.approx(sum(losses) / len(losses), abs=1e-11)
+    assert {client.loss for client in line.clients} == {line.clients[0].loss}
+    assert line.images == plain.images
+    if method == "FedDM-F":
+        assert line.holdout_loss == pytest.approx(plain.holdout_loss, abs=1e-11)
+    else:  # of clients with masks none has measured the same model
+        assert line.holdout_loss is None
+
+
+def same_theta(one, other):
+    thetas = [RunDir.open(path).load_theta(ema=False) for path in (one, other)]
+    return all(torch.equal(value, thetas[1][name]) for name, value in thetas[0].items())
+
+
+def test_a_mean_loss_that_no_training_makes_gives_no_sum(tiny, tmp_path):
+    config = tiny(secure__aggregation=True, secure__losses="summed", **FAST | {"rounds": 2})
+    experiment = Experiment(config, tmp_path / "run")
+    with task_runner(config, experiment.dataset, 1) as runner:
+
+        def spoil(tasks):
+            for task, outcome in runner(tasks):
+                outcome.payload.numbers["loss"] *= 1 if task.round == 1 else 1e4
+                yield task, outcome
+
+        with pytest.raises(RunStopped, match="there is no sum: its training diverged"):
+            experiment.train(Exchange(experiment, SecureRunner(experiment.setup, spoil)))
 
 
 def test_a_client_whose_values_are_out_of_range_says_so_and_costs_its_own_update(tiny, tmp_path):
@@ -107,7 +166,13 @@ REFUSED = {
     "round.over_select": {"round__over_select": 0.5},
     "round.max_norm": {"round__max_norm": 1.0},
     "round.norm_factor": {"round__norm_factor": 10},
-    "local.state": {"local__state": "shared", "local__optimizer": "adam"},
+    "round.weighting": {"round__weighting": "examples", "secure__losses": "summed"},
+    "local.epochs": {
+        "local__epochs": 1,
+        "local__steps": None,
+        "secure__losses": "summed",
+        **SHARED,
+    },
     "privacy.clip": {"privacy__clip": 1.0, "wire__differences": True},
     "theory.every": {"theory__every": 1},
     "wire.down": {"wire__down": "bf16", "wire__differences": True},

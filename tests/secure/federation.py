@@ -41,7 +41,9 @@ class Federation:
             object.__setattr__(recipe, "needs_bits", family.sends_bits)
         self.masks = {c: derive(family, r, self.theta) for c, r in self.recipes.items()}
         self.updates = {c: self._update(c, noise) for c in range(clients)}
-        vectors = Vectors(config.round.weighting, self.wire, self.theta, None)
+        vectors = Vectors(
+            config.round.weighting, config.secure.losses == "summed", self.wire, self.theta, None
+        )
         self.members = Members(config.secure, vectors)
 
     def _update(self, client, noise):
@@ -99,7 +101,7 @@ class Federation:
     def opened(self, gathering):
         """The mean that comes out, and how many coordinates stay hidden."""
         mean = MaskedMean(self.theta, len(self.recipes))
-        withheld = gathering.open(mean)
+        withheld = gathering.opening().into(mean)
         return mean, withheld
 
     def plain(self, clients):
