@@ -17,15 +17,15 @@ from torch import Tensor
 from fed_diffusion.config.secure import SecureConfig
 from fed_diffusion.masks.mask import Masks
 from fed_diffusion.masks.recipe import Recipe
-from fed_diffusion.protocol.errors import DivergedError, RangeError, UpdateError
+from fed_diffusion.protocol.errors import DivergedError, LimitError, RangeError, UpdateError
 from fed_diffusion.protocol.messages import Update
 from fed_diffusion.protocol.wire import encode_bits
 from fed_diffusion.secure import messages as m
 from fed_diffusion.secure.graph import degree_of
-from fed_diffusion.secure.keys import SIZE
+from fed_diffusion.secure.keys import SIZE, KeyPair
 from fed_diffusion.secure.masking import Openings, parted
-from fed_diffusion.secure.opening import Fault, Opening, Sealed, Unopened
-from fed_diffusion.secure.plan import Member, Plan, PlanError, mask_digest
+from fed_diffusion.secure.opening import Fault, Opening, Sealed, Unopened, disputed
+from fed_diffusion.secure.plan import Member, Plan, mask_digest
 from fed_diffusion.secure.shamir import SHARE
 from fed_diffusion.secure.words import tensor_of, with_numbers, words_of
 
@@ -65,6 +65,8 @@ class Gathering:
         self._keys: dict[int, bytes] = {}
         self._sealed: dict[int, Sealed] = {}
         self._complaints: dict[int, set[int]] = defaultdict(set)
+        self._odd: dict[int, set[int]] = defaultdict(set)
+        """Client -> its neighbours that it has told of another plan."""
         self._shares: dict[int, dict[int, bytes]] = {}
         self._plan: Plan | None = None
         self._openings: Openings | None = None
@@ -95,7 +97,7 @@ class Gathering:
 
     def take_keys(self, update: Update) -> None:
         """Note a client's public keys."""
-        self._keys[update.client] = m.part_of(update, m.KEYS, 2 * SIZE)
+        self._keys[update.client] = _keys_of(update)
 
     def agree(self) -> None:
         """Make the plan of those whose keys are there.
@@ -175,7 +177,8 @@ class Gathering:
         UpdateError
             There is none, or it is of another length; nothing has been added.
         """
-        _check_fault(update)
+        neighbours = set(self.plan.neighbours[update.client])
+        _check_fault(update, self._odd, neighbours)
         assert self._openings is not None
         part = self._openings.of(masks)
         complaints = set(m.clients_of(update, m.COMPLAINTS))
@@ -185,23 +188,20 @@ class Gathering:
             raise UpdateError(str(error)) from error
         part.scatter(vector, self._sums)
         self.weights[update.client] = weight
-        for owner in complaints & set(self.plan.neighbours[update.client]):
+        for owner in complaints & neighbours:
             self._complaints[owner].add(update.client)
+
+    def name_odd(self) -> None:
+        """Name who has told others of another plan than the one that everybody was sent."""
+        for owner, others in self._odd.items():
+            what = "another plan of the round"
+            self.faults += disputed(owner, others, len(self.plan.neighbours[owner]), what)
 
     # --- opening the sum ------------------------------------------------------------------------
 
     def level(self) -> int:
-        """Return the level from which on own masks are opened.
-
-        Raises
-        ------
-        Unopened
-            Too few are left.
-        """
-        try:
-            return self.plan.opened_level(len(self._sealed), len(self.weights))
-        except PlanError as error:
-            raise Unopened(str(error)) from error
+        """Return the level from which on own masks are opened; see `Plan.opened_level`."""
+        return self.plan.opened_level(len(self._sealed), len(self.weights))
 
     def open_parts(self, client: int) -> dict[str, bytes]:
         """Return what a client is told before it gives shares of masks and keys."""
@@ -216,7 +216,7 @@ class Gathering:
         }
 
     def opening(self) -> Opening:
-        """Return what there is of the attempt, to be opened; `Unopened` where too few are left."""
+        """Return what there is of the attempt, to be opened; `PlanError` where too few are left."""
         assert self._openings is not None
         return Opening(
             self.plan,
@@ -246,10 +246,26 @@ def _sealed_of(plan: Plan, update: Update) -> Sealed:
     )
 
 
-def _check_fault(update: Update) -> None:
-    """Raise what a client has found of its own update, if that must not count."""
+def _keys_of(update: Update) -> bytes:
+    """Return a client's two public keys, with which every other client can agree on something."""
+    keys = m.part_of(update, m.KEYS, 2 * SIZE)
+    try:
+        for public in keys[:SIZE], keys[SIZE:]:
+            KeyPair.new().agree(public, b"a key for nothing")
+    except ValueError as error:
+        raise UpdateError(f"its public keys are of no use: {error}") from error
+    return keys
+
+
+def _check_fault(update: Update, odd: dict[int, set[int]], neighbours: set[int]) -> None:
+    """Raise what a client has found of its own update or of the plan, if it sends no vector."""
     why = update.payload.numbers.get(m.FAULT)
-    if why == 2:
+    if why == m.OTHER_PLAN:
+        others = sorted(neighbours & set(m.clients_of(update, m.COMPLAINTS)))
+        for other in others:
+            odd[other].add(update.client)
+        raise LimitError(f"clients {others[:5]} have told it of another plan of the round")
+    if why == m.DIVERGED:
         raise DivergedError("its client says that it diverged: values not finite, or huge")
     if why is not None:
         raise RangeError("its client found values beyond its share of the sums' range")

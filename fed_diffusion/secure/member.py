@@ -107,10 +107,11 @@ class Members:
         if plan.degree != (degree := degree_of(*asked)):
             raise PlanError(f"the plan has {plan.degree} neighbours for each, and {degree} are due")
 
-    def mask(self, task: Task, update: Update, memory: bytes | None) -> tuple[Update, bytes]:
+    def mask(self, task: Task, update: Update, memory: bytes | None) -> tuple[Update, bytes | None]:
         """Return what the client sends in the place of the update that its worker has made.
 
-        An update that must not count has no vector, and says why: nobody else could see it.
+        An update that must not count has no vector, and says why: nobody else could see it. Nor
+        has one where a neighbour was told another plan; nothing of that attempt is remembered.
         """
         known = _known(task, memory)
         plan = _plan_of(known)
@@ -124,15 +125,20 @@ class Members:
                 f"{len(here)} clients share masks, and a sum of fewer than secure.least = "
                 f"{plan.least} is not opened"
             )
-        complaints = _take_shares(task, known, plan, here)
+        complaints, odd = _take_shares(task, known, plan, here)
         known["here"] = here
         vectors = self._vectors
         numbers = m.without_arrays(update, MEASURED if vectors.summed else ())
+        if odd:
+            numbers.numbers[m.FAULT] = m.OTHER_PLAN
+            parts = {m.COMPLAINTS: m.client_list(odd)}
+            return m.reply(Stage.VECTORS, task, parts, numbers), None
         masks, theta = vectors.begin(task, plan)
         try:
             values = vectors.fixed(update, theta, masks, plan)
         except UpdateError as error:
-            numbers.numbers[m.FAULT] = 2 if isinstance(error, DivergedError) else 1
+            diverged = isinstance(error, DivergedError)
+            numbers.numbers[m.FAULT] = m.DIVERGED if diverged else m.OUT_OF_RANGE
             return m.reply(Stage.VECTORS, task, {}, numbers), _to_bytes(known)
         secrets = bytes.fromhex(known["seed"]), _pair(known, "pair")
         vector = vectors.hidden(task, plan, here, masks, values, *secrets)
@@ -140,13 +146,17 @@ class Members:
         return m.reply(Stage.VECTORS, task, parts, numbers), _to_bytes(known)
 
 
-def _take_shares(task: Task, known: Known, plan: Plan, here: list[int]) -> list[int]:
-    """Open what neighbours have sealed for this client; return whose shares are of no use."""
+def _take_shares(
+    task: Task, known: Known, plan: Plan, here: list[int]
+) -> tuple[list[int], list[int]]:
+    """Open what neighbours have sealed; return whose shares are of no use, and of another plan."""
     client, sealing, size = task.client, _pair(known, "seal"), m.sealed_size(plan)
     others, each = [o for o in plan.neighbours[client] if o in here], SIZE * plan.secrets
     sealed = m.part_of(task, m.SEALED_SHARES, size * len(others))
     hashes = m.part_of(task, m.HASHES, each * len(others))
-    held, complaints = {client: known["held"]}, []
+    held: dict[int, str] = {client: known["held"]}
+    complaints: list[int] = []
+    odd: list[int] = []
     for place, other in enumerate(others):
         key = _seal_key(sealing, plan, client, other)
         try:
@@ -155,12 +165,12 @@ def _take_shares(task: Task, known: Known, plan: Plan, here: list[int]) -> list[
             complaints.append(other)
             continue
         if packet[:SIZE] != plan.digest:
-            raise PlanError(f"client {other} was told another plan of the round than this one")
+            odd.append(other)
         held[other] = packet[SIZE:].hex()
         if _hashes(packet[SIZE:]) != hashes[each * place :][:each]:
             complaints.append(other)
     known["held"] = {str(holder): packet for holder, packet in held.items()}
-    return complaints
+    return complaints, odd
 
 
 def _open(task: Task, known: Known) -> Update:

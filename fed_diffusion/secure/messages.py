@@ -23,6 +23,8 @@ PREFIX = "secure:"
 """What the names of this protocol's arrays begin with."""
 STAGE, FAULT = "secure.stage", "secure.fault"
 """The numbers that say which exchange a message is of, and why a client has not sent a vector."""
+OUT_OF_RANGE, DIVERGED, OTHER_PLAN = 1, 2, 3
+"""Values are beyond the client's share, or diverged, or a neighbour was told another plan."""
 KEYS, PLAN, SEALED_SHARES, SEEDS = "keys", "plan", "sealed", "seeds"
 HASHES, HERE = "hashes", "here"
 VECTOR, COMPLAINTS, LEFT, OPENED, BITS = "vector", "complaints", "left", "opened", "bits:"

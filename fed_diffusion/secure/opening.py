@@ -192,7 +192,8 @@ class Opening:
             reason = "the shares that it made of its secrets do not give them"
             self.faults.append(Fault(owner, reason, surely=True))
         elif complaints:
-            self._dispute(owner, complaints, len(holders) - 1)
+            what = "shares of no use"
+            self.faults += disputed(owner, complaints, len(holders) - 1, what)
         self._problems.append(
             f"{needed} shares of client {owner}'s secrets are needed, and of {len(holders)} "
             f"holders {len(given)} have given theirs, {len(right)} of them as they were made "
@@ -200,14 +201,22 @@ class Opening:
         )
         return bytes(SIZE)
 
-    def _dispute(self, owner: int, complaints: set[int], others: int) -> None:
-        """Name an owner whose shares are called wrong, and where it may be otherwise, who says so.
 
-        Of two that say the opposite nobody knows who is right; most of the holders are believed.
-        """
-        surely = len(complaints) >= 2 and 2 * len(complaints) > others
-        reason = f"clients {sorted(complaints)[:5]} cannot use the shares that it sealed for them"
-        self.faults.append(Fault(owner, reason, surely))
-        for holder in () if surely else sorted(complaints):
-            says = f"it says that it cannot use the shares that client {owner} sealed for it"
-            self.faults.append(Fault(holder, says, surely=False))
+def disputed(owner: int, complaints: set[int], others: int, what: str) -> list[Fault]:
+    """Name a client that its neighbours complain of, and where it may be otherwise, them as well.
+
+    Of two that say the opposite nobody knows who is right; most of the neighbours are believed.
+
+    Parameters
+    ----------
+    complaints
+        Those who complain, of so many `others`.
+    what
+        What each of them says that it got.
+    """
+    surely = len(complaints) >= 2 and 2 * len(complaints) > others
+    who = sorted(complaints)
+    found = [Fault(owner, f"clients {who[:5]} say that they got {what} from it", surely)]
+    if not surely:
+        found += [Fault(one, f"it says that it got {what} from {owner}", False) for one in who]
+    return found

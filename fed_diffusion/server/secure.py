@@ -21,6 +21,7 @@ from fed_diffusion.secure import messages as m
 from fed_diffusion.secure.gathering import Gathering
 from fed_diffusion.secure.messages import Stage
 from fed_diffusion.secure.opening import Unopened
+from fed_diffusion.secure.plan import PlanError
 from fed_diffusion.secure.words import means_of
 from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.server.mask_store import Bits
@@ -89,29 +90,33 @@ class SecureRound:
         )
 
     def exchanges(self) -> Iterator[Iterator[Task]]:
-        """The messages of one exchange after another; in between, all answers are taken."""
-        gathering = self._gathering
+        """Yield the messages of one exchange after another; all answers are taken in between."""
         try:
-            yield self._small(Stage.KEYS)
-            gathering.agree()
-            yield self._small(Stage.SHARES)
-            gathering.meet()
-            yield self._tasks()
-            if len(gathering.weights) < self._quorum:
-                self.problem = ""  # the round says so itself, with the reasons
-                return
-            gathering.level()
-            yield self._small(Stage.OPEN)
-            self._take_sums()
-            self.problem = None
-        except (Unopened, DivergedError) as error:
+            yield from self._stages()
+        except (Unopened, PlanError, DivergedError) as error:
             self.problem = str(error)
-        for fault in gathering.faults:
+        for fault in self._gathering.faults:
             whose: Fault = "node" if fault.surely else "nobody"
             self._open.reject(fault.client, fault.reason, None, 0, whose)
             self._open.failed += [fault.client] if fault.surely else []
             if fault.surely or self.problem is not None:
                 self.shunned.add(fault.client)
+
+    def _stages(self) -> Iterator[Iterator[Task]]:
+        gathering = self._gathering
+        yield self._small(Stage.KEYS)
+        gathering.agree()
+        yield self._small(Stage.SHARES)
+        gathering.meet()
+        yield self._tasks()
+        gathering.name_odd()
+        if len(gathering.weights) < self._quorum:
+            self.problem = ""  # the round says so itself, with the reasons
+            return
+        gathering.level()
+        yield self._small(Stage.OPEN)
+        self._take_sums()
+        self.problem = None
 
     def _take_sums(self) -> None:
         """Open the sums into the round's mean, and into its record what they hold of measurements.

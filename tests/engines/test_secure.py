@@ -134,8 +134,21 @@ def test_a_client_whose_values_are_out_of_range_says_so_and_costs_its_own_update
     assert len(experiment.history[0].clients) == 4
 
 
-@pytest.mark.parametrize("part", [m.SEALED_SHARES, m.HASHES])
-def test_a_client_whose_shares_nobody_can_use_costs_one_more_try_and_is_named(tiny, tmp_path, part):
+LIES = {
+    m.SEALED_SHARES: (Stage.SHARES, 2, [0, 1, 3, 4], "got shares of no use"),
+    m.HASHES: (Stage.SHARES, 2, [0, 1, 3, 4], "got shares of no use"),
+    m.KEYS: (Stage.KEYS, 1, [0, 1, 3, 4], "public keys are of no use"),
+    m.VECTOR: (Stage.VECTORS, 1, [0, 1, 3, 4], "its vector has"),
+    m.OPENED: (Stage.OPEN, 1, [0, 1, 2, 3, 4], "are not those it was given"),
+}
+"""What a client spoils -> its exchange, and the tries, who counts and the reason that follow."""
+
+
+@pytest.mark.parametrize("part", LIES)
+def test_a_client_that_sends_what_is_of_no_use_is_named_and_costs_one_more_try_at_most(
+    tiny, tmp_path, part
+):
+    where, due, counted, reason = LIES[part]
     config = tiny(secure__aggregation=True, **FAST)
     experiment, tries = Experiment(config, tmp_path / "run"), []
 
@@ -143,21 +156,22 @@ def test_a_client_whose_shares_nobody_can_use_costs_one_more_try_and_is_named(ti
         def _answer(self, task, trained=None):
             answer = super()._answer(task, trained)
             stage = m.stage_of(task)
-            tries.append(task.client) if stage == Stage.KEYS else None
-            if (task.client, stage) == (2, Stage.SHARES):
+            tries.append(stage) if (task.client, stage) == (0, Stage.KEYS) else None
+            if (task.client, stage) == (2, where):
                 parts = answer.payload.arrays
-                one = parts[m.PREFIX + part]
-                parts[m.PREFIX + part] = Packed(one.dtype, one.shape, bytes(one.shape[0]))
+                one, size = parts[m.PREFIX + part], len(parts[m.PREFIX + part].data)
+                size -= 8 if part == m.VECTOR else 0
+                parts[m.PREFIX + part] = Packed(one.dtype, (size,), bytes(size))
             return answer
 
     with task_runner(config, experiment.dataset, 1) as runner:
         experiment.train(Exchange(experiment, Spoiling(experiment.setup, runner)))
-    assert tries == [0, 1, 2, 3, 4, 0, 1, 3, 4]
+    assert len(tries) == due
     summary = experiment.history[0]
-    assert [client.client for client in summary.clients] == [0, 1, 3, 4]
+    assert [client.client for client in summary.clients] == counted
     (entry,) = summary.rejected
     assert (entry["client"], entry["fault"]) == (2, "node")
-    assert "cannot use the shares" in entry["reason"]
+    assert reason in entry["reason"]
 
 
 REFUSED = {
