@@ -123,11 +123,11 @@ class Exchange:
     def _next(self, tasks: Iterator[Task]) -> Task | None:
         """Return the next task, if its node can take it now.
 
-        Flower's simulation keeps the last of two memories that a node changes at the same time; a
-        deployment has a node answer one message after another.
+        Where clients remember something, a node has one message at a time: of two memories that it
+        changes at the same time, Flower may keep the last one only.
         """
         task, self._held = self._held or next(tasks, None), None
-        if task is not None and self._remembers and self._simulated:
+        if task is not None and self._remembers:
             host = self._nodes.host_of(task.client)
             if host is not None and any(sent.node == host.node for sent in self._out.values()):
                 self._held, task = task, None
