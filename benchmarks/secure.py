@@ -4,9 +4,10 @@
 
 Nothing is trained. All clients make keys and share their secrets; `--measured` of them make a
 masked vector of a network of 23.8 M parameters, which the server adds and unmasks. A client's
-seconds are of all it does beside training, on one core. The server's are those of one client, with
-nobody lost. Bytes up are of all four exchanges; plain ones are 8 for each kept coordinate (whole
-numbers) and 4 (fp32). The peak is of this process, above what it held with the network alone.
+seconds are of all it does beside training, on one core: seconds of CPU, which other processes
+do not change. The server's are those of one client, with nobody lost. Bytes up are of the first
+three exchanges (the fourth has 33 for each neighbour); plain ones are 8 for each kept coordinate
+(whole numbers) and 4 (fp32). The peak is of this process, above what it held with the network.
 --small takes a network of a few thousand parameters, to try the program out.
 """
 
@@ -81,14 +82,14 @@ class Case:
 
         def ask(task: Task) -> Update:
             nonlocal up, down
-            began = time.perf_counter()
+            began = time.process_time()
             if m.stage_of(task) == Stage.VECTORS:
                 plain = self.update(task.client)
-                began = time.perf_counter()
+                began = time.process_time()
                 answer, kept = self.members.mask(task, plain, memory[task.client])
             else:
                 answer, kept = self.members.answer(task, memory.get(task.client))  # type: ignore[assignment]
-            seconds[task.client] += time.perf_counter() - began
+            seconds[task.client] += time.process_time() - began
             memory[task.client] = kept
             if task.client == 0:
                 up += answer.payload.nbytes
@@ -108,18 +109,18 @@ class Case:
             payload = encode_task(self.casts, self.recipes[client], masks)
             task = m.task(Stage.VECTORS, 1, client, gathering.vector_parts(client), payload)
             answer = ask(task)
-            began = time.perf_counter()
+            began = time.process_time()
             gathering.take_vector(answer, 1, masks)
             seed = bytes.fromhex(json.loads(memory[client])["seed"])
             gathering.opening().unmask(client, seed, {})
-            server += time.perf_counter() - began
+            server += time.process_time() - began
         kept = sum(value.numel() for value in kept_values(self.theta, self.masks_of(0)).values())
         mean, plain_server = MaskedMean(self.theta, len(clients)), 0.0
         for client in clients[:measured]:
             update, masks = self.update(client), self.masks_of(client)
-            began = time.perf_counter()
+            began = time.process_time()
             mean.add(decode_update(update.payload.arrays, self.theta, masks, self.wire), masks)
-            plain_server += time.perf_counter() - began
+            plain_server += time.process_time() - began
         return {
             "neighbours": len(gathering.plan.neighbours[0]),
             "client s": sum(seconds[c] for c in clients[:measured]) / measured,
