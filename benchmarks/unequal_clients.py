@@ -5,8 +5,8 @@
 
 Every variant trains `digits-unequal` (keep ratios 1 to 0.125) on the same images per worker; each
 run is a run directory under --out, and one that is finished is not run again. Ends with a table in
-Markdown (also written to --out/table.md): means over the seeds, with the range of FID. --set changes
-every variant, as in --set local.state=fresh (with another --out).
+Markdown (also written to --out/table.md): means over the seeds, with the range of FID. --set
+changes every variant, as in --set local.state=fresh (with another --out).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from client_app.memory import recall, remember
 from client_app.warm import answer
 
 app = ClientApp()
@@ -19,7 +20,11 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Run one task of one client."""
-    return Message(answer("train", message.content, context), reply_to=message)
+    content = message.content
+    recall(content, context)
+    reply = answer("train", content, context)
+    remember(reply, content, context)
+    return Message(reply, reply_to=message)
 
 
 @app.query()

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
+from client_app.memory import memory_of, put_memory
 from client_app.messages import to_records, to_task
+from fed_diffusion.client import secure
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.common.text import clean
 from fed_diffusion.config import Config, ConfigError, build_config
@@ -75,7 +77,13 @@ def _number(node: NodeConfig, key: str, default: float) -> float:
 
 def train(content: RecordDict, node: NodeConfig) -> RecordDict:
     """Run one task of one client."""
-    return to_records(worker_of(content, node).run(to_task(content)))
+    worker, task = worker_of(content, node), to_task(content)
+    if not worker.config.secure.aggregation:
+        return to_records(worker.run(task))
+    update, memory = secure.answer(worker, task, memory_of(content))
+    reply = to_records(update)
+    put_memory(reply, memory)
+    return reply
 
 
 def hello(content: RecordDict, node: NodeConfig) -> RecordDict:

@@ -25,8 +25,9 @@ from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.report.holdings import write_clients, write_real
 from fed_diffusion.report.live import LivePage
 from fed_diffusion.report.trackers import Trackers
-from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
+from fed_diffusion.server.coordinator import BelowQuorum
 from fed_diffusion.server.divergence import Diverged
+from fed_diffusion.server.secure import SecureCoordinator, coordinator_of
 from fed_diffusion.store.ledger import RoundSummary
 from fed_diffusion.store.live import Live
 from fed_diffusion.store.origin import Standing, check_same_data, origin_of, standing
@@ -81,7 +82,7 @@ class Experiment:
         self.page = LivePage(self.run)
         try:
             started = run is None or not run.has_checkpoint()
-            self.coordinator = Coordinator(setup, setup.theta(started))
+            self.coordinator = coordinator_of(setup, setup.theta(started))
             self.record = _record(self)
             self._guarded = False
             self._round_began = time.perf_counter()
@@ -244,6 +245,29 @@ class Experiment:
         return summary
 
 
+def exchanges(
+    experiment: Experiment, round: int, available: Collection[int] | None = None
+) -> Iterator[Iterator[Task]]:
+    """Yield the messages of each exchange of a round in turn; without a protocol there is one.
+
+    All answers to an exchange are given to `receive` or `reject` before the next is asked for.
+    """
+    coordinator = experiment.coordinator
+    if not isinstance(coordinator, SecureCoordinator):
+        yield experiment.tasks(round, available)
+        return
+    experiment._round_began = time.perf_counter()
+    experiment.live.round(round)
+    threads, parts = experiment.config.worker.threads, coordinator.exchanges(round, available)
+    while True:
+        with experiment.record.timed("aggregate"), pinned_threads(threads):
+            tasks = next(parts, None)
+        if tasks is None:
+            return
+        with pinned_threads(threads):
+            yield tasks
+
+
 def _go_on(experiment: Experiment, found: Standing) -> None:
     """Bring a new experiment to where its run stands, and write that down."""
     run, coordinator = experiment.run, experiment.coordinator
@@ -273,7 +297,7 @@ def _record(experiment: Experiment) -> Record:
 
 def _answered(experiment: Experiment) -> None:
     coordinator = experiment.coordinator
-    if (state := coordinator.open) is not None:
+    if (state := coordinator.open) is not None and state.counting:
         overlapping = coordinator.policy.overlapping
         experiment.live.answered(state.target if overlapping else len(state.recipes))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from logging import WARNING
 
 from flwr.app import Message, MessageType
@@ -16,7 +17,7 @@ from flwr.superlink.grid import InMemoryGrid
 
 from client_app.messages import longest_index, to_records, to_update
 from fed_diffusion.common.text import clean
-from fed_diffusion.experiment import Experiment
+from fed_diffusion.experiment import Experiment, exchanges
 from fed_diffusion.protocol.errors import Fault, UpdateError
 from fed_diffusion.protocol.messages import Task
 from server_app.deadline import Deadline
@@ -73,6 +74,9 @@ class Exchange:
         self._config_json = json.dumps(experiment.config.to_dict())
         self._overlapping = experiment.coordinator.policy.overlapping
         self._simulated = isinstance(grid, InMemoryGrid)
+        self._remembers = experiment.config.secure.aggregation
+        self._held: Task | None = None
+        """A task that waits until its node is free."""
         coordinator = experiment.coordinator
         self._index = longest_index([*coordinator.theta, *coordinator.moments])
         self._looked = time.monotonic()
@@ -87,12 +91,22 @@ class Exchange:
         self._drop_late()
         # a window would starve high client numbers where low ones become free again and again
         self._most = math.inf if self._overlapping else most_out(self._grid)
-        tasks, patience = None, Patience()
+        if self._overlapping:
+            self._exchange(lambda: self._experiment.tasks(round, self._asked()))
+        else:
+            for tasks in exchanges(self._experiment, round, self._asked()):
+                self._began = time.monotonic()
+                self._exchange(partial(_same, tasks))
+                self._give_up()
+        for client, node, reason in self._nodes.refusals(self._clients):
+            self._reject(client, reason, node, "node")
+        self._experiment.note_refused(self._nodes.refused())
+
+    def _exchange(self, ask: Callable[[], Iterator[Task]]) -> None:
+        """Carry messages out and back; `ask` gives what is to be sent, at each look anew."""
+        patience = Patience()
         while not self._experiment.enough():
-            if tasks is None or self._overlapping:
-                available = self._available()
-                tasks = self._experiment.tasks(round, available)
-                self._began, self._seconds = time.monotonic(), self._deadline.seconds(available)
+            tasks = ask()
             self._fill(tasks)
             if not self._out:
                 break
@@ -103,11 +117,6 @@ class Exchange:
                 patience = Patience()
             else:
                 time.sleep(min(patience.pause(), self._left()))
-        if not self._overlapping:
-            self._give_up()
-        for client, node, reason in self._nodes.refusals(self._clients):
-            self._reject(client, reason, node, "node")
-        self._experiment.note_refused(self._nodes.refused())
 
     def _available(self) -> set[int]:
         """Return clients whose node is there; a round that asks once waits for its quorum of
@@ -116,6 +125,13 @@ class Exchange:
         count = 1 if self._overlapping else self._experiment.coordinator.quorum()
         seconds = self._deadline.seconds(self._clients)
         return self._nodes.wait_for(self._clients, count, min(seconds, JOIN_S))
+
+    def _asked(self) -> set[int]:
+        """Return clients whose node is there; from now on the time for their updates runs."""
+        available = self._available()
+        self._seconds = self._deadline.seconds(available)
+        self._began = time.monotonic()
+        return available
 
     def _left(self) -> float:
         """Return the seconds until the round's deadline.
@@ -130,8 +146,21 @@ class Exchange:
 
     def _fill(self, tasks: Iterator[Task]) -> None:
         """Send tasks while there is room for messages; each is encoded when it is sent."""
-        while len(self._out) < self._most and (task := next(tasks, None)):
+        while len(self._out) < self._most and (task := self._next(tasks)):
             self._send(task)
+
+    def _next(self, tasks: Iterator[Task]) -> Task | None:
+        """Return the next task, if its node can take it now.
+
+        Where clients remember something, a node has one message at a time: of two memories that it
+        changes at the same time, Flower may keep the last one only.
+        """
+        task, self._held = self._held or next(tasks, None), None
+        if task is not None and self._remembers:
+            host = self._nodes.host_of(task.client)
+            if host is not None and any(sent.node == host.node for sent in self._out.values()):
+                self._held, task = task, None
+        return task
 
     def _send(self, task: Task) -> None:
         """Return the task's message on its way to the client's node; else reject the client."""
@@ -235,6 +264,7 @@ class Exchange:
             self._deadline.missed(client)
         self._late |= self._out
         self._out.clear()
+        self._held = None
         for client in coordinator.waiting() + ([] if early else coordinator.unsent()):
             self._reject(client, why, nodes.get(client), "nobody" if early else "network")
 
@@ -250,3 +280,8 @@ class Exchange:
 
 def _no_reply(seconds: float) -> str:
     return f"no reply within {seconds:.4g} s"
+
+
+def _same(tasks: Iterator[Task]) -> Iterator[Task]:
+    """Return the messages of an exchange that asks once: what is left of them."""
+    return tasks

@@ -83,6 +83,17 @@ class ExactSums:
             self.room.refuse(name, largest, weight)
         self.room.take()
 
+    def fill(self, name: str, sums: Tensor) -> None:
+        """Take a tensor's sums as they are: those that secure aggregation has made.
+
+        Parameters
+        ----------
+        sums
+            int64, as `fixed_point` makes them of each update.
+        """
+        self._pending.pop(name, None)
+        self._sums[name] = sums
+
     def _block_sums(self, name: str, mask: Mask) -> Tensor:
         """Return sums of blocks, which are dense while the same block follows, as for equal
         workers.
@@ -143,6 +154,26 @@ def _add_fixed_point(
             return start, largest
         there += _fixed_point(part, scaled[: len(there)], largest, factor)
     return len(target), largest
+
+
+def fixed_point(name: str, values: Tensor, weight: int, room: Room) -> np.ndarray:
+    """round(weight values 2^40), times `room.scale`, as `ExactSums` adds it: int64, flat.
+
+    Raises
+    ------
+    UpdateError
+        Values of the tensor `name` are not finite, or beyond an update's share.
+    """
+    flat = values.detach().reshape(-1).numpy()
+    fixed, factor = np.empty(len(flat), np.int64), weight * room.scale
+    for start in range(0, len(flat), BLOCK):
+        part = flat[start : start + BLOCK]
+        largest = _largest(part)
+        if not largest * abs(factor) < room.share:
+            room.refuse(name, largest, weight)
+        here = fixed[start : start + BLOCK]
+        here[:] = _fixed_point(part, np.empty(len(part)), largest, factor)
+    return fixed
 
 
 def _largest(values: np.ndarray) -> float:

@@ -72,6 +72,14 @@ class MaskedMean:
         self._sums.add(values, check_update(self._theta, values, masks), whole)
         self.coverage.add(masks, whole)
 
+    def fill(self, name: str, sums: Tensor, level: int = 0) -> None:
+        """Take a tensor's sums as secure aggregation has made them; see `ExactSums.fill`.
+
+        Whose they are is added to `coverage` by itself. There is one part of every value: level 0.
+        """
+        assert level == 0
+        self._sums.fill(name, sums)
+
     def result(self) -> dict[str, Tensor]:
         """Return theta_{r+1}: the mean where somebody trained, theta_r elsewhere; float32."""
         return {name: self._mean(name) for name in self._theta}

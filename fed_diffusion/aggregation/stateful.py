@@ -26,6 +26,8 @@ REST = 2.0**46
 
 There is always room for the rest where there is room for the value.
 """
+LEVELS = 4
+"""The most parts of a float32 value: 40 + 3 * 46 fractional bits hold the smallest one."""
 STEP = 16 / MOST_STEPS
 """The unit in which counts are summed, so that there is room for any number of workers."""
 
@@ -60,15 +62,34 @@ class StatefulMean(MaskedMean):
         self, values: Mapping[str, Tensor], masks: Masks | None = None, weight: float = 1.0
     ) -> None:
         """Add one worker's theta_{r,n,S} and its state under its masks; see `MaskedMean.add`."""
-        values = {name: value.detach().cpu() * _unit(name) for name, value in values.items()}
         masks = masks or {}
         whole = self._room.check(weight)
-        checked = check_update(self._theta, values, spread(masks, self._theta))
-        coarse = {name: _coarse(value) for name, value in values.items()}
-        self._sums.add(coarse, checked, whole)
-        for name, part in coarse.items():
-            self._add_rest(name, _rest(values[name], part), checked[name], whole)
+        self._add(self._theta, values, masks, whole)
         self.coverage.add(masks, whole)
+
+    def add_steps(self, steps: Mapping[str, Tensor], masks: Masks, weight: int) -> None:
+        """Add the step counts alone, which the server knows, of an update that `fill` has added."""
+        self._add({n: v for n, v in self._theta.items() if n in steps}, steps, masks, weight)
+
+    def _add(
+        self, theta: Mapping[str, Tensor], values: Mapping[str, Tensor], masks: Masks, weight: int
+    ) -> None:
+        values = {name: value.detach().cpu() * _unit(name) for name, value in values.items()}
+        checked = check_update(theta, values, spread(masks, theta))
+        coarse = {name: _coarse(value) for name, value in values.items()}
+        self._sums.add(coarse, checked, weight)
+        for name, part in coarse.items():
+            self._add_rest(name, _rest(values[name], part), checked[name], weight)
+
+    def fill(self, name: str, sums: Tensor, level: int = 0) -> None:
+        """Take the sums of a part of a tensor, as `parts_of` says; see `MaskedMean.fill`."""
+        if level == 0:
+            super().fill(name, sums)
+            return
+        rests = self._rests[name]
+        while len(rests) < level:
+            rests.append(ExactSums({name: self._theta[name]}, self._rest_room))
+        rests[level - 1].fill(name, sums)
 
     def _add_rest(self, name: str, rest: Tensor, mask: Mask, weight: int) -> None:
         """Add what is left of a tensor, part by part; sums are made only for parts that exist."""
@@ -95,6 +116,15 @@ class StatefulMean(MaskedMean):
 
 def _unit(name: str) -> float:
     return STEP if name.startswith(STEPS) else 1.0
+
+
+def parts_of(value: Tensor) -> list[Tensor]:
+    """Return the `LEVELS` parts in which values are summed, which are values of their own."""
+    parts = []
+    for _ in range(LEVELS):
+        parts.append(_coarse(value))
+        value = _rest(value, parts[-1])
+    return parts
 
 
 def _coarse(value: Tensor) -> Tensor:

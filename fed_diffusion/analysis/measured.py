@@ -185,6 +185,8 @@ def _why_not(config: Config, history: Sequence[RoundSummary], rounds: Sequence[M
         return "theory.every is 0"
     if config.privacy.clip is not None:
         return "under privacy no gradient leaves a client unclipped, so nothing is measured"
+    if config.secure.aggregation:
+        return "under secure aggregation no gradient leaves a client, so nothing is measured"
     if config.round.mode != "synchronous":
         return f"{config.round.mode} rounds are outside the theorem"
     if history and (lost := history[-1].round - len(history)):

@@ -167,8 +167,8 @@ class TheoryConfig(Section):
 
     every: int | None = Field(None, ge=0)
     """How many rounds lie between measurements; the first and the last round are always measured.
-    By default only these two are measured. 0 switches measuring off, as privacy and buffered rounds
-    do."""
+    By default only these two are measured. 0 switches measuring off, as privacy, secure
+    aggregation and buffered rounds do."""
 
 
 class WorkerConfig(Section):

@@ -32,6 +32,7 @@ from fed_diffusion.config.section import (
     by_type,
     is_free_text,
 )
+from fed_diffusion.config.secure import SecureConfig, check_secure
 from fed_diffusion.config.training import (
     DiffusionConfig,
     EmaConfig,
@@ -63,6 +64,7 @@ __all__ = [
     "PruningConfig",
     "RoundConfig",
     "Section",
+    "SecureConfig",
     "ServerConfig",
     "TheoryConfig",
     "WireConfig",
@@ -99,6 +101,7 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     wire: WireConfig = WireConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    secure: SecureConfig = SecureConfig()
     theory: TheoryConfig = TheoryConfig()
     worker: WorkerConfig = WorkerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -240,14 +243,23 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sums_tell_enough(self) -> Config:
+        if self.secure.aggregation:
+            sections = self.round, self.local, self.wire, self.pruning, self.privacy, self.theory
+            check_secure(self.secure, self.clients, *sections)
+        return self
+
     def is_diagnostic(self, round: int) -> bool:
         """Whether a round (1-based) is one in which the theory's quantities are measured.
 
-        Never under privacy, where a gradient would leave its client unclipped, and never in
-        buffered rounds, whose workers train on different theta.
+        Never under privacy, where a gradient would leave its client unclipped, nor under secure
+        aggregation, where it would leave its client at all, and never in buffered rounds, whose
+        workers train on different theta.
         """
         every = self.theory.every
-        if every == 0 or self.privacy.clip is not None or self.round.mode != "synchronous":
+        hidden = self.privacy.clip is not None or self.secure.aggregation
+        if every == 0 or hidden or self.round.mode != "synchronous":
             return False
         return round in (1, self.rounds) or (every is not None and round % every == 0)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fed_diffusion.aggregation.stateful import LEVELS
 from fed_diffusion.build import Setup
 from fed_diffusion.client import diagnostics
 from fed_diffusion.client.budget import demand
@@ -28,6 +29,7 @@ from fed_diffusion.finish import SMALL
 from fed_diffusion.generate import Sampler
 from fed_diffusion.models.unet import UNet
 from fed_diffusion.protocol.messages import Task, Update
+from fed_diffusion.protocol.moments import PREFIXES, is_shared
 from fed_diffusion.server.coordinator import Coordinator
 
 START_S = {"local": 8.0, "flower": 22.0}
@@ -220,7 +222,7 @@ class _Timed:
             fixed, step, update = self._time(first[ratio])
             self._fixed.append(fixed)
             self._step.append(step)
-            up.append(update.payload.nbytes)
+            up.append(_bytes_up(config, update))
             received = max(received, _took(lambda u=update: coordinator.receive(u))[1])  # type: ignore[misc]
         self.keep = keep
         self.up = sum(float(np.interp(k, self._at, up)) for k in keep.values())
@@ -242,6 +244,19 @@ class _Timed:
         self._worker.config = _with_steps(self._config, 1 + more)
         step = max(_took(lambda: self._worker.run(task))[1] - one, 0.0) / more
         return max(one - step, 0.0), step, update
+
+
+WORD = 8
+"""Bytes of a value in a masked vector."""
+
+
+def _bytes_up(config: Config, update: Update) -> int:
+    """The bytes of an update; under secure aggregation it is whole numbers for each value."""
+    if not config.secure.aggregation:
+        return update.payload.nbytes
+    arrays = update.payload.arrays.items()
+    kept = sum(math.prod(it.shape) for name, it in arrays if not name.startswith(PREFIXES))
+    return WORD * kept * (3 * LEVELS if is_shared(config.local) else 1)
 
 
 def _with_steps(config: Config, steps: int) -> Config:

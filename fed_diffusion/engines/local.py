@@ -29,8 +29,9 @@ from fed_diffusion.common.compute import device_of
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, ConfigError
 from fed_diffusion.engines.pool import Runner, task_runner
+from fed_diffusion.engines.secure import SecureRunner
 from fed_diffusion.engines.signals import raise_lost_interrupt
-from fed_diffusion.experiment import Experiment, Progress
+from fed_diffusion.experiment import Experiment, Progress, exchanges
 from fed_diffusion.protocol.messages import Task, Update
 
 Arrival = tuple[float, int, Task, Update | Exception]
@@ -72,6 +73,8 @@ def run_in_process(
     with experiment.guarded():
         announce_budgets(experiment)
         with task_runner(experiment.setup, experiment.dataset, at_once) as run:
+            if config.secure.aggregation:
+                run = SecureRunner(experiment.setup, run)
             return experiment.train(Exchange(experiment, run), progress)
 
 
@@ -107,8 +110,12 @@ class Exchange:
     def __call__(self, round: int) -> None:
         """Send one round's tasks, and take answers until there are enough."""
         raise_lost_interrupt()
+        for tasks in exchanges(self._experiment, round):
+            self._exchange(tasks)
+
+    def _exchange(self, tasks: Iterator[Task]) -> None:
         coordinator = self._coordinator
-        for arrives, _, task, outcome in self._arrivals(self._experiment.tasks(round)):
+        for arrives, _, task, outcome in self._arrivals(tasks):
             coordinator.clock = max(coordinator.clock, arrives)
             self._deliver(task, outcome)
             if self._experiment.enough():
@@ -134,6 +141,8 @@ class Exchange:
     def _answers(self, tasks: Iterable[Task], now: float) -> Iterator[Arrival]:
         """Return what the runner makes of tasks that are sent now."""
         pace = self._experiment.config.round.pace
+        if self._coordinator.open is not None and not self._coordinator.open.counting:
+            pace = None  # only training takes time on the simulated clock
         # a clock that nobody has set stands still, but for the order of overlapping tasks
         usual = 1.0 if self._overlapping else 0.0
         for task, outcome in self._run(tasks):

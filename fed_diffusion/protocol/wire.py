@@ -133,13 +133,13 @@ def decode_task(
     bits = {k: v for k, v in payload.arrays.items() if k.startswith(MASK_PREFIX)}
     odd = (MASK_PREFIX, *PREFIXES) if is_shared(wire.local) else MASK_PREFIX
     values = {k: v for k, v in payload.arrays.items() if not k.startswith(odd)}
-    masks = _masks(recipe, bits, theta, layout, wire)
+    masks = told_masks(recipe, bits, theta, layout, wire)
     kept = _decode(values, theta, masks, wire.settings.down, wire.rows)
     held = {name: mask.hold(kept[name]) for name, mask in masks.items()}
     return recipe, masks, kept | held
 
 
-def _masks(
+def told_masks(
     recipe: Recipe,
     bits: Mapping[str, Packed],
     theta: Mapping[str, Tensor],

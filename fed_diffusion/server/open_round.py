@@ -81,6 +81,10 @@ class OpenRound:
         Root-mean-square differences of the updates, where their size is limited.
     staleness
         How often theta changed, at most, while a worker of this round trained.
+    counting
+        Whether the answers that come now are updates, and not other parts of a protocol.
+    withheld
+        Under secure aggregation: how many coordinates that somebody trained stay hidden.
     """
 
     mean: Aggregator
@@ -98,6 +102,8 @@ class OpenRound:
     spoiled: list[int] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     staleness: int = 0
+    counting: bool = True
+    withheld: int | None = None
     bytes_up: int = 0
     bytes_down: int = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -178,6 +179,43 @@ class Rounds:
         UpdateError, RecipeError
             The update is bad; the message says why.
         """
+        measured, weight = self.read(flight, update, open.recipes)
+        masks = open.masks.of(flight.recipe, flight.bits)
+        arrays, answer = self._diagnostics.split(update)
+        sent = [n for n in arrays if n in state and not n.startswith(STEPS)]
+        moments = {name: arrays.pop(name) for name in sent}
+        values = decode_update(arrays, theta, masks, self._wire)
+        rms = self._norms.check(values, theta, masks)
+        factor = self._policy.weight(staleness)
+        if state:
+            values |= decode_moments(moments, theta, masks, self._config.wire.state)
+            values |= self.steps(flight, masks, measured["examples"])
+        whole = {**theta, **state}
+        open.mean.add(damped(values, whole, spread(masks, whole), factor), masks, weight)
+        open.gap.add(update.client, values, masks, weight)
+        self._diagnostics.add(update.client, answer)
+        open.count(flight, update, measured | {"weight": weight}, staleness, node)
+        open.norms += [] if rms is None else [rms]
+
+    def check_loss(self, loss: float) -> None:
+        """Refuse a loss that no honest training makes; see `Ledger.check_loss`."""
+        self._ledger.check_loss(loss)
+
+    def read(
+        self, flight: Flight, update: Update, asked: Collection[int]
+    ) -> tuple[dict[str, Any], int]:
+        """Return what an update says beside its values, checked: its measurements, and its weight.
+
+        Parameters
+        ----------
+        asked
+            The clients that the round has asked.
+
+        Raises
+        ------
+        UpdateError, RecipeError
+            The message says what is wrong with it.
+        """
         numbers = update.payload.numbers
         recipe = Recipe.from_metrics(numbers)
         if recipe != flight.recipe:
@@ -185,23 +223,7 @@ class Rounds:
             raise RecipeError(f"the recipe is not the one agreed on: {odd}")
         measured = measurements(numbers)
         self._ledger.check_loss(measured["loss"])
-        masks = open.masks.of(recipe, flight.bits)
-        arrays, answer = self._diagnostics.split(update)
-        sent = [n for n in arrays if n in state and not n.startswith(STEPS)]
-        moments = {name: arrays.pop(name) for name in sent}
-        values = decode_update(arrays, theta, masks, self._wire)
-        rms = self._norms.check(values, theta, masks)
-        weight = self._weight(update.client, measured["examples"], open.recipes)
-        factor = self._policy.weight(staleness)
-        if state:
-            values |= decode_moments(moments, theta, masks, self._config.wire.state)
-            values |= self._steps(flight, masks, measured["examples"])
-        whole = {**theta, **state}
-        open.mean.add(damped(values, whole, spread(masks, whole), factor), masks, weight)
-        open.gap.add(update.client, values, masks, weight)
-        self._diagnostics.add(update.client, answer)
-        open.count(flight, update, measured | {"weight": weight}, staleness, node)
-        open.norms += [] if rms is None else [rms]
+        return measured, self._weight(update.client, measured["examples"], asked)
 
     def _weight(self, client: int, examples: int, asked: Collection[int]) -> int:
         """Return how often an update counts, which no client alone decides."""
@@ -216,7 +238,7 @@ class Rounds:
             return aggregator_of(theta, workers, settings)
         return StatefulMean(theta, state, workers, heaviest_of(settings))
 
-    def _steps(self, flight: Flight, masks: Masks, examples: int) -> dict[str, Tensor]:
+    def steps(self, flight: Flight, masks: Masks, examples: int) -> dict[str, Tensor]:
         """Return the steps behind a client's moments: those that it began with, and its own."""
         taken = self._config.local.steps_of(examples)
         began = kept_values(flight.steps, masks)

@@ -126,6 +126,7 @@ class Ledger:
             refused=state.refused,
             outliers=outliers,
             coverage={str(count): coordinates for count, coordinates in trainers.items()},
+            withheld=state.withheld,
             undefended=self._undefended(trainers),
             theory=theory,
             adapter_gap=state.gap.measured(),

@@ -73,6 +73,9 @@ class RoundSummary:
     """The clients whose losses are left out of the round's mean (`divergence.usual_mean`)."""
     coverage: dict[str, int] = field(default_factory=dict)
     """|N_r^i| -> how many coordinates have so many trainers."""
+    withheld: int | None = None
+    """Coordinates that were trained and keep theta_r, since fewer than secure.least updates may be
+    behind them; they count as trained by nobody. None without secure aggregation."""
     undefended: int | None = None
     """The number of coordinates with one or two trainers, on each of which one liar decides.
 

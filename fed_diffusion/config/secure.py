@@ -1,0 +1,127 @@
+"""Secure aggregation: its settings, and what cannot be had with it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fed_diffusion.config.federation import (
+    PrivacyConfig,
+    RoundConfig,
+    TheoryConfig,
+    WireConfig,
+)
+from fed_diffusion.config.section import Section
+from fed_diffusion.config.training import LocalConfig, PruningConfig
+
+
+class SecureConfig(Section):
+    """Secure aggregation: the server learns sums of updates, and no client's own update."""
+
+    aggregation: bool = False
+    """Whether updates are aggregated securely. The parameters that come out have the same bits, but
+    for coordinates that `least` keeps hidden."""
+    neighbours: int | None = Field(None, ge=2)
+    """With how many others each client shares masks and secrets; an even number. By default it is
+    all of them up to 32 clients, and beyond that as few as fail with a probability of at most 2^-40
+    while a tenth of the clients collude with the server and a fifth of them vanish. Under unequal
+    masks it is always all."""
+    threshold: float = Field(0.5, ge=0.5, lt=1)
+    """More than this part of those who hold a client's secrets must be left to open a sum. What
+    fewer of them know tells nothing."""
+    least: int = Field(3, ge=1)
+    """A sum of fewer clients than this is not opened: such coordinates keep theta_r, and `withheld`
+    in metrics.jsonl counts them. 1 opens everything."""
+
+    losses: Literal["each", "summed"] = "each"
+    """each: every client's losses, images and seconds travel in the clear. summed: only their sums
+    are opened, and every client's entry in metrics.jsonl holds the mean."""
+
+    @model_validator(mode="after")
+    def _circles_are_even(self) -> SecureConfig:
+        if self.neighbours is not None and self.neighbours % 2:
+            raise ValueError(
+                f"neighbours: {self.neighbours} is odd; clients in a circle have as many "
+                "neighbours on either side, so give an even number"
+            )
+        return self
+
+
+def check_secure(
+    secure: SecureConfig,
+    clients: int,
+    round: RoundConfig,
+    local: LocalConfig,
+    wire: WireConfig,
+    pruning: PruningConfig,
+    privacy: PrivacyConfig,
+    theory: TheoryConfig,
+) -> None:
+    """Raise a `ValueError` where the other settings need what sums alone do not tell."""
+    factor = None if round.norm_factor == "auto" else round.norm_factor
+    lossless = not wire.differences or wire.down == "fp32"
+    wanted: dict[str, tuple[Any, Any, str]] = {
+        "round.mode": (
+            round.mode,
+            "synchronous",
+            "clients that train on different theta share no masks",
+        ),
+        "round.aggregation": (
+            round.aggregation,
+            "mean",
+            "other averages need every update by itself",
+        ),
+        "round.over_select": (
+            round.over_select,
+            0,
+            "whoever is left out at the end counts as lost, and costs coordinates",
+        ),
+        "round.max_norm": (round.max_norm, None, "the server sees no update's norm"),
+        "round.norm_factor": (factor, None, "the server sees no update's norm"),
+        "privacy.clip": (
+            privacy.clip,
+            None,
+            "the server clips each difference again before it adds noise, and sees none",
+        ),
+        "theory.every": (theory.every or None, None, "it measures single clients' gradients"),
+        "wire.down": (
+            "fp32" if lossless else wire.down,
+            "fp32",
+            "with wire.differences a client adds its difference to theta_r itself",
+        ),
+    }
+    if secure.losses == "summed":
+        counts = "uniform", "secure.losses = summed hides the clients' numbers of images"
+        wanted["round.weighting"] = round.weighting, *counts
+        if local.state == "shared":
+            why = "with secure.losses = summed nobody knows how many steps a client has taken"
+            wanted["local.epochs"] = local.epochs, None, why
+    for key, (value, needed, why) in wanted.items():
+        if value != needed:
+            raise ValueError(
+                f"secure.aggregation: it needs {key} = {_typed(needed)} (not {_typed(value)}): "
+                f"{why}"
+            )
+    _check_group(secure, max(1, int(round.fraction * clients + 0.5)), clients, pruning)
+
+
+def _check_group(secure: SecureConfig, asked: int, clients: int, pruning: PruningConfig) -> None:
+    """Refuse groups in which sums could never be opened, or would hide nothing."""
+    if asked < max(secure.least, 2):
+        raise ValueError(
+            f"secure.aggregation: a round asks {asked} of clients = {clients} "
+            f"(round.fraction), and a sum needs {max(secure.least, 2)} (secure.least); ask "
+            "more clients"
+        )
+    if secure.neighbours is not None and pruning.kind != "full":
+        raise ValueError(
+            f"secure.neighbours: {secure.neighbours} cannot be chosen with pruning.kind = "
+            f"{pruning.kind!r}: under unequal masks two clients that share no secret could be the "
+            "only ones that keep a coordinate. Leave it out: then all are neighbours"
+        )
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    return "null" if value is None else str(value)

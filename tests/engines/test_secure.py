@@ -1,0 +1,205 @@
+"""Whole runs under secure aggregation in one process: the bits of runs without it."""
+
+import json
+
+import pytest
+import torch
+
+from fed_diffusion.config import ConfigError
+from fed_diffusion.engines.local import Exchange
+from fed_diffusion.engines.pool import task_runner
+from fed_diffusion.engines.secure import SecureRunner
+from fed_diffusion.experiment import Experiment, RunStopped
+from fed_diffusion.protocol.codecs import Packed
+from fed_diffusion.secure import messages as m
+from fed_diffusion.secure.messages import Stage
+from fed_diffusion.secure.words import MEASURED
+from fed_diffusion.store.rundir import RunDir
+from tests.secure.runs import FAST, run, same
+
+INT8 = {"wire__up": "int8", "wire__differences": True}
+SHARED = {"local__state": "shared", "local__optimizer": "adam", "rounds": 2}
+KINDS = [
+    {"method": "FedDM-F"},
+    {"method": "R-FedDM-S", **INT8},
+    {"method": "T-FedDM-S", "round__weighting": "examples"},
+    {"pruning__kind": "channels", "pruning__level": "S"},
+    {"pruning__kind": "balanced", "pruning__level": "S", "server__optimizer": "adam"},
+    {"method": "R-FedDM-S", **SHARED},
+    {"pruning__kind": "channels", "pruning__level": "S", "wire__state": "int4", **SHARED},
+]
+
+
+NAMES = ["F", "R-int8", "T-examples", "channels", "balanced", "R-shared", "channels-int4"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_a_run_ends_with_the_same_bits_whether_its_sums_are_secret_or_not(tiny, tmp_path, kind):
+    settings = FAST | kind
+    plain = run(tiny(**settings), tmp_path / "plain")
+    secure = run(tiny(secure__aggregation=True, secure__least=1, **settings), tmp_path / "secure")
+    assert same(plain, secure)
+    line = secure.history[0]
+    assert (line.withheld, line.gamma) == (0, plain.history[0].gamma)
+    assert line.coverage == plain.history[0].coverage
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_clients_lost_at_any_stage_leave_the_bits_of_a_run_without_them(tiny, tmp_path, stage):
+    settings = FAST | {"method": "R-FedDM-S"}
+    gone = () if stage == Stage.OPEN else (1, 3)  # whoever has sent its vector counts
+    plain = run(tiny(**settings), tmp_path / "plain", plain_without=gone)
+    config = tiny(secure__aggregation=True, secure__least=1, **settings)
+    secure = run(config, tmp_path / "secure", lost={1: stage, 3: stage})
+    assert same(plain, secure)
+    assert [c.client for c in secure.history[0].clients] == [c for c in range(5) if c not in gone]
+    assert {entry["client"] for entry in secure.history[0].rejected} == set(gone)
+
+
+def test_with_too_few_left_the_run_stops_and_says_how_to_go_on(tiny, tmp_path):
+    config = tiny(secure__aggregation=True, **FAST)
+    lost = dict.fromkeys((0, 1, 2), Stage.OPEN)
+    with pytest.raises(RunStopped, match=r"shares of client 0's secrets are needed") as stopped:
+        run(config, tmp_path / "run", lost=lost)
+    assert "tried 3 times" in str(stopped.value)
+    assert "resume" in json.loads((tmp_path / "run/status.json").read_text())["reason"]
+
+
+@pytest.mark.parametrize("method", ["FedDM-F", "R-FedDM-S"])
+def test_summed_losses_leave_no_client_by_itself_and_the_parameters_as_they_are(
+    tiny, tmp_path, method
+):
+    settings = FAST | {"method": method, "data__holdout": 0.2}
+    plain = run(tiny(**settings), tmp_path / "plain").history[0]
+    told = []
+
+    class Listening(SecureRunner):
+        def _answer(self, task, trained=None):
+            answer = super()._answer(task, trained)
+            told.append(answer.payload.numbers.keys())
+            return answer
+
+    config = tiny(secure__aggregation=True, secure__losses="summed", secure__least=1, **settings)
+    experiment = Experiment(config, tmp_path / "secure")
+    with task_runner(config, experiment.dataset, 1) as runner:
+        experiment.train(Exchange(experiment, Listening(experiment.setup, runner)))
+    (line,) = experiment.history
+    assert not any(numbers & {*MEASURED} for numbers in told)
+    assert same_theta(tmp_path / "plain", tmp_path / "secure")
+    losses = [client.loss for client in plain.clients]
+    assert line.loss == pytest.approx(sum(losses) / len(losses), abs=1e-11)
+    assert {client.loss for client in line.clients} == {line.clients[0].loss}
+    assert line.images == plain.images
+    if method == "FedDM-F":
+        assert line.holdout_loss == pytest.approx(plain.holdout_loss, abs=1e-11)
+    else:  # of clients with masks none has measured the same model
+        assert line.holdout_loss is None
+
+
+def same_theta(one, other):
+    thetas = [RunDir.open(path).load_theta(ema=False) for path in (one, other)]
+    return all(torch.equal(value, thetas[1][name]) for name, value in thetas[0].items())
+
+
+def test_a_mean_loss_that_no_training_makes_gives_no_sum(tiny, tmp_path):
+    config = tiny(secure__aggregation=True, secure__losses="summed", **FAST | {"rounds": 2})
+    experiment = Experiment(config, tmp_path / "run")
+    with task_runner(config, experiment.dataset, 1) as runner:
+
+        def spoil(tasks):
+            for task, outcome in runner(tasks):
+                outcome.payload.numbers["loss"] *= 1 if task.round == 1 else 1e4
+                yield task, outcome
+
+        with pytest.raises(RunStopped, match="there is no sum: its training diverged"):
+            experiment.train(Exchange(experiment, SecureRunner(experiment.setup, spoil)))
+
+
+def test_a_client_whose_values_are_out_of_range_says_so_and_costs_its_own_update(tiny, tmp_path):
+    config = tiny(secure__aggregation=True, **FAST)
+    experiment = Experiment(config, tmp_path / "run")
+    with task_runner(config, experiment.dataset, 1) as runner:
+
+        def spoil(tasks):
+            for task, outcome in runner(tasks):
+                if task.client == 2:
+                    first = next(iter(outcome.payload.arrays.values()))
+                    object.__setattr__(first, "data", b"\x00\x00\x80\x7f" * (len(first.data) // 4))
+                yield task, outcome
+
+        experiment.train(Exchange(experiment, SecureRunner(experiment.setup, spoil)))
+    (entry,) = experiment.history[0].rejected
+    assert entry["client"] == 2
+    assert "not finite" in entry["reason"]
+    assert len(experiment.history[0].clients) == 4
+
+
+LIES = {
+    m.SEALED_SHARES: (Stage.SHARES, 2, [0, 1, 3, 4], "got shares of no use"),
+    m.HASHES: (Stage.SHARES, 2, [0, 1, 3, 4], "got shares of no use"),
+    m.KEYS: (Stage.KEYS, 1, [0, 1, 3, 4], "public keys are of no use"),
+    m.VECTOR: (Stage.VECTORS, 1, [0, 1, 3, 4], "its vector has"),
+    m.OPENED: (Stage.OPEN, 1, [0, 1, 2, 3, 4], "are not those it was given"),
+}
+"""What a client spoils -> its exchange, and the tries, who counts and the reason that follow."""
+
+
+@pytest.mark.parametrize("part", LIES)
+def test_a_client_that_sends_what_is_of_no_use_is_named_and_costs_one_more_try_at_most(
+    tiny, tmp_path, part
+):
+    where, due, counted, reason = LIES[part]
+    config = tiny(secure__aggregation=True, **FAST)
+    experiment, tries = Experiment(config, tmp_path / "run"), []
+
+    class Spoiling(SecureRunner):
+        def _answer(self, task, trained=None):
+            answer = super()._answer(task, trained)
+            stage = m.stage_of(task)
+            tries.append(stage) if (task.client, stage) == (0, Stage.KEYS) else None
+            if (task.client, stage) == (2, where):
+                parts = answer.payload.arrays
+                one, size = parts[m.PREFIX + part], len(parts[m.PREFIX + part].data)
+                size -= 8 if part == m.VECTOR else 0
+                parts[m.PREFIX + part] = Packed(one.dtype, (size,), bytes(size))
+            return answer
+
+    with task_runner(config, experiment.dataset, 1) as runner:
+        experiment.train(Exchange(experiment, Spoiling(experiment.setup, runner)))
+    assert len(tries) == due
+    summary = experiment.history[0]
+    assert [client.client for client in summary.clients] == counted
+    (entry,) = summary.rejected
+    assert (entry["client"], entry["fault"]) == (2, "node")
+    assert reason in entry["reason"]
+
+
+REFUSED = {
+    "round.mode": {"round__mode": "buffered", "wire__differences": True},
+    "round.aggregation": {"round__aggregation": "median"},
+    "round.over_select": {"round__over_select": 0.5},
+    "round.max_norm": {"round__max_norm": 1.0},
+    "round.norm_factor": {"round__norm_factor": 10},
+    "round.weighting": {"round__weighting": "examples", "secure__losses": "summed"},
+    "local.epochs": {
+        "local__epochs": 1,
+        "local__steps": None,
+        "secure__losses": "summed",
+        **SHARED,
+    },
+    "privacy.clip": {"privacy__clip": 1.0, "wire__differences": True},
+    "theory.every": {"theory__every": 1},
+    "wire.down": {"wire__down": "bf16", "wire__differences": True},
+    "round.fraction": {"round__fraction": 0.2},
+    "secure.least": {"secure__least": 6},
+    "secure.neighbours": {"secure__neighbours": 2, "method": "R-FedDM-S"},
+    "neighbours: 3": {"secure__neighbours": 3},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_secret_sums_cannot_have_is_refused_with_the_key_and_the_reason(tiny, key):
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")) as refused:
+        tiny(secure__aggregation=True, **REFUSED[key])
+    assert "secure" in str(refused.value)
+    assert len(str(refused.value)) > 80

@@ -1,0 +1,62 @@
+"""Secure aggregation on Flower's messages: the bits of a run in one process without it."""
+
+import pytest
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+
+from fed_diffusion.experiment import Experiment
+from fed_diffusion.secure.messages import STAGE, Stage
+from server_app.strategy import FedDiffusion
+from tests.localgrid import LocalGrid
+from tests.secure.runs import FAST, run, same
+
+NODES = [{"partition-id": i, "num-partitions": 5} for i in range(5)]
+SETTINGS = FAST | {"method": "R-FedDM-S"}
+SECURE = SETTINGS | {"secure__aggregation": True, "secure__least": 1}
+
+
+class Losing(LocalGrid):
+    """Loses each of some clients' messages of one exchange, and looks at all others."""
+
+    def __init__(self, lost):
+        super().__init__(NODES)
+        self.lost, self.remembered, self.replies = lost, [], []
+
+    def _push(self, message):
+        stage = message.content["metrics"].get(STAGE) if "metrics" in message.content else None
+        if stage is not None and self.lost.get(message.content["about"]["client"]) == stage:
+            sent = f"lost {stage} {message.content['about']['client']}"
+            message.metadata.__dict__["_message_id"] = sent
+            gone = Error(ErrorCode.NODE_UNAVAILABLE, "its SuperNode was killed")
+            self._replies[sent] = Message(gone, reply_to=message)
+            return sent
+        sent = super()._push(message)
+        states = [dict(context.state) for context in self.nodes.values()]
+        self.remembered.append(sum(len(state) for state in states))
+        self.replies.append(self._replies.get(sent))
+        return sent
+
+
+@pytest.mark.parametrize("stage", [None, *Stage], ids=str)
+def test_a_run_on_flower_ends_with_the_bits_of_a_plain_one_whoever_is_lost(tiny, tmp_path, stage):
+    counted_out = () if stage in (None, Stage.OPEN) else (1, 3)
+    plain = run(tiny(**SETTINGS), tmp_path / "plain", plain_without=counted_out)
+    config = tiny(**SECURE)
+    grid = Losing({} if stage is None else {1: stage, 3: stage})
+    secure = Experiment(config, tmp_path / "secure")
+    FedDiffusion(secure).run(grid)
+    assert same(plain, secure)
+    assert {entry["client"] for entry in secure.history[0].rejected} == set(counted_out)
+    assert max(grid.remembered) >= 3
+    assert all("memory" not in reply.content for reply in grid.replies if reply is not None)
+    if stage is None:
+        assert grid.remembered[-1] == 0  # of a round that is over nothing is left on the nodes
+
+
+def test_both_engines_count_the_same_bytes(tiny, tmp_path):
+    local = run(tiny(**SECURE), tmp_path / "local")
+    flower = Experiment(tiny(**SECURE), tmp_path / "flower")
+    FedDiffusion(flower).run(LocalGrid(NODES))
+    lines = local.history[0], flower.history[0]
+    assert lines[0].bytes_up == lines[1].bytes_up
+    assert lines[0].bytes_down == lines[1].bytes_down
