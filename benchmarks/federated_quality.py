@@ -5,9 +5,10 @@
 
 Every variant processes the same number of images with the same settings otherwise (the preset
 `digits-quick` at level F, in 10 rounds of 40 steps at eta 1e-3, with Adam's moments fresh in every
-round as in the paper, where the variant's name does not say otherwise). Two centralised runs, since not everything can be equal at once: with the
-clients' batch and ten times their steps, and with their steps and ten times their batch. FID of
-1,000 samples, features of a classifier of the real digits. Finished runs are not repeated.
+round as in the paper, where the variant's name does not say otherwise). Two centralised runs, since
+not everything can be equal at once: with the clients' batch and ten times their steps, and with
+their steps and ten times their batch. FID of 1,000 samples, features of a classifier of the real
+digits. Finished runs are not repeated.
 With --causes: ten clients with larger steps, with more and shorter rounds, and both sides with
 four times the rounds. With --state: Adam's moments fresh in every round or shared (local.state), in
 10 rounds of 40 steps and in 40 of 10, also under Dirichlet 0.1, beside one client with ten times

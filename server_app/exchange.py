@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from functools import partial
 from logging import WARNING
 
-from flwr.app import Message, MessageType
+from flwr.app import Error, Message, MessageType
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
-from client_app.messages import longest_index, to_records, to_update
+from client_app.messages import longest_index, to_records
 from fed_diffusion.common.text import clean
 from fed_diffusion.experiment import Experiment, exchanges
-from fed_diffusion.protocol.errors import Fault, UpdateError
+from fed_diffusion.protocol.errors import Fault
 from fed_diffusion.protocol.messages import Task
 from server_app.deadline import Deadline
 from server_app.nodes import JOIN_S, Host, Nodes, Patience, most_out
-from server_app.replies import EXPIRED, TooLarge, Unfinished, fault_of, pull, reason_of
+from server_app.replies import Unusable, pull, read_update, reason_of
 
 DEAD_ACTOR = "ray.exceptions.ActorDiedError"
 LIVES_S = 5.0
@@ -214,34 +214,13 @@ class Exchange:
         self._reject(sent.client, why, sent.node, "network")
 
     def _receive(self, reply: Message | Exception, sent: Sent) -> None:
-        client, node = sent.client, sent.node
-        if isinstance(reply, TooLarge):
-            self._reject(client, str(reply), node, "node", reply.nbytes)
-            return
-        if isinstance(reply, Unfinished):
-            self._deadline.missed(client)
-            self._reject(client, str(reply), node, "network")
-            return
-        if isinstance(reply, Exception):
-            self._reject(client, f"its reply cannot be read: {reply!r}", node, "node")
-            return
-        if reply.has_error():
-            reason = reason_of(reply.error)
-            if self._simulated and reply.error.code == 0 and DEAD_ACTOR in reason:
-                # Flower puts a dead actor back in its pool, where it eats message after message
-                raise RuntimeError(f"a Ray worker process died (out of memory?): {reason}")
-            if reply.error.code in EXPIRED:
+        if self._simulated and isinstance(reply, Message) and reply.has_error():
+            check_actor(reply.error)
+        update, client, node = read_update(reply, sent.client, self._index), sent.client, sent.node
+        if isinstance(update, Unusable):
+            if update.missed:
                 self._deadline.missed(client)
-            self._reject(client, reason, node, fault_of(reply.error))
-            return
-        try:
-            update = to_update(reply.content, self._index)
-        except UpdateError as error:
-            self._reject(client, str(error), node, "node")
-            return
-        if update.client != client:
-            reason = f"the reply is for client {update.client}"
-            self._reject(client, reason, node, "node", update.payload.nbytes)
+            self._reject(client, update.reason, node, update.fault, update.nbytes)
             return
         self._deadline.came(client, time.monotonic() - sent.began)
         if not self._experiment.receive(update, node):
@@ -276,6 +255,16 @@ class Exchange:
                 self._experiment.coordinator.ledger.late()
             if found or time.monotonic() > sent.expires:
                 del self._late[message_id]
+
+
+def check_actor(error: Error) -> None:
+    """End the run if a Ray actor has died.
+
+    Flower puts a dead actor back in its pool, where it eats message after message.
+    """
+    reason = reason_of(error)
+    if error.code == 0 and DEAD_ACTOR in reason:
+        raise RuntimeError(f"a Ray worker process died (out of memory?): {reason}")
 
 
 def _no_reply(seconds: float) -> str:

@@ -19,8 +19,10 @@ from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentE
 from flwr.superlink.grid import HttpGrid
 from google.protobuf.message import DecodeError
 
+from client_app.messages import to_update
 from fed_diffusion.common.text import clean
-from fed_diffusion.protocol.errors import Fault
+from fed_diffusion.protocol.errors import Fault, UpdateError
+from fed_diffusion.protocol.messages import Update
 
 EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 """Flower's errors for a message or a reply that is not there any more."""
@@ -166,6 +168,43 @@ def pull(grid: Grid, message_id: str, most: int, until: float) -> Iterator[Messa
         if error.response.status_code != httpx.codes.INTERNAL_SERVER_ERROR:
             raise  # the run is over, or the SuperLink is away
         yield error  # it cannot read this reply out, as where its database is locked
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """What came in place of an update, and whose fault that is; `missed` if it came too late."""
+
+    reason: str
+    fault: Fault
+    nbytes: int = 0
+    missed: bool = False
+
+
+def read_update(reply: Message | Exception, client: int, index: int) -> Update | Unusable:
+    """Return a client's update of a reply, or why there is none.
+
+    Parameters
+    ----------
+    index
+        The most bytes that the update's index may have.
+    """
+    if isinstance(reply, Unfinished):
+        return Unusable(str(reply), "network", missed=True)
+    if isinstance(reply, TooLarge):
+        return Unusable(str(reply), "node", reply.nbytes)
+    if isinstance(reply, Exception):
+        return Unusable(f"its reply cannot be read: {reply!r}", "node")
+    if reply.has_error():
+        error = reply.error
+        return Unusable(reason_of(error), fault_of(error), missed=error.code in EXPIRED)
+    try:
+        update = to_update(reply.content, index)
+    except UpdateError as error:
+        return Unusable(str(error), "node")
+    if update.client != client:
+        reason = f"the reply is for client {update.client}"
+        return Unusable(reason, "node", update.payload.nbytes)
+    return update
 
 
 def reason_of(error: Error) -> str:

@@ -66,7 +66,7 @@ class Rounds:
         self._policy = policy
         self._norms = norms
         self._diagnostics = diagnostics
-        self._ledger = ledger
+        self.ledger = ledger
 
     def begin(
         self,
@@ -197,10 +197,6 @@ class Rounds:
         open.count(flight, update, measured | {"weight": weight}, staleness, node)
         open.norms += [] if rms is None else [rms]
 
-    def check_loss(self, loss: float) -> None:
-        """Refuse a loss that no honest training makes; see `Ledger.check_loss`."""
-        self._ledger.check_loss(loss)
-
     def read(
         self, flight: Flight, update: Update, asked: Collection[int]
     ) -> tuple[dict[str, Any], int]:
@@ -222,14 +218,11 @@ class Rounds:
             odd = recipe.differences(flight.recipe)
             raise RecipeError(f"the recipe is not the one agreed on: {odd}")
         measured = measurements(numbers)
-        self._ledger.check_loss(measured["loss"])
-        return measured, self._weight(update.client, measured["examples"], asked)
-
-    def _weight(self, client: int, examples: int, asked: Collection[int]) -> int:
-        """Return how often an update counts, which no client alone decides."""
-        said = self._participation.images.get(client)
-        weight = weight_of(self._config.round, examples, said)
-        return int(max(1, min(weight, self._participation.heaviest(client, asked))))
+        self.ledger.check_loss(measured["loss"])
+        said = self._participation.images.get(update.client)
+        weight = weight_of(self._config.round, measured["examples"], said)
+        most = self._participation.heaviest(update.client, asked)
+        return measured, int(max(1, min(weight, most)))  # no client alone decides
 
     def _mean(self, theta: Theta, state: Theta, workers: int) -> Aggregator:
         """Return an empty average of theta, and of the optimiser's state where there is one."""
@@ -242,9 +235,7 @@ class Rounds:
         """Return the steps behind a client's moments: those that it began with, and its own."""
         taken = self._config.local.steps_of(examples)
         began = kept_values(flight.steps, masks)
-        return {
-            STEPS + name: (steps + taken).clamp_(max=MOST_STEPS) for name, steps in began.items()
-        }
+        return {STEPS + n: (steps + taken).clamp_(max=MOST_STEPS) for n, steps in began.items()}
 
     def _private_mean(self, round: int, theta: Theta, masks: MaskStore) -> PrivateMean:
         """Return a private mean, whose denominators count all clients, also absent or banned

@@ -135,7 +135,7 @@ class SecureRound:
             return
         count = len(open.clients)
         loss, heldout, images, seconds = means_of(opening.numbers, count)
-        self._rounds.check_loss(loss)
+        self._rounds.ledger.check_loss(loss)
         open.clients = [
             replace(
                 client,
