@@ -72,6 +72,7 @@ BASE: dict[str, Any] = {
     "diffusion.K": 6,
     "data.holdout": 0.02,
     "local.state": "fresh",
+    "wire.state": "fp32",
     "local.eta": 1e-3,
     "local.steps": 2,
     "local.batch": 4,

@@ -257,7 +257,7 @@ WORDS = {
 def test_a_setting_knows_the_words_that_are_built_in_and_no_others(key):
     built_in = WORDS[key]()
     for word in built_in:
-        load_config("digits", {key: word})
+        load_config("digits", {"local.state": "fresh", key: word})
     nearly = next(iter(built_in))[:-1]
     allowed = f"Allowed: {', '.join(built_in)}, or module:attribute for one of your own."
     with pytest.raises(ConfigError) as caught:
@@ -297,7 +297,7 @@ def test_a_name_of_ones_own_is_module_colon_attribute(name, so):
         {"model.name": "mine:Net"},
         {"data.name": "mine:load"},
         {"trackers": ["csv", "mine:Diary"]},
-        {"round.aggregation": "mine:Mean"},
+        {"round.aggregation": "mine:Mean", "local.state": "fresh"},
         {"server.optimizer": "mine:Lion"},
     ],
 )

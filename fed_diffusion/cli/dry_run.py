@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import yaml
@@ -62,9 +62,10 @@ def print_evaluation(config: Config) -> int:
     return 0
 
 
-def print_sweep(runs: Sequence[Run], datasets: Mapping[Any, ImageSet]) -> int:
+def print_sweep(runs: Sequence[Run], datasets: Mapping[str, ImageSet]) -> int:
     """Print what each run of a sweep would take, and their sum; a seed changes no estimate."""
     from fed_diffusion.engines.forecast import forecast
+    from fed_diffusion.sweep.grid import key_of
 
     table = Table()
     for name, side in (("run", "left"), ("parameters trained by", "left"), ("time", "right")):
@@ -74,7 +75,7 @@ def print_sweep(runs: Sequence[Run], datasets: Mapping[Any, ImageSet]) -> int:
     for run in runs:
         key = run.config.model_copy(update={"seed": 0}).to_yaml()
         if key not in known:
-            known[key] = forecast(run.config, datasets[run.config.data])
+            known[key] = forecast(run.config, datasets[key_of(run.config.data)])
         total += known[key].total
         table.add_row(run.name, _keeps(known[key]), in_words(known[key].total))
     console = plain_console()

@@ -141,7 +141,8 @@ class _InProcesses:
         with _main_module_hidden():
             try:
                 return self._pool.submit(_run_task, task)
-            except OSError as error:  # no process can be started, or the pool broke meanwhile
+            # no process can be started, or the pool broke meanwhile and its pipes are closed
+            except (OSError, ValueError) as error:
                 raise BrokenProcessPool(f"{type(error).__name__}: {error}") from error
 
     def _renew(self, round: int, renewed: bool) -> None:

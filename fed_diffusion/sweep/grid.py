@@ -173,30 +173,36 @@ def chosen(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
     return found
 
 
-def check_runs(runs: Sequence[Run]) -> dict[DataConfig, ImageSet]:
+def key_of(data: DataConfig) -> str:
+    """Return what tells a data set from others."""
+    return data.model_dump_json()
+
+
+def check_runs(runs: Sequence[Run]) -> dict[str, ImageSet]:
     """Refuse before the first run what would be refused in a later run; return the loaded data
-    sets.
+    sets, by their `key_of`.
 
     Raises
     ------
     ConfigError
         The message names the run, the key and how to fix it.
     """
-    datasets: dict[DataConfig, ImageSet] = {}
-    hashes: dict[DataConfig, str] = {}
+    datasets: dict[str, ImageSet] = {}
+    hashes: dict[str, str] = {}
     for run in runs:
+        key = key_of(run.config.data)
         try:
-            dataset = check(run.config, datasets.get(run.config.data))
+            dataset = check(run.config, datasets.get(key))
         except ConfigError as error:
             raise ConfigError(f"{run.name}: {error}") from error
         assert dataset is not None
-        datasets[run.config.data] = dataset
+        datasets[key] = dataset
         if (run.path / "config.yaml").exists():
             _check_same(run, dataset)
-            if run.config.data not in hashes:
-                hashes[run.config.data] = content_hash(dataset)
+            if key not in hashes:
+                hashes[key] = content_hash(dataset)
             # a finished one too: a table is of one set of images
-            check_same_data(RunDir(run.path), run.config.data, None, hashes[run.config.data])
+            check_same_data(RunDir(run.path), run.config.data, None, hashes[key])
     return datasets
 
 
@@ -278,7 +284,12 @@ def run_sweep(
             if not run.finished():  # asked again: it may have been, just before it was ours
                 with progress(run.config) as shown:
                     _do(
-                        run, datasets[run.config.data], processes, _guarded(shown, lock), where, say
+                        run,
+                        datasets[key_of(run.config.data)],
+                        processes,
+                        _guarded(shown, lock),
+                        where,
+                        say,
                     )
             outcome.finished.append(run)
             say(f"{where}: finished")

@@ -9,6 +9,7 @@ from fed_diffusion.config import load_config
 from fed_diffusion.diffusion.loss import DSMLoss
 from fed_diffusion.diffusion.partitions import PARTITIONS, kappa
 from tests.cli.test_main import pairs
+from tests.tiny import TINY
 
 SMALL = pairs(clients=2, local__batch=4)
 
@@ -20,7 +21,7 @@ def said(capsys):
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
-    sgd = ["--set", "local.optimizer=sgd", "local.state=fresh"]
+    sgd = ["--set", "local.optimizer=sgd"]
     written = ["--apply", str(folder / "planned.yaml"), "--plot", str(folder / "moves.png")]
     assert main(["plan", "digits", *SMALL, *sgd, "--delta", "0.02", *written]) == 0
     return folder
@@ -40,9 +41,7 @@ def test_an_applied_plan_loads_and_keeps_its_own_constraint(planned):
 
 
 def test_an_applied_plan_is_otherwise_the_preset(planned):
-    given = load_config(
-        "digits", dict(yaml_pairs(SMALL)) | {"local.optimizer": "sgd", "local.state": "fresh"}
-    )
+    given = load_config("digits", dict(yaml_pairs(SMALL)) | {"local.optimizer": "sgd"})
     config = load_config(str(planned / "planned.yaml"))
     same = {"preset": None, "diffusion": None, "local": None}
     assert config.model_copy(update=same) == given.model_copy(update=same)
@@ -79,7 +78,7 @@ def test_without_images_the_assumptions_are_named(tmp_path, capsys):
         assert f"the bound by {name}" in text
     config = load_config(str(out))
     assert pytest.approx(1.498, abs=1e-3) == config.diffusion.T  # 1/2 log((64 + 16) / 4)
-    assert config.local.eta == load_config("digits").local.eta  # no eta for Adam
+    assert config.local.eta == TINY["local.eta"]  # no eta for Adam
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,9 @@ def test_a_probe_of_one_size_is_taken_as_proportional():
 
 
 def test_the_demand_is_what_the_shapes_say():
-    config = load_config("digits", {"pruning.kind": "channels", "local.batch": 4})
+    config = load_config(
+        "digits", {"pruning.kind": "channels", "local.batch": 4, "local.state": "fresh"}
+    )
     setup = Setup.of(config)
     whole, layout = setup.skeleton, setup.layout
     needs = {keep: demand(setup, sub_network(whole, layout, keep, "meta")) for keep in (1.0, 0.5)}

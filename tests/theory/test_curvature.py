@@ -27,6 +27,7 @@ SETTINGS = {
     "model.head": 8,
     "local.batch": 16,
     "local.steps": 3,
+    "local.state": "fresh",
 }
 
 
