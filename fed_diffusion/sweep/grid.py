@@ -251,7 +251,7 @@ def command_line(arguments: Namespace) -> str:
 def run_sweep(
     runs: Sequence[Run],
     out: Path,
-    datasets: Mapping[DataConfig, ImageSet],
+    datasets: Mapping[str, ImageSet],
     *,
     processes: int | None = None,
     progress: Callable[[Config], AbstractContextManager[Progress]],
