@@ -45,6 +45,7 @@ def run(clients: int, per_round: int, rounds: int, out: Path) -> str:
         "round.fraction": per_round / clients,
         "model.widths": [32, 64],
         "local.steps": 2,
+        "local.state": "fresh",
         "data.holdout": 0.0,
         "evaluation.samples": 0,
         "evaluation.every": 0,

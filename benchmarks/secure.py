@@ -48,6 +48,7 @@ class Case:
 
     def __init__(self, clients: int, kind: str, small: bool):
         own = {"clients": clients, "secure.aggregation": True, "theory.every": None}
+        own["local.state"] = "fresh"
         sizes: dict[str, Any] = {"model.widths": [8, 16]} if small else {}
         preset = "digits" if small else "cifar10"
         self.config = config = load_config(preset, own | sizes | MASKS[kind])

@@ -1,7 +1,8 @@
 """What a client remembers between the messages of a round: secrets, which never leave its node.
 
-Flower keeps a ClientApp's `context.state` in the SuperNode, for as long as the run goes on. A
-message that claims to bring such a memory along does not: it is replaced by the node's own.
+Flower keeps a ClientApp's `context.state` in the SuperNode's memory, until the SuperNode ends or
+the client's next attempt replaces it. A message that claims to bring such a memory along does not:
+it is replaced by the node's own.
 """
 
 from __future__ import annotations

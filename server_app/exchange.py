@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from logging import WARNING
@@ -56,6 +56,39 @@ class Sent:
         return self.host.node
 
 
+class Turns:
+    """The order in which tasks are sent.
+
+    Where clients remember something, a node has one message at a time: of two memories that it
+    changes at the same time, Flower may keep the last one only.
+    """
+
+    def __init__(self, nodes: Nodes, remember: bool):
+        self._nodes, self._remember = nodes, remember
+        self._held: list[Task] = []
+        """Tasks that wait until their node is free."""
+
+    def take(self, tasks: Iterator[Task], out: Iterable[Sent]) -> Task | None:
+        """Return the next task whose node can take it now, if there is one."""
+        busy = {sent.node for sent in out} if self._remember else set()
+        for place, held in enumerate(self._held):
+            if not self._works(held, busy):
+                return self._held.pop(place)
+        while len(self._held) <= len(self._nodes) and (task := next(tasks, None)):
+            if not self._works(task, busy):
+                return task
+            self._held.append(task)
+        return None
+
+    def end(self) -> None:
+        """Send none of the tasks that wait."""
+        self._held.clear()
+
+    def _works(self, task: Task, busy: Collection[int]) -> bool:
+        host = self._nodes.host_of(task.client)
+        return host is not None and host.node in busy
+
+
 class Exchange:
     """This engine's loop sends tasks, and folds replies in as they arrive.
 
@@ -74,9 +107,7 @@ class Exchange:
         self._config_json = json.dumps(experiment.config.to_dict())
         self._overlapping = experiment.coordinator.policy.overlapping
         self._simulated = isinstance(grid, InMemoryGrid)
-        self._remembers = experiment.config.secure.aggregation
-        self._held: Task | None = None
-        """A task that waits until its node is free."""
+        self._turns = Turns(nodes, experiment.config.secure.aggregation)
         coordinator = experiment.coordinator
         self._index = longest_index([*coordinator.theta, *coordinator.moments])
         self._looked = time.monotonic()
@@ -146,21 +177,8 @@ class Exchange:
 
     def _fill(self, tasks: Iterator[Task]) -> None:
         """Send tasks while there is room for messages; each is encoded when it is sent."""
-        while len(self._out) < self._most and (task := self._next(tasks)):
+        while len(self._out) < self._most and (task := self._turns.take(tasks, self._out.values())):
             self._send(task)
-
-    def _next(self, tasks: Iterator[Task]) -> Task | None:
-        """Return the next task, if its node can take it now.
-
-        Where clients remember something, a node has one message at a time: of two memories that it
-        changes at the same time, Flower may keep the last one only.
-        """
-        task, self._held = self._held or next(tasks, None), None
-        if task is not None and self._remembers:
-            host = self._nodes.host_of(task.client)
-            if host is not None and any(sent.node == host.node for sent in self._out.values()):
-                self._held, task = task, None
-        return task
 
     def _send(self, task: Task) -> None:
         """Return the task's message on its way to the client's node; else reject the client."""
@@ -222,7 +240,9 @@ class Exchange:
                 self._deadline.missed(client)
             self._reject(client, update.reason, node, update.fault, update.nbytes)
             return
-        self._deadline.came(client, time.monotonic() - sent.began)
+        open = self._experiment.coordinator.open
+        if open is not None and open.counting:  # other parts of a protocol take no training
+            self._deadline.came(client, time.monotonic() - sent.began)
         if not self._experiment.receive(update, node):
             log(WARNING, "the update of client %d was rejected; see metrics.jsonl", client)
 
@@ -243,7 +263,7 @@ class Exchange:
             self._deadline.missed(client)
         self._late |= self._out
         self._out.clear()
-        self._held = None
+        self._turns.end()
         for client in coordinator.waiting() + ([] if early else coordinator.unsent()):
             self._reject(client, why, nodes.get(client), "nobody" if early else "network")
 

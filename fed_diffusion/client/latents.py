@@ -36,7 +36,9 @@ def encoded(setup: Setup, dataset: ImageSet) -> Tensor | None:
                 latents = autoencoder.encode(to_unit(part.to(device))).float().cpu().contiguous()
                 yield latents.numpy().view(np.uint8)
 
-    what = [hash_of(autoencoder.values()), device.type, config.worker.threads, torch.__version__]
+    data, threads = config.data, config.worker.threads
+    what = [hash_of(autoencoder.values()), data.name, data.dir, device.type, threads]
+    what.append(torch.__version__)
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
     channels, height, width = setup.shape
     stored = (len(dataset), channels, height, width * np.dtype(np.float32).itemsize)

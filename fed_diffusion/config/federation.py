@@ -92,7 +92,8 @@ class RoundConfig(Section):
     """The weight of an update. uniform: every update counts alike, as in equation (8); examples: a
     client counts by its number of training images, at most 2^24. In a deployment it counts no more
     than its node said when it joined and, of three clients or more that are asked in a round, no
-    more than all others together. The exact sums have room for values up to 64 at any such weight
+    more than all others together (under secure aggregation, where it multiplies by itself, there is
+    no such bound). The exact sums have room for values up to 64 at any such weight
     and number of clients."""
 
     def longest(self) -> float:

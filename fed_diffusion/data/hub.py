@@ -125,7 +125,13 @@ def _labels(
     config: DataConfig, rows: Any, column: str, own: bool
 ) -> tuple[torch.Tensor, tuple[str, ...] | None]:
     """The label of each image, and the names of the classes where they have some."""
-    values = np.asarray(rows[column][:])
+    given = rows[column][:]
+    if (missing := sum(value is None for value in given)) > 0:
+        raise ConfigError(
+            f"data.name = {config.name!r}: its column {column!r} is empty in {missing} rows; give "
+            "each image a class, or set model.conditional=false for a set without that column."
+        )
+    values = np.asarray(given)
     feature = rows.features[column]
     if (names := getattr(feature, "names", None)) is not None:
         names = tuple(map(str, names))
@@ -138,6 +144,12 @@ def _labels(
             "classes are whole numbers from 0, or names."
         )
     wanted = config.class_names
+    if own and wanted is None and names is not None and config.classes not in (None, len(names)):
+        raise ConfigError(
+            f"data.name = {config.name!r} has {len(names)} classes ({', '.join(names[:5])}), and "
+            f"data.classes = {config.classes}: nodes would number them in different ways. Set "
+            "data.class_names for the run."
+        )
     if wanted is not None and names is not None:
         used = {names[value] for value in np.unique(values[values >= 0])}
         if odd := sorted(used - {*wanted}):
@@ -172,6 +184,8 @@ def _decoded(
         images = np.empty((len(files), *shape), dtype=np.uint8)
         for i, file in enumerate(files):
             try:
+                if file is None:
+                    raise BadImage("is missing")
                 images[i] = fitted(file["bytes"] or Path(file["path"]), shape, config)
             except BadImage as problem:
                 problems.append(f"  image {start + i} {problem}")

@@ -303,7 +303,7 @@ APP is a checkout of fed-diffusion, or what `fed-diffusion deploy run` stages by
 
 ```
 fed-diffusion deploy run {here}/operator digits --nodes {wanted.nodes} \\
-    --set clients={wanted.nodes} --out /var/tmp/digits-1
+    --set clients={wanted.nodes} --set rounds=5 --set local.steps=60 --out /var/tmp/digits-1
 ```
 
 It says the run's number. Ctrl-C ends the command and not the run:

@@ -116,7 +116,8 @@ def ahead(config: Config, engine: Engine) -> Iterator[None]:
 
     # where CUDA has begun, a forked process cannot use it; to count devices does not begin it
     unused = config.worker.device == "cpu" or torch.cuda.device_count() == 0
-    with forked_ahead(processes_of(config) if unused else 1):
+    # none for a GPU that is not there: the checks refuse it
+    with forked_ahead(max(1, processes_of(config)) if unused else 1):
         yield
 
 

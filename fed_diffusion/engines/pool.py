@@ -222,7 +222,8 @@ def _start_process(orders: SimpleQueue[Order], settings: dict[str, Any] | None =
     """
     global _worker
     for number in STOP_SIGNALS:  # a forked process has its parent's handlers
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup wants
+            signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     device, found = orders.get()

@@ -23,7 +23,8 @@ class Gap:
 
     Both means are those of equation (8), rank by rank. The clients' values are kept until the end
     of the round. Nothing is measured where there is no gap (lora.train = B), under differential
-    privacy, in buffered rounds, and where masks keep single values of a rank.
+    privacy or secure aggregation, in buffered rounds, where the average is not the mean, and where
+    masks keep single values of a rank.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Gap:
     ):
         self._measures = settings.rank is not None and settings.train == "AB"
         self._measures &= privacy.clip is None and rounds.mode == "synchronous"
+        self._measures &= rounds.aggregation == "mean"
         self._scale = settings.scale if settings.rank is not None else 1.0
         self._theta = theta
         self._held: list[tuple[int, int, dict[str, Tensor], Masks]] = []
