@@ -148,12 +148,13 @@ def test_below_its_quorum_a_run_stops_and_the_command_it_names_resumes_it(tmp_pa
         flower.run(f"resume='{path}'")
     assert status_of(path)["state"] == "finished"
     assert [line["round"] for line in lines_of(path)] == [1, 2, 3]
-    command = re.search(r"fed-diffusion resume (\S+)", status["reason"])
+    command = re.search(r"fed-diffusion deploy run OPERATOR --resume (\S+)", status["reason"])
     assert command[1] == str(path)
 
 
 def test_a_serverapp_killed_three_times_ends_with_the_bits_of_a_run_left_alone(tmp_path):
-    settings = {"clients": 2, "rounds": 4, "local.steps": 40, "method": "T-FedDM-M"}
+    # rounds of seconds: the process is to be found before the run is over
+    settings = {"clients": 2, "rounds": 6, "local.steps": 200, "method": "T-FedDM-M"}
     simulate(load_config("digits", TINY | settings), tmp_path / "alone", processes=1)
     path = tmp_path / "run"
     config = run_config(path, **settings)
@@ -183,7 +184,7 @@ def test_a_serverapp_killed_three_times_ends_with_the_bits_of_a_run_left_alone(t
     for group in ("theta", "ema"):
         for name, value in one[group].items():
             assert torch.equal(value, two[group][name])
-    assert [line["round"] for line in lines_of(path)] == [1, 2, 3, 4]
+    assert [line["round"] for line in lines_of(path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_node_keeps_one_worker_process_and_gets_a_new_one_when_it_is_killed(tmp_path):
