@@ -10,8 +10,12 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 from fed_diffusion.config import ConfigError, load_config
+from fed_diffusion.protocol.messages import Task
+from fed_diffusion.protocol.wire import Payload
+from fed_diffusion.secure.messages import STAGE, Stage
 from server_app import exchange
 from server_app.deadline import Deadline
+from server_app.exchange import Sent, Turns
 from server_app.replies import Bounded, Unfinished
 from server_app.strategy import FedDiffusion
 from tests.localgrid import LocalGrid
@@ -92,8 +96,9 @@ class Forgetful(LocalGrid):
         return message_id
 
 
-def test_a_message_that_is_lost_costs_its_round_minutes_and_not_an_hour(tmp_path, monkeypatch):
-    """The clock stands still but for waits, which are a hundred times as long on it."""
+@pytest.fixture
+def now(monkeypatch):
+    """The time, which stands still but for waits, and these are a hundred times as long."""
     now = [0.0]
 
     class Clock:
@@ -104,6 +109,10 @@ def test_a_message_that_is_lost_costs_its_round_minutes_and_not_an_hour(tmp_path
             now[0] += 100 * seconds
 
     monkeypatch.setattr(exchange, "time", Clock)
+    return now
+
+
+def test_a_message_that_is_lost_costs_its_round_minutes_and_not_an_hour(tmp_path, now):
     made = experiment(tmp_path, rounds=4)
     FedDiffusion(made).run(Forgetful([node(0), node(1), node(2)], {"2", "3"}))
     lines = lines_of(tmp_path)
@@ -111,6 +120,45 @@ def test_a_message_that_is_lost_costs_its_round_minutes_and_not_an_hour(tmp_path
     assert reasons == [[], ["no reply within 300 s"], ["no reply within 600 s"], []]
     assert 900 <= now[0] < HOUR
     assert all(entry["fault"] == "network" for line in lines for entry in line["rejected"])
+
+
+class Secretive(LocalGrid):
+    """Node 102 answers all but what it trained, from the second round on."""
+
+    def _push(self, message):
+        message_id = super()._push(message)
+        about = message.content.get("metrics")
+        vector = about is not None and about.get(STAGE) == Stage.VECTORS
+        if vector and message.metadata.dst_node_id == 102 and message.metadata.group_id != "1":
+            del self._replies[message_id]
+        return message_id
+
+
+def test_small_exchanges_of_secure_aggregation_are_no_updates_for_the_deadline(tmp_path, now):
+    secure = {"secure.aggregation": True, "secure.least": 1, "clients": 5}
+    made = experiment(tmp_path, rounds=6, **secure)
+    FedDiffusion(made).run(Secretive([node(i, 5) for i in range(5)]))
+    reasons = [[entry["reason"] for entry in line["rejected"]] for line in lines_of(tmp_path)]
+    waits = [300, 600, 1200, 2400, 300]
+    assert reasons == [[], *([f"no reply within {seconds} s"] for seconds in waits)]
+
+
+def test_a_node_that_works_keeps_no_other_nodes_tasks_back(tmp_path):
+    met = FedDiffusion(experiment(tmp_path, clients=4))._meet(LocalGrid([node(0, 2), node(1, 2)]))
+    turns, tasks = Turns(met, remember=True), iter([Task(1, c, Payload({}, {})) for c in range(4)])
+    out = []
+
+    def take():
+        task = turns.take(tasks, out)
+        if task is not None:
+            out.append(Sent(task.client, met.host_of(task.client), 0.0, 1.0, 1))
+        return task and task.client
+
+    assert [take(), take(), take()] == [0, 1, None]
+    del out[1]  # node 101 has answered, and node 100 never does
+    assert [take(), take()] == [3, None]
+    del out[0]
+    assert take() == 2
 
 
 def test_a_reply_that_is_begun_and_never_ended_is_waited_for_until_its_deadline_only():

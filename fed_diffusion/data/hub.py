@@ -184,7 +184,7 @@ def _decoded(
         images = np.empty((len(files), *shape), dtype=np.uint8)
         for i, file in enumerate(files):
             try:
-                if file is None:
+                if file is None or not (file["bytes"] or file["path"]):
                     raise BadImage("is missing")
                 images[i] = fitted(file["bytes"] or Path(file["path"]), shape, config)
             except BadImage as problem:

@@ -156,6 +156,7 @@ class SecureRound:
 
     def _begin(self, stage: Stage) -> None:
         self.stage, self._open.counting = stage, stage == Stage.VECTORS
+        self._made: set[int] = set()
 
     def _small(self, stage: Stage) -> Iterator[Task]:
         """The messages of an exchange that is not about theta."""
@@ -188,6 +189,7 @@ class SecureRound:
             yield task
 
     def _send(self, task: Task, flight: Flight) -> None:
+        self._made.add(task.client)
         self._open.send(task)
         self._flights.send(task.client, flight, dict(self._theta))
 
@@ -217,6 +219,10 @@ class SecureRound:
             self._behind[update.client] = flight, measured["examples"]
             self._gathering.take_vector(update, weight, self._masks_of(update.client))
             self._open.count(flight, update, measured | {"weight": weight}, 0, node)
+
+    def unsent(self) -> list[int]:
+        """Clients whose message of the exchange in progress has not been made yet."""
+        return [c for c in self._gathering.clients(self.stage) if c not in self._made]
 
     def counts(self, client: int) -> bool:
         """Whether a client's vector is in the sums already, whatever it fails to do later."""
@@ -289,6 +295,10 @@ class SecureCoordinator(Coordinator):
             return
         logger.warning("client %d counts, and opens no sum: %s", client, clean(reason))
         self.flights.land(client)
+
+    def unsent(self) -> list[int]:
+        """Clients whose message of the exchange in progress has not been made yet."""
+        return self._rounds.attempt.unsent()
 
     def enough(self) -> bool:
         """Always wait for everybody: whoever has sent shares and no vector is missed."""

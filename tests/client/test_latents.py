@@ -130,6 +130,20 @@ def test_latents_are_encoded_once_on_a_machine(vae, digits, tmp_path, monkeypatc
 
 
 @models
+def test_two_sets_of_images_do_not_drive_each_others_latents_out(
+    vae, digits, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FED_DIFFUSION_CACHE", str(tmp_path))
+    monkeypatch.setenv("FED_DIFFUSION_IMAGE_CACHE_GB", "1")
+    few = [digits.subset(range(70)), digits.subset(range(70, 140))]
+    setups = [Setup.of(config(vae, data__dir=str(tmp_path / name))) for name in "ab"]
+    for _ in range(2):
+        for setup, images in zip(setups, few, strict=True):
+            latents.encoded(setup, images)
+            monkeypatch.setattr(setup.autoencoder, "encode", lambda images: 1 / 0)
+
+
+@models
 def test_another_autoencoder_than_the_runs_is_refused(vae, tmp_path):
     from safetensors.torch import load_file, save_file
 

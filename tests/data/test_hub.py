@@ -164,6 +164,8 @@ def test_a_run_notes_the_names_of_the_classes_and_a_node_with_other_numbers_agre
         ({"label": [-1, 0, 0]}, {}, "labels must count from 0"),
         ({"other": [1.0, 2.0, 3.0]}, {"data__classes": 3}, "has no labels"),
         ({"label": [0, 1, 2]}, {"data__size": 9}, r"3 images of 3.*image 0 is 8x8 pixels"),
+        ({"label": [0, None, None]}, {}, "column 'label' is empty in 2 rows"),
+        ({"image": [None, {"bytes": b"", "path": None}, None]}, {}, "image 0 is missing"),
     ],
 )
 def test_a_set_that_does_not_fit_is_refused(columns, changes, message, tmp_path):
@@ -174,6 +176,14 @@ def test_a_set_that_does_not_fit_is_refused(columns, changes, message, tmp_path)
     made.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "mine")
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         load_dataset(config(tmp_path / "mine", model__conditional=False, **changes).data)
+
+
+@needs("datasets")
+def test_nodes_that_would_number_their_classes_in_different_ways_are_refused(tmp_path):
+    table(4, 2, label=["cat", "bird", "cat", "cat"], names=["cat", "bird"]).save_to_disk(tmp_path)
+    data = config(tmp_path, data__classes=3).data
+    with pytest.raises(ConfigError, match=r"has 2 classes \(cat, bird\).*Set data.class_names"):
+        load_dataset(data, own=True)
 
 
 @needs("datasets")

@@ -146,6 +146,36 @@ def test_workers_that_were_forked_ahead_end_when_the_command_is_killed(tmp_path)
     assert left == []
 
 
+@pytest.mark.skipif(usable_cores() == 1, reason="one process is none beside the command")
+def test_workers_outlive_the_terminal_where_the_command_does(tmp_path):
+    """As under nohup, which ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(command(tmp_path / "run", rounds=1000))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    try:
+        wait_until((tmp_path / "run/metrics.jsonl").exists, process)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        for worker in workers:
+            worker.send_signal(signal.SIGHUP)
+        gone, _ = psutil.wait_procs(workers, timeout=1)
+        assert gone == []
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_by_name(tmp_path):
+    process = subprocess.run(
+        command(tmp_path / "run", **{"worker.device": "cuda"}), stderr=subprocess.PIPE, text=True
+    )
+    assert process.returncode == 2
+    assert "worker.device" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
 def wait_until(condition, process):
     for _ in range(2400):
         if condition():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,40 @@ def test_a_run_ends_with_the_same_bits_whether_its_sums_are_secret_or_not(tiny, 
     line = secure.history[0]
     assert (line.withheld, line.gamma) == (0, plain.history[0].gamma)
     assert line.coverage == plain.history[0].coverage
+
+
+def lopsided(dataset, clients, draw):
+    """A split: the first client has more images than all others together."""
+    few = np.arange(10 * (clients - 1)).reshape(clients - 1, 10)
+    return [np.arange(few.size, len(dataset)), *few]
+
+
+def test_a_client_that_counts_by_its_images_counts_by_all_that_it_has_multiplied_by(tiny, tmp_path):
+    """Without secrets the server would count the first client for no more than all others."""
+    settings = FAST | {
+        "method": "FedDM-F",
+        "round__weighting": "examples",
+        "data__partition": "tests.engines.test_secure:lopsided",
+    }
+    plain = run(tiny(**settings), tmp_path / "plain")
+    config = tiny(secure__aggregation=True, secure__least=1, **settings)
+    secure = run(config, tmp_path / "secure", said={0: 1757} | dict.fromkeys(range(1, 5), 10))
+    assert same(plain, secure)
+    assert secure.history[0].clients[0].weight > 4 * 10
+
+
+def test_who_was_sent_nothing_in_an_exchange_is_known_to_be_missing(tiny, tmp_path):
+    experiment = Experiment(tiny(secure__aggregation=True, **FAST), tmp_path / "run")
+    coordinator, runner = experiment.coordinator, SecureRunner(experiment.setup, iter)
+    exchanges = coordinator.exchanges(1)
+    keys = next(exchanges)
+    assert coordinator.unsent() == [0, 1, 2, 3, 4]
+    for _, answer in runner(keys):
+        assert coordinator.receive(answer)
+    assert coordinator.unsent() == []
+    first = next(next(exchanges))
+    assert coordinator.unsent() == [c for c in range(5) if c != first.client]
+    experiment.close()
 
 
 @pytest.mark.parametrize("stage", list(Stage))

@@ -11,9 +11,13 @@ from fed_diffusion.secure import messages as m
 FAST = {"rounds": 1, "local__steps": 1, "evaluation__every": 0, "evaluation__grid": 1}
 
 
-def run(config, path, lost=None, plain_without=()):
-    """An experiment that loses clients before their answer of a stage; it was closed in order."""
+def run(config, path, lost=None, plain_without=(), said=None):
+    """An experiment that loses clients before their answer of a stage; it was closed in order.
+
+    `said` is how many images each client's node named when it joined.
+    """
     experiment = Experiment(config, path)
+    experiment.coordinator.participation.images |= said or {}
 
     class Losing(SecureRunner):
         def _answer(self, task, trained=None):
