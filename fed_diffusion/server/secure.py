@@ -6,6 +6,8 @@ import logging
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+from torch import Tensor
+
 from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.aggregation.named import heaviest_of
 from fed_diffusion.aggregation.stateful import StatefulMean
@@ -27,7 +29,7 @@ from fed_diffusion.server.coordinator import BelowQuorum, Coordinator
 from fed_diffusion.server.mask_store import Bits
 from fed_diffusion.server.open_round import Flight, Flights, OpenRound
 from fed_diffusion.server.rounds import Rounds, Theta
-from fed_diffusion.store.ledger import RoundSummary
+from fed_diffusion.store.ledger import ClientRound, RoundSummary
 
 logger = logging.getLogger(__name__)
 UNTOLD: Numbers = {"loss": 0.0, "images": 0, "examples": 1, "seconds": 0.0}
@@ -68,9 +70,8 @@ class SecureRound:
         quorum: int,
     ):
         self._open, self._round, self._quorum = open, round, quorum
-        self._theta, self._state = theta, state
+        self._theta, self._state, self._rounds, self._flights = theta, state, rounds, flights
         self._summed = setup.config.secure.losses == "summed"
-        self._rounds, self._flights = rounds, flights
         self._packed: dict[int, Bits | None] = {}
         self._behind: dict[int, tuple[Flight, int]] = {}
         """Client -> its task, and its number of examples."""
@@ -133,19 +134,9 @@ class SecureRound:
         open.withheld = opening.into(open.mean, self._add_steps)
         if opening.numbers is None:
             return
-        count = len(open.clients)
-        loss, heldout, images, seconds = means_of(opening.numbers, count)
-        self._rounds.ledger.check_loss(loss)
-        open.clients = [
-            replace(
-                client,
-                loss=loss,
-                holdout_loss=heldout,
-                images=images // count + (place < images % count),  # so that their sum is right
-                seconds=seconds,
-            )
-            for place, client in enumerate(sorted(open.clients, key=lambda it: it.client))
-        ]
+        lines = alike(open.clients, opening.numbers)
+        self._rounds.ledger.check_loss(lines[0].loss)
+        open.clients = lines
 
     def _add_steps(self, client: int, masks: Masks) -> None:
         """Add how many steps are behind a client's moments, which the server knows by itself."""
@@ -210,15 +201,18 @@ class SecureRound:
         elif self.stage == Stage.OPEN:
             self._gathering.take_opened(update)
         else:
-            said = update
-            if self._summed:  # nothing of it travels, whatever the client says
-                numbers = update.payload.numbers | UNTOLD
-                said = replace(update, payload=replace(update.payload, numbers=numbers))
-            # against nobody else's: the client has multiplied by its number of images already
-            measured, weight = self._rounds.read(flight, said, ())
-            self._behind[update.client] = flight, measured["examples"]
-            self._gathering.take_vector(update, weight, self._masks_of(update.client))
-            self._open.count(flight, update, measured | {"weight": weight}, 0, node)
+            self._take_vector(flight, update, node)
+
+    def _take_vector(self, flight: Flight, update: Update, node: int | None) -> None:
+        said = update
+        if self._summed:  # nothing of it travels, whatever the client says
+            numbers = update.payload.numbers | UNTOLD
+            said = replace(update, payload=replace(update.payload, numbers=numbers))
+        # against nobody else's: the client has multiplied by its number of images already
+        measured, weight = self._rounds.read(flight, said, ())
+        self._behind[update.client] = flight, measured["examples"]
+        self._gathering.take_vector(update, weight, self._masks_of(update.client))
+        self._open.count(flight, update, measured | {"weight": weight}, 0, node)
 
     def unsent(self) -> list[int]:
         """Clients whose message of the exchange in progress has not been made yet."""
@@ -235,6 +229,21 @@ class SecureRound:
         masks = store.derive(recipe)
         self._packed[client] = store.pack(recipe, masks)
         return masks
+
+
+def alike(clients: list[ClientRound], sums: Tensor) -> list[ClientRound]:
+    """Return the lines of clients with the means of what all of them measured together."""
+    loss, heldout, images, seconds = means_of(sums, count := len(clients))
+    return [
+        replace(
+            client,
+            loss=loss,
+            holdout_loss=heldout,
+            images=images // count + (place < images % count),  # so that their sum is right
+            seconds=seconds,
+        )
+        for place, client in enumerate(sorted(clients, key=lambda it: it.client))
+    ]
 
 
 class SecureRounds(Rounds):
