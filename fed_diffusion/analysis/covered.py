@@ -71,6 +71,14 @@ def assumptions(
         ),
         yes_or_no("one eta", not varies, ", ".join(varies) or f"local.eta = {local.eta:g}"),
         yes_or_no("no proximal term", local.prox == 0, f"local.prox = {local.prox:g}"),
+        yes_or_no("no weight decay", local.decay == 0, f"local.weight_decay = {local.decay:g}"),
+        yes_or_no(
+            "whole gradients",
+            local.max_grad_norm is None,
+            "local.max_grad_norm is off"
+            if local.max_grad_norm is None
+            else f"local.max_grad_norm = {local.max_grad_norm:g}",
+        ),
         _no_dropout(setup),
         yes_or_no(
             "no dropped labels",

@@ -30,10 +30,10 @@ class _Steps:
     that would take as long as importing torch.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], eta: float):
+    def __init__(self, parameters: Iterable[nn.Parameter], eta: float, decay: float = 0.0):
         self.parameters = list(parameters)
         self.state: dict[Tensor, dict[str, Tensor]] = {}
-        self._eta = eta
+        self._eta, self._decay = eta, decay
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step before."""
@@ -41,13 +41,15 @@ class _Steps:
             parameter.grad = None
 
     def _trained(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the parameters that have a gradient, and their gradients."""
+        """Decay the parameters that have a gradient; return them, and their gradients."""
         used: list[Tensor] = [p for p in self.parameters if p.grad is not None]
+        if self._decay:
+            torch._foreach_mul_(used, 1 - self._eta * self._decay)
         return used, [p.grad for p in used if p.grad is not None]
 
 
 class SGD(_Steps):
-    """torch.optim.SGD, to the bit."""
+    """torch.optim.SGD, to the bit where nothing decays."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -57,7 +59,7 @@ class SGD(_Steps):
 
 
 class Adam(_Steps):
-    """torch.optim.Adam(fused=True), to the bit."""
+    """torch.optim.Adam(fused=True), to the bit; with a decay AdamW."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -92,7 +94,7 @@ class Adam(_Steps):
 def fresh_optimiser(local: LocalConfig, network: nn.Module, eta: float) -> Optimiser:
     """The optimiser of a round that begins without a state."""
     kind = SGD if local.optimizer == "sgd" else Adam
-    return kind(network.parameters(), eta)
+    return kind(network.parameters(), eta, local.decay)
 
 
 def optimiser_of(
@@ -100,7 +102,7 @@ def optimiser_of(
 ) -> Optimiser:
     """The optimiser of a round, going on from the state that came where it is shared."""
     if is_shared(local):
-        return SharedAdam(dict(network.named_parameters()), eta, state)
+        return SharedAdam(dict(network.named_parameters()), eta, state, local.decay)
     return fresh_optimiser(local, network, eta)
 
 
@@ -116,18 +118,24 @@ class SharedAdam:
         The parameters by name.
     state
         The state as `decode_state` returns it.
+    decay
+        The weight decay.
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], eta: float, state: Mapping[str, Tensor]
+        self,
+        parameters: dict[str, nn.Parameter],
+        eta: float,
+        state: Mapping[str, Tensor],
+        decay: float = 0.0,
     ):
         self._parameters = parameters
         counted = {n for n in parameters if state[STEPS + n].dim()}
         self._parts: list[Adam | CountedAdam] = []
         if plain := [p for n, p in parameters.items() if n not in counted]:
-            self._parts.append(Adam(plain, eta))
+            self._parts.append(Adam(plain, eta, decay))
         if others := [parameters[n] for n in parameters if n in counted]:
-            self._parts.append(CountedAdam(others, eta))
+            self._parts.append(CountedAdam(others, eta, decay))
         self._state = {p: part.state for part in self._parts for p in part.parameters}
         for name, parameter in parameters.items():
             self._state[parameter][parameter] = {

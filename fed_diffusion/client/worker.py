@@ -19,6 +19,7 @@ from fed_diffusion.client.optimisers import Optimiser, SharedAdam, optimiser_of
 from fed_diffusion.common.compute import kernels, pinned_threads
 from fed_diffusion.common.rng import Purpose, generator, seed_torch, torch_generator
 from fed_diffusion.config import Config
+from fed_diffusion.config.schema import LocalConfig
 from fed_diffusion.data import ImageSet
 from fed_diffusion.diffusion.loss import Network, NoisyBatch
 from fed_diffusion.masks.budget import Budget
@@ -191,7 +192,7 @@ class Worker:
             config.seed, Purpose.NOISE, task.round, task.client, device=self.device
         )
         changes = generator(config.seed, Purpose.AUGMENTATION, task.round, task.client)
-        adjust = _Adjustment(network, masks, config.local.prox)
+        adjust = _Adjustment(network, masks, config.local)
         network.train()
         total, first = torch.zeros((), device=self.device), None
         weight = 0.0
@@ -236,12 +237,13 @@ class Worker:
 class _Adjustment:
     """What is done to the gradients of a step before the optimiser sees them.
 
-    FedProx adds mu (theta - theta_{r,n,0}); a scattered mask keeps the gradient where it keeps.
+    FedProx adds mu (theta - theta_{r,n,0}); a scattered mask keeps the gradient where it keeps; a
+    gradient that is too long is scaled down.
     """
 
-    def __init__(self, network: nn.Module, masks: Masks, mu: float):
+    def __init__(self, network: nn.Module, masks: Masks, local: LocalConfig):
         self._parameters = list(network.parameters())
-        self._mu = mu
+        self._mu, self._most = (mu := local.prox), local.max_grad_norm
         self._start = [p.detach().clone() for p in self._parameters] if mu else []
         named = dict(network.named_parameters())
         self._masks = [
@@ -264,6 +266,8 @@ class _Adjustment:
         used = [(p.grad, mask) for p, mask in self._masks if p.grad is not None]
         if used:
             torch._foreach_mul_([gradient for gradient, _ in used], [mask for _, mask in used])
+        if self._most is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._most)
 
 
 def _seed(draw: np.random.Generator) -> int:

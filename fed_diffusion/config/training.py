@@ -288,8 +288,8 @@ class LocalConfig(Section):
     is reported is the mean over all images."""
     batch: int = Field(64, ge=1)
     """The number of images in a training step."""
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """The optimiser of the local steps. sgd is equation (7)."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """The optimiser of the local steps. sgd is equation (7); adamw is adam with a weight decay."""
     state: Literal["fresh", "shared"] = "fresh"
     """With which state Adam begins a round. fresh: with moments of zero, as the paper does; shared:
     with the mean of the clients' moments, taken for each coordinate over those that trained it.
@@ -304,6 +304,27 @@ class LocalConfig(Section):
     prox: float = Field(0.0, ge=0)
     """FedProx: the weight mu of mu/2 ||theta - theta_{r,n,0}||^2, which is added to the local loss
     and keeps a worker near to where its round began. 0 adds nothing."""
+    weight_decay: float | None = Field(None, ge=0)
+    """lambda: before each step, theta becomes (1 - eta lambda) theta. It goes with adamw and sgd.
+    null: 0.01 with adamw, else 0."""
+    max_grad_norm: float | None = Field(None, gt=0)
+    """A step's gradient whose Euclidean norm is larger is scaled down to this norm. null: never."""
+
+    @property
+    def decay(self) -> float:
+        """Lambda, the weight decay of a step."""
+        if self.weight_decay is None:
+            return 0.01 if self.optimizer == "adamw" else 0.0
+        return self.weight_decay
+
+    @model_validator(mode="after")
+    def _adam_decays_nothing(self) -> LocalConfig:
+        if self.optimizer == "adam" and self.weight_decay:
+            raise ValueError(
+                f"weight_decay: {self.weight_decay:g} does not go with optimizer adam, which would "
+                "divide it by the gradients' size; set local.optimizer to adamw"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_of(self) -> LocalConfig:
@@ -318,8 +339,8 @@ class LocalConfig(Section):
     def _sgd_has_no_state(self) -> LocalConfig:
         if self.state == "shared" and self.optimizer == "sgd":
             raise ValueError(
-                "state: shared goes with optimizer adam: sgd without momentum keeps no state that "
-                "could be shared; set local.state to fresh or local.optimizer to adam"
+                "state: shared goes with optimizer adam or adamw: sgd without momentum keeps no "
+                "state that could be shared; set local.state to fresh or local.optimizer to adam"
             )
         return self
 

@@ -52,6 +52,8 @@ BROKEN = {
     "warm-up": ({"local__warmup": 2}, "one eta", "local.warmup = 2"),
     "a schedule": ({"local__schedule": "cosine"}, "one eta", "cosine"),
     "FedProx": ({"local__prox": 0.01}, "no proximal term", "0.01"),
+    "weight decay": ({"local__weight_decay": 0.1}, "no weight decay", "0.1"),
+    "clipped gradients": ({"local__max_grad_norm": 2}, "whole gradients", "2"),
     "dropout": ({"model__dropout": 0.1}, "no dropout", "0.1"),
     "dropped labels": (
         {"model__conditional": True, "model__label_dropout": 0.2},

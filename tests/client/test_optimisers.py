@@ -49,6 +49,35 @@ def test_a_fresh_optimiser_is_torchs_own_to_the_bit_also_where_a_gradient_is_mis
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize(
+    ("ours", "by_torch"),
+    [
+        (SGD, lambda parameters: torch.optim.SGD(parameters, lr=ETA, weight_decay=0.3)),
+        (Adam, lambda parameters: torch.optim.AdamW(parameters, lr=ETA, weight_decay=0.3)),
+    ],
+)
+def test_a_decay_shrinks_what_is_trained_as_torchs_optimisers_do(ours, by_torch):
+    mine, theirs = (nn.Parameter(torch.linspace(-2, 3, 7)) for _ in range(2))
+    untrained = nn.Parameter(torch.ones(3))
+    found = gradients(6, (7,))
+    run(mine, ours([mine, untrained], ETA, 0.3), found)
+    run(theirs, by_torch([theirs]), found)
+    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+    assert torch.equal(untrained, torch.ones(3))
+
+
+def test_shared_moments_decay_values_alike_whether_or_not_coordinates_are_counted():
+    found = gradients(5, (4,))
+    values = torch.linspace(-2, 3, 4)
+    zeros = {FIRST + "w": torch.zeros(4), SECOND + "w": torch.zeros(4)}
+    reference = nn.Parameter(values.clone())
+    run(reference, torch.optim.AdamW([reference], lr=ETA, weight_decay=0.3), found)
+    for steps in (torch.zeros(()), torch.zeros(4)):
+        whole = nn.Parameter(values.clone())
+        run(whole, SharedAdam({"w": whole}, ETA, zeros | {STEPS + "w": steps}, 0.3), found)
+        torch.testing.assert_close(whole, reference, rtol=1e-6, atol=1e-7)
+
+
 def test_a_coordinate_with_t_steps_behind_it_moves_as_in_a_run_of_its_own():
     """Coordinates of one tensor were trained in different steps; each alone is torch's Adam."""
     found = gradients(9, (3,))
