@@ -111,9 +111,14 @@ def facts(config: Config) -> list[tuple[str, str]]:
 def size_lines(config: Config, size: Size) -> list[tuple[str, str]]:
     """Return the lines about parameters, multiply-adds, memory, images and steps."""
     network = f"{size.parameters:,} parameters"
-    if size.macs is not None:
-        network += f", {size.macs:.3g} multiply-adds for an image"
-    lines = [("network", network)]
+    macs = "" if size.macs is None else f", {size.macs:.3g} multiply-adds for an image"
+    lines = [("network", network + macs)]
+    if size.frozen:
+        lines = [
+            ("adapter", f"{network}, which are trained and travel"),
+            ("base", f"{size.frozen:,} parameters, which are frozen and never travel"),
+            ("network", f"base and adapter{macs}"),
+        ]
     if size.memory is not None:
         text = f"{size.memory / 1e6:.0f} MB for the whole network and a batch of "
         text += f"{config.local.batch}, above the idle process (this one has "

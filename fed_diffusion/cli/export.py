@@ -12,13 +12,13 @@ from fed_diffusion.cli.output import say
 def add_commands(commands: Any) -> None:
     """Add it to the sub-parsers of `fed-diffusion`."""
     export = commands.add_parser(
-        "export", help="write a trained run as a pipeline of diffusers, or as safetensors"
+        "export", help="write a trained run as a pipeline of diffusers, as ONNX, or as safetensors"
     )
     export.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     export.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     export.add_argument(
         "--format",
-        choices=("diffusers", "safetensors"),
+        choices=("diffusers", "onnx", "safetensors"),
         help="default: diffusers for a run with model.name=diffusers, else safetensors",
     )
     export.add_argument(

@@ -40,7 +40,8 @@ def level_of(u: Tensor, levels: Tensor) -> Tensor:
     levels
         u_j, float64 [J], as `times_of` gives them.
     """
-    above = torch.searchsorted(levels, u.contiguous(), right=True).clamp(1, len(levels) - 1)
+    # what searchsorted gives, but in operations that ONNX has, too
+    above = (levels <= u[:, None]).sum(1).clamp(1, len(levels) - 1)
     low, high = levels[above - 1], levels[above]
     part = (_log_ratio(u) - _log_ratio(low)) / (_log_ratio(high) - _log_ratio(low))
     return above - 1 + part

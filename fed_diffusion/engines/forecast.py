@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fed_diffusion.aggregation.stateful import LEVELS
-from fed_diffusion.build import Setup
+from fed_diffusion.build import Setup, skeleton
 from fed_diffusion.client import diagnostics
 from fed_diffusion.client.budget import demand
 from fed_diffusion.client.worker import Worker
@@ -67,7 +67,10 @@ class Size:
     Attributes
     ----------
     parameters
-        The number of parameters of the whole network.
+        The number of parameters that are trained and travel: of the whole network, or of its
+        adapter.
+    frozen
+        The number of values of the base beside an adapter, which stay where they are; else 0.
     macs
         Multiply-adds of the network for one image, forwards; None where they cannot be counted.
     memory
@@ -78,6 +81,7 @@ class Size:
     """
 
     parameters: int
+    frozen: int
     macs: float | None
     memory: float | None
     clients: list[Client]
@@ -119,10 +123,17 @@ def size_of(config: Config, dataset: ImageSet) -> Size:
     network = setup.skeleton
     return Size(
         parameters=sum(value.numel() for value in network.parameters()),
+        frozen=_frozen(config),
         macs=_macs(setup, network),
         memory=demand(setup, network).memory if isinstance(network, UNet) else None,
         clients=_clients(setup, dataset),
     )
+
+
+def _frozen(config: Config) -> int:
+    if config.lora.rank is None:
+        return 0
+    return sum(value.numel() for value in skeleton(config, adapted=False).parameters())
 
 
 def _macs(setup: Setup, network: torch.nn.Module) -> float:

@@ -10,6 +10,7 @@ from fed_diffusion.config import Config, ConfigError, method_name
 from fed_diffusion.config.section import HUB
 from fed_diffusion.data import image_shape
 from fed_diffusion.models import from_diffusers
+from fed_diffusion.models.latent import seen_shape
 from fed_diffusion.store.rundir import RunDir
 from fed_diffusion.store.start import facts_of
 
@@ -51,12 +52,37 @@ fed-diffusion run PRESET --set model.start=THIS_FOLDER/model.safetensors
 ```"""
 
 
+NETWORK = """`model.onnx` holds the network: eps = model(x, u{labels}) estimates the noise in
+x [n, {channels}, {height}, {width}] at the times u [n], where the signal is e^-u and the noise
+sqrt(1 - e^-2u). `config.json` has the times that the run samples at. ONNX Runtime and numpy are
+enough to sample{what}:
+
+```python
+import json
+
+import numpy as np
+import onnxruntime
+
+folder = "THIS FOLDER"
+about = json.load(open(f"{{folder}}/config.json"))
+model = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
+x = np.random.default_rng(0).standard_normal((2, {channels}, {height}, {width}), np.float32)
+times = about["times"]
+for k in range(len(times) - 1 + about["denoise"]):
+    given = {{"x": x, "u": np.full(len(x), times[k]){given}}}
+    (eps,) = model.run(None, given)
+    x0 = (x - np.sqrt(-np.expm1(-2 * times[k])) * eps) / np.exp(-times[k])
+    u = times[k + 1] if k + 1 < len(times) else 0.0
+    x = (np.exp(-u) * x0 + np.sqrt(-np.expm1(-2 * u)) * eps).astype(np.float32)
+```"""
+
+
 def card(run: RunDir, config: Config, rounds: int, format: str, weights: str) -> str:
     """README.md of an export, with the front matter that the Hub reads.
 
     Nothing of it names a path of the machine that trained.
     """
-    library = "diffusers" if format == "diffusers" else "fed-diffusion"
+    library = format if format in ("diffusers", "onnx") else "fed-diffusion"
     tags = ["federated-learning", "diffusion"]
     head = ["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"]
     try:
@@ -81,6 +107,8 @@ def card(run: RunDir, config: Config, rounds: int, format: str, weights: str) ->
 
 
 def _use(config: Config, format: str) -> str:
+    if format == "onnx":
+        return _onnx(config)
     if format != "diffusers":
         return TENSORS
     if config.model.name != from_diffusers.NAME:
@@ -88,6 +116,19 @@ def _use(config: Config, format: str) -> str:
     channels, size, _ = image_shape(config.data)
     labelled = LABELLED.replace("{channels}", str(channels)).replace("{size}", str(size))
     return labelled if config.model.conditional else PIPELINE
+
+
+def _onnx(config: Config) -> str:
+    conditional = config.model.conditional
+    channels, height, width = seen_shape(config.model.vae, image_shape(config.data))
+    return NETWORK.format(
+        channels=channels,
+        height=height,
+        width=width,
+        labels=", labels" if conditional else "",
+        given=', "labels": np.array([0, 1])' if conditional else "",
+        what="" if config.model.vae is None else " the latents of images, without the autoencoder",
+    )
 
 
 def _training(config: Config, results: dict[str, Any]) -> list[tuple[str, str]]:

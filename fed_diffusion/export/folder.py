@@ -1,4 +1,4 @@
-"""A trained run as files that other tools read: a pipeline of diffusers, or safetensors."""
+"""A trained run as files that other tools read: a pipeline of diffusers, ONNX, or safetensors."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from fed_diffusion.build import Setup, parameters_of, skeleton, time_grid
 from fed_diffusion.common.version import __version__
 from fed_diffusion.config import Config, ConfigError
+from fed_diffusion.config.training import LoraConfig
 from fed_diffusion.data import class_count, image_shape
 from fed_diffusion.diffusion import process
 from fed_diffusion.export.adapter import ADAPTER, write_adapter
 from fed_diffusion.export.card import card
+from fed_diffusion.export.onnx import check_installed, write_onnx
 from fed_diffusion.models import from_diffusers, lora, unet
 from fed_diffusion.models.latent import seen_shape
 from fed_diffusion.store.files import save_tensors, write_atomic
@@ -25,7 +28,7 @@ from fed_diffusion.store.rundir import RunDir
 from fed_diffusion.store.start import KEY, autoencoder_of, hash_of
 
 Write = Callable[[Path], None]
-FORMATS = ("diffusers", "safetensors")
+FORMATS = ("diffusers", "onnx", "safetensors")
 WEIGHTS = ("ema", "theta")
 UNET_NEEDS = "from fed_diffusion.diffusion.process import alpha, per_image, sigma\n"
 NETWORK_NEEDS = (
@@ -43,7 +46,8 @@ def export(run: RunDir, folder: Path, format: str | None = None, weights: str = 
         A folder that does not exist yet, or an empty one.
     format
         diffusers: a pipeline; that of the built-in U-Net brings its own code. safetensors: the
-        tensors by name, and config.json. Default: diffusers for a run with model.name = diffusers.
+        tensors by name, and config.json. onnx: the network, for ONNX Runtime. Default: diffusers
+        for a run with model.name = diffusers, else safetensors.
     weights
         ema: the moving average, which samples are made of; theta: the parameters themselves.
 
@@ -58,9 +62,11 @@ def export(run: RunDir, folder: Path, format: str | None = None, weights: str = 
     config, checkpoint = trained(run)
     name = config.model.name
     format = format or ("diffusers" if name == from_diffusers.NAME else "safetensors")
-    if format == "diffusers" and name not in PIPELINES:
+    if format == "onnx":
+        check_installed()
+    if format != "safetensors" and name not in PIPELINES:
         raise ConfigError(
-            f"--format diffusers needs a network of diffusers or the built-in U-Net, and {run.path}"
+            f"--format {format} needs a network of diffusers or the built-in U-Net, and {run.path}"
             f" has model.name = {name!r}; use --format safetensors."
         )
     if format == "diffusers" and config.model.vae and name != from_diffusers.NAME:
@@ -76,14 +82,15 @@ def export(run: RunDir, folder: Path, format: str | None = None, weights: str = 
         network = Setup.of(config).network_with(theta)
         adapter = partial(write_adapter, network, config.lora)
         theta = lora.merged(network, parameters_of(skeleton(config, adapted=False)))
-    pipeline = PIPELINES[name](config, theta) if format == "diffusers" else None
+    write: Write = partial(_tensors, config, theta, weights)
+    if format == "diffusers":
+        write = PIPELINES[name](config, theta)
+    elif format == "onnx":
+        write = _onnx(config, theta, weights)
     folder.mkdir(parents=True, exist_ok=True)
     if adapter is not None:
         adapter(folder / ADAPTER)
-    if pipeline is None:
-        _tensors(config, theta, folder, weights)
-    else:
-        pipeline(folder)
+    write(folder)
     write_atomic(folder / CARD, card(run, config, checkpoint.state["round"], format, weights))
     return folder
 
@@ -154,14 +161,32 @@ def _template(name: str) -> str:
     return f"# From fed-diffusion {__version__}, Apache-2.0.\n{text}"
 
 
-def _tensors(config: Config, theta: Mapping[str, Tensor], folder: Path, weights: str) -> None:
+def _onnx(config: Config, theta: dict[str, Tensor], weights: str) -> Write:
+    """The network, and what is needed to sample with it."""
+    plain = Setup.of(config.model_copy(update={"lora": LoraConfig()}))
+    network = plain.network_with(theta)
+    about = _about(config, theta, weights)
+    about["times"] = plain.sampling_times().tolist()
+    about["denoise"] = config.evaluation.denoise
+    return partial(write_onnx, network, plain.shape, plain.classes, about)
+
+
+def _tensors(config: Config, theta: Mapping[str, Tensor], weights: str, folder: Path) -> None:
     """The tensors in one file, and in another what network they are of."""
+    about = _about(config, theta, weights)
+    described = {"format": "pt", KEY: json.dumps(about["model"])}
+    save_tensors(folder / MODEL, theta, described)
+    write_atomic(folder / CONFIG, json.dumps(about, indent=2) + "\n")
+
+
+def _about(config: Config, theta: Mapping[str, Tensor], weights: str) -> dict[str, Any]:
+    """What network the tensors are of, as JSON has it."""
     model = config.model.model_dump(
         mode="json", exclude={"pretrained", "config", "scheduler", "vae"}
     )
     model["start"] = None  # a path of the machine that the run began on
     channels, size, _ = image_shape(config.data)
-    about = {
+    return {
         "fed-diffusion": __version__,
         "weights": weights,
         "sha256": hash_of(theta),
@@ -169,8 +194,6 @@ def _tensors(config: Config, theta: Mapping[str, Tensor], folder: Path, weights:
         "model": model,
         "diffusion": config.diffusion.model_dump(mode="json"),
     }
-    save_tensors(folder / MODEL, theta, {"format": "pt", KEY: json.dumps(model)})
-    write_atomic(folder / CONFIG, json.dumps(about, indent=2) + "\n")
 
 
 PIPELINES: dict[str, Callable[[Config, Mapping[str, Tensor]], Write]] = {

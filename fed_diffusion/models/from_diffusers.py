@@ -63,7 +63,7 @@ class DiffusersNetwork(nn.Module):
         assert isinstance(levels, Tensor)
         given = {}
         if self.no_label is not None:
-            missing = torch.full((len(u),), self.no_label, device=u.device)
+            missing = torch.full(u.shape, self.no_label, device=u.device)
             given["class_labels"] = missing if labels is None else labels
         (out,) = self.unet(x, level_of(u, levels), return_dict=False, **given)
         return noise_of(self.prediction, out, x, u)

@@ -160,6 +160,15 @@ def bytes_figure(rounds: Sequence[Round]) -> Figure:
     return _finished(figure, axes, rounds)
 
 
+def gap_figure(rounds: Sequence[Round]) -> Figure:
+    """Draw the gap of an adapter, as a part of the norm of the mean product."""
+    figure, axes = _figure("gap, part of the mean product")
+    parts = [{**entry, "gap": (entry.get("adapter_gap") or {}).get("relative")} for entry in rounds]
+    _line(axes, parts, "gap", "between the product of the means and the mean product", BLUE)
+    axes.set_ylim(bottom=0)
+    return _finished(figure, axes, rounds)
+
+
 def rejected_figure(rounds: Sequence[Round]) -> Figure:
     """Draw how many updates were rejected in each round."""
     figure, axes = _figure("rejected updates")

@@ -70,6 +70,7 @@ def render(record: Record) -> str:
             ("Samples", samples_section),
             ("Quality", quality_section),
             ("Loss", _loss),
+            ("Adapter", _adapter_gap),
             ("Clients", clients_section),
             ("Privacy and copies", privacy_section),
             ("Bytes", _bytes_section),
@@ -176,6 +177,22 @@ def _loss(record: Record) -> str:
     )
     drawn = plot(curves.loss_figure(record.rounds), "loss per round, of all and of each client")
     return section("Loss", f"<p>{text}</p>{drawn}")
+
+
+def _adapter_gap(record: Record) -> str:
+    """Return what averaging the factors of an adapter apart has lost; nothing for other runs."""
+    measured = [entry for entry in record.rounds if entry.get("adapter_gap")]
+    if not measured:
+        return ""
+    last = measured[-1]
+    text = (
+        f"In round {number(last.get('round'))} the product of the clients' mean factors was "
+        f"{number(last['adapter_gap'].get('absolute'))} from the mean of their products, which is "
+        f"{percent(last['adapter_gap'].get('relative') or 0)} of its norm. The average of the "
+        "factors loses so much; with lora.train = B it loses nothing."
+    )
+    drawn = plot(curves.gap_figure(measured), "gap of the adapter per round")
+    return section("Adapter", f"<p>{text}</p>{drawn}")
 
 
 def _bytes_section(record: Record) -> str:

@@ -5,12 +5,14 @@ import time
 import numpy as np
 import pytest
 
-from fed_diffusion.build import build_network
+from fed_diffusion.build import build_network, parameters_of
+from fed_diffusion.cli.dry_run import size_lines
 from fed_diffusion.data import partition, split_holdout
 from fed_diffusion.engines import forecast as forecasting
 from fed_diffusion.engines import local
 from fed_diffusion.engines.forecast import Forecast, forecast, makespan, size_of
 from fed_diffusion.engines.local import simulate
+from fed_diffusion.store.files import save_tensors
 
 UNEQUAL = {"pruning__kind": "channels", "pruning__keep": [1, 1, 0.5, 0.5, 0.5]}
 
@@ -31,6 +33,18 @@ def test_the_sizes_are_those_of_the_network_and_of_the_split(tiny, digits):
         counted = np.bincount(digits.labels.numpy()[train], minlength=10).tolist()
         assert list(client.labels.values()) == counted
         assert client.steps == 3 * -(-len(train) // 8)
+
+
+def test_an_adapter_is_what_travels_and_its_base_is_counted_apart(tiny, digits, tmp_path):
+    save_tensors(tmp_path / "base.safetensors", parameters_of(build_network(tiny())))
+    config = tiny(lora__rank=2, model__start=str(tmp_path / "base.safetensors"))
+    whole, size = size_of(tiny(), digits), size_of(config, digits)
+    assert (whole.frozen, size.frozen) == (0, whole.parameters)
+    assert size.parameters == sum(p.numel() for p in build_network(config).parameters())
+    lines = dict(size_lines(config, size))
+    assert lines["adapter"].startswith(f"{size.parameters:,} parameters")
+    assert lines["base"].startswith(f"{whole.parameters:,} parameters")
+    assert "adapter" not in dict(size_lines(tiny(), whole))
 
 
 def test_multiply_adds_are_those_of_every_convolution_and_product(tiny, digits):

@@ -382,3 +382,13 @@ def test_a_damaged_part_costs_its_section_and_says_so(
     assert "Images of clients 3 are copied" in text
     assert "leaves out Samples" in caplog.text
     assert html.trained_on(html.read_record(run)) == "digits"
+
+
+def test_the_gap_of_an_adapter_is_shown_where_it_was_measured(tmp_path: Path) -> None:
+    gaps = [{"absolute": 0.5 * r, "relative": 0.01 * r} for r in range(1, 4)]
+    rounds = [a_round(r + 1, adapter_gap=gap) for r, gap in enumerate(gaps)]
+    page = write_report(write_run(tmp_path, rounds)).read_text("utf-8")
+    assert "In round 3" in page
+    assert "was 1.5 from the mean of their products, which is 3 %" in page
+    assert "gap of the adapter per round" in page
+    assert "mean of their products" not in write_report(write_rich_run(tmp_path)).read_text("utf-8")
