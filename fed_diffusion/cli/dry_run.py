@@ -50,7 +50,7 @@ def print_run(config: Config, engine: str, done: int = 0) -> int:
 def print_evaluation(config: Config) -> int:
     """Print what `evaluate` would take."""
     from fed_diffusion.data import load_dataset
-    from fed_diffusion.engines.forecast import evaluation_seconds
+    from fed_diffusion.engines.forecast_evaluation import evaluation_seconds
     from fed_diffusion.evaluation.checks import OWN_DATA, check_evaluation
 
     check_evaluation(config)

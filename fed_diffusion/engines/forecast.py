@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from fed_diffusion.aggregation.stateful import LEVELS
 from fed_diffusion.build import Setup, skeleton
 from fed_diffusion.client import diagnostics
 from fed_diffusion.client.budget import demand
 from fed_diffusion.client.worker import Worker
-from fed_diffusion.common.compute import kernels, pinned_threads
-from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config
 from fed_diffusion.data import ImageSet
+from fed_diffusion.engines.forecast_evaluation import evaluation_seconds
 from fed_diffusion.engines.local import processes_of
-from fed_diffusion.evaluation.generated import images_needed
-from fed_diffusion.evaluation.reference import reference_set
-from fed_diffusion.finish import SMALL
-from fed_diffusion.generate import Sampler
+from fed_diffusion.engines.timing import SIDE_BY_SIDE, TIMED_S, makespan, multiply_adds, took
 from fed_diffusion.models.unet import UNet
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.protocol.moments import PREFIXES, is_shared
@@ -36,17 +28,9 @@ START_S = {"local": 8.0, "flower": 22.0}
 """The seconds to the first round and to end the workers, for each engine, on two quiet cores."""
 ROUND_S = 0.2
 """The seconds of the server at the end of a round, mostly for the checkpoint on disk."""
-SIDE_BY_SIDE = 1.1
-"""The factor by which workers that share memory and caches are slower than one alone."""
 MOST_GROUPS = 6
 """The number of different keep ratios that are timed; the others lie between them."""
-TIMED_S = 1.5
-"""The seconds that the timed steps of one keep ratio may take, beyond two steps."""
 MOST_STEPS = 8
-INCEPTION_MACS = 5.7e9
-"""The multiply-adds of the Inception network for one image."""
-FIGURES_S = {"classifier": 4.0, "inception": 90.0}
-"""The seconds for all figures from features, for a thousand images."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +108,7 @@ def size_of(config: Config, dataset: ImageSet) -> Size:
     return Size(
         parameters=sum(value.numel() for value in network.parameters()),
         frozen=_frozen(config),
-        macs=_macs(setup, network),
+        macs=multiply_adds(setup, network),
         memory=demand(setup, network).memory if isinstance(network, UNet) else None,
         clients=_clients(setup, dataset),
     )
@@ -134,16 +118,6 @@ def _frozen(config: Config) -> int:
     if config.lora.rank is None:
         return 0
     return sum(value.numel() for value in skeleton(config, adapted=False).parameters())
-
-
-def _macs(setup: Setup, network: torch.nn.Module) -> float:
-    device = next(network.parameters()).device
-    images = torch.zeros((1, *setup.shape), device=device)
-    u = torch.ones(1, dtype=torch.float64, device=device)
-    labels = torch.zeros(1, dtype=torch.int64, device=device) if setup.classes else None
-    with FlopCounterMode(display=False) as flops, torch.no_grad():
-        network(images, u, labels)
-    return flops.get_total_flops() / 2
 
 
 def _clients(setup: Setup, dataset: ImageSet) -> list[Client]:
@@ -185,15 +159,6 @@ def forecast(
     return Forecast(parts, timed.down, timed.up, processes, timed.keeps, timed.step)
 
 
-def makespan(jobs: Sequence[float], processes: int) -> float:
-    """Return when the last of these jobs ends that so many processes take in turn."""
-    ends = [0.0] * max(1, processes)
-    for job in jobs:
-        first = min(range(len(ends)), key=ends.__getitem__)
-        ends[first] += job
-    return max(ends)
-
-
 class _Timed:
     """A round's tasks, of which one of each keep ratio is trained for a few steps.
 
@@ -217,7 +182,7 @@ class _Timed:
         self._worker = Worker(setup, dataset)
         coordinator = Coordinator(setup, setup.theta(started=False))
         _announce(config, coordinator, self._worker)
-        tasks, made = _took(lambda: list(islice(coordinator.tasks(1), 2 * config.clients)))
+        tasks, made = took(lambda: list(islice(coordinator.tasks(1), 2 * config.clients)))
         state = coordinator.open
         assert state is not None
         keep = {task.client: state.recipes[task.client].keep for task in tasks}
@@ -234,7 +199,7 @@ class _Timed:
             self._fixed.append(fixed)
             self._step.append(step)
             up.append(_bytes_up(config, update))
-            received = max(received, _took(lambda u=update: coordinator.receive(u))[1])  # type: ignore[misc]
+            received = max(received, took(lambda u=update: coordinator.receive(u))[1])  # type: ignore[misc]
         self.keep = keep
         self.up = sum(float(np.interp(k, self._at, up)) for k in keep.values())
         self.step = self._step[-1]
@@ -250,10 +215,10 @@ class _Timed:
         """Return the seconds that a task takes beside its steps, and those of a step."""
         self._worker.config = self._config
         self._worker.run(task)  # the first call loads what later ones share
-        update, one = _took(lambda: self._worker.run(task))
+        update, one = took(lambda: self._worker.run(task))
         more = max(1, min(MOST_STEPS, int(TIMED_S / max(one, 1e-3))))
         self._worker.config = _with_steps(self._config, 1 + more)
-        step = max(_took(lambda: self._worker.run(task))[1] - one, 0.0) / more
+        step = max(took(lambda: self._worker.run(task))[1] - one, 0.0) / more
         return max(one - step, 0.0), step, update
 
 
@@ -300,95 +265,3 @@ def _diagnostics(config: Config, timed: _Timed, clients: list[Client], done: int
     counts = [diagnostics.minibatches(config, clients[n].steps, len(whole)) for n in whole]
     steps = diagnostics.MINIBATCH_STEPS * sum(counts) + diagnostics.CURVATURE_STEPS
     return due * steps * timed.step
-
-
-def evaluation_seconds(
-    run: Config | Setup, dataset: ImageSet | None, rounds: int = 0
-) -> dict[str, float]:
-    """Return the seconds of sampling and measuring, from one timed call of the network.
-
-    Parameters
-    ----------
-    run
-        The configuration of the run, or the setup that was made of it.
-    rounds
-        Rounds before it, with their small grids; 0: `fed-diffusion evaluate`, without a grid.
-    """
-    setup = Setup.of(run)
-    settings = setup.config.evaluation
-    needed = images_needed(settings)
-    shown = settings.grid if rounds else 0
-    num = max(shown, needed)
-    sampler = Sampler(setup, setup.theta(started=False))
-    batch = min(settings.batch, max(num, SMALL))
-    call = _score_seconds(sampler, batch)
-    calls = sampler.calls(setup.sampling_times())
-    cores = usable_cores() if sampler.device.type == "cpu" else 1
-    sizes = [min(batch, num - start) for start in range(0, num, batch)]
-    at_once = SIDE_BY_SIDE if min(cores, len(sizes)) > 1 else 1.0
-    sampling = at_once * makespan([n * calls * call for n in sizes], cores)
-    small = (rounds - 1) // settings.every if settings.every and rounds else 0
-    sampling += small * SMALL * calls * call
-    measuring = 0.0
-    if needed:
-        measuring = _figures_seconds(setup, dataset, needed, _macs(setup, sampler.network) / call)
-    return {"sampling": sampling, "measuring": measuring}
-
-
-def _score_seconds(sampler: Sampler, batch: int) -> float:
-    """Return the seconds of one call of the score, for each image of a batch."""
-    noise = torch.Generator(sampler.device).manual_seed(0)
-    labels = None
-    if sampler.classes is not None:
-        labels = torch.arange(batch, device=sampler.device) % sampler.classes
-
-    def call(n: int) -> Callable[[], Any]:
-        y = torch.randn((n, *sampler.shape), generator=noise, device=sampler.device)
-        u = torch.ones(n, dtype=torch.float64, device=sampler.device)
-        chosen = None if labels is None else labels[:n]
-        score = sampler.score(chosen, sampler.config.evaluation.guidance)
-        return lambda: score(y, u).sum().item()
-
-    threads = 1 if sampler.device.type == "cpu" else torch.get_num_threads()
-    with torch.no_grad(), pinned_threads(threads), kernels(sampler.config.worker, sampler.device):
-        few = min(SMALL, batch)
-        call(few)()
-        each = _took(call(few))[1] / few
-        if each * batch < TIMED_S:
-            _took(call(batch))
-            each = _took(call(batch))[1] / batch
-    return each
-
-
-def _figures_seconds(setup: Setup, dataset: ImageSet | None, images: int, rate: float) -> float:
-    """Seconds of the extractor and of the figures; `rate` is the network's multiply-adds/s."""
-    reference = reference_set(setup, dataset)
-    if reference is None:
-        return 0.0
-    config, settings = setup.config, setup.config.evaluation
-    seen = images + len(reference.images)
-    if settings.extractor == "inception":
-        looking = seen * INCEPTION_MACS / rate / usable_cores()
-        return FIGURES_S["inception"] + looking
-    seconds = FIGURES_S["classifier"] * max(1.0, images / 1000)
-    if settings.extractor == "classifier" and settings.weights is None:
-        from fed_diffusion.evaluation import features
-
-        teacher, batch = reference.teacher, features.BATCH
-        few = min(len(teacher), 4 * batch)
-        picked = np.linspace(0, len(teacher) - 1, few).astype(np.int64)
-        part = teacher.subset(picked)
-        if features.labels_missing(part) is None:
-            features.train_classifier(part, config.seed, 1)
-            step = _took(lambda: features.train_classifier(part, config.seed, 1))[1]
-            step /= math.ceil(few / batch)
-            per_epoch = math.ceil(len(teacher) / batch)
-            epochs = max(features.EPOCHS, math.ceil(features.FEWEST_STEPS / per_epoch))
-            seconds += step * (epochs * per_epoch + seen / batch / 3)
-    return seconds
-
-
-def _took(action: Callable[[], Any]) -> tuple[Any, float]:
-    began = time.perf_counter()
-    found = action()
-    return found, time.perf_counter() - began

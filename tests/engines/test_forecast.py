@@ -5,13 +5,16 @@ import time
 import numpy as np
 import pytest
 
+from examples.own_judge import Spectrum
 from fed_diffusion.build import build_network, parameters_of
 from fed_diffusion.cli.dry_run import size_lines
 from fed_diffusion.data import partition, split_holdout
 from fed_diffusion.engines import forecast as forecasting
 from fed_diffusion.engines import local
-from fed_diffusion.engines.forecast import Forecast, forecast, makespan, size_of
+from fed_diffusion.engines.forecast import Forecast, forecast, size_of
+from fed_diffusion.engines.forecast_evaluation import evaluation_seconds
 from fed_diffusion.engines.local import simulate
+from fed_diffusion.engines.timing import makespan
 from fed_diffusion.store.files import save_tensors
 
 UNEQUAL = {"pruning__kind": "channels", "pruning__keep": [1, 1, 0.5, 0.5, 0.5]}
@@ -104,3 +107,19 @@ def test_the_time_is_within_a_factor_of_what_the_rounds_then_take(tiny, digits, 
     seconds = simulate(config, tmp_path / "run", processes=1)["seconds"]
     assert time.perf_counter() - began > seconds["train"]
     assert seconds["train"] / 4 < expected < 4 * seconds["train"]
+
+
+class Slow(Spectrum):
+    """A judge that takes a hundredth of a second for each image."""
+
+    def __call__(self, images):
+        time.sleep(0.01 * len(images))
+        return super().__call__(images)
+
+
+def test_each_judge_is_timed_on_the_images_that_it_will_see(tiny, digits):
+    one = {"evaluation__extractor": "classifier", "evaluation__samples": 400}
+    two = one | {"evaluation__extractor": ("classifier", "tests.engines.test_forecast:Slow")}
+    less, more = (evaluation_seconds(tiny(**own), digits)["measuring"] for own in (one, two))
+    seen = 400 + len(digits)
+    assert more - less > 0.01 * seen * 0.8  # the classifier's own time varies
