@@ -88,9 +88,8 @@ def test_the_code_of_a_page_runs_from_its_first_line_to_its_last(name, tmp_path,
             exec(compile(block.text, name, "exec"), variables)
             continue
         for words in block.commands:
-            if words[0] == "sed":
-                subprocess.run(words, check=True)
-                continue
+            if words == [".", ".venv/bin/activate"]:
+                continue  # the tests run in an environment
             assert words[0] == "fed-diffusion", f"say why {words} is not run"
             assert main(reduced(words[1:])) == 0
 

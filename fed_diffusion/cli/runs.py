@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
     resume.add_argument(
         "--accept-changes",
         action="store_true",
-        help="accept changes in RUN/config.yaml to rounds, evaluation.* and worker.*",
+        help="accept changes in RUN/config.yaml, to rounds and to what --set may change",
     )
     add_dry_run(resume)
     resume.set_defaults(command=resume_command)
@@ -69,7 +69,10 @@ def run_command(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.preset, parse_pairs(arguments.set))
     if arguments.dry_run:
         from fed_diffusion.cli.dry_run import print_run
+        from fed_diffusion.store.rundir import RunDir
 
+        if arguments.out is not None:
+            RunDir(arguments.out).refuse_existing()
         return print_run(config, arguments.engine)
     from fed_diffusion.engines.either import ahead, begin
     from fed_diffusion.engines.signals import stop_signals_interrupt

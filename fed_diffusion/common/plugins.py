@@ -7,12 +7,16 @@ contract, a `Protocol` beside it. There is nothing to register: a name with a co
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from fed_diffusion.config.names import refuse_unknown
 from fed_diffusion.config.schema import ConfigError
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def resolve(setting: str, name: str, built_in: Mapping[str, Any]) -> Any:
@@ -64,5 +68,12 @@ def blamed(setting: str, name: str) -> Iterator[None]:
         raise
     except Exception as error:  # anything may go wrong in a part of the user's
         raise ConfigError(
-            f"{setting} = {name!r} failed with {type(error).__name__}: {error}."
+            f"{setting} = {name!r} failed with {type(error).__name__}: {error}{_where(error)}."
         ) from error
+
+
+def _where(error: Exception) -> str:
+    """Return the last line outside this package that an exception came through, as text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    found = [f for f in frames if PACKAGE not in Path(f.filename).parents and f.line]
+    return f" ({found[-1].filename}, line {found[-1].lineno})" if found else ""

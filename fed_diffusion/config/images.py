@@ -41,9 +41,9 @@ class DataConfig(Section):
     of the package datasets, on the Hub or in local files), or your_module:function, see
     `data.Loader`."""
     dir: str | None = None
-    """Where the files are. A named set may lie there as it is published or as class folders of
-    images (cifar10/<class>/*.png, also below train/ and test/); what is not there is downloaded to
-    it. Where it is not set, Debian's package dataset-fashion-mnist is found by itself."""
+    """Where the files are. A named set other than digits may lie there as it is published or as
+    class folders of images (cifar10/<class>/*.png, also below train/ and test/); what is not there
+    is downloaded to it. Where it is not set, Debian's package dataset-fashion-mnist is found."""
     size: int | None = Field(None, ge=1)
     """The side of an image in pixels. It is known for the named sets. image_folder and a data set
     of yours need it, where none of `pad`, `resize` and `crop` says it."""

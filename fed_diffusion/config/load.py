@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -205,7 +205,7 @@ def build_config(settings: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(dict(settings))
     except ValidationError as error:
-        lines = [_explain(dict(item)) for item in error.errors()]
+        lines = [_explain(dict(item)) for item in _telling(error.errors())]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from error
 
 
@@ -315,6 +315,23 @@ def setting_names() -> list[str]:
                 yield from of(field.annotation, f"{prefix}{name}.")
 
     return list(of(Config, ""))
+
+
+SHAPES = ("tuple_type", "list_type", "float_type", "int_type", "string_type")
+"""Complaints of pydantic that a value is of another shape than one of a setting's alternatives."""
+
+
+def _telling(items: Sequence[Any]) -> list[Any]:
+    """Leave out what a setting's other alternatives say, where one had the value's shape."""
+
+    def same(one: Any, other: Any) -> bool:
+        return one["loc"][:2] == other["loc"][:2] and other["type"] not in SHAPES
+
+    return [
+        item
+        for item in items
+        if item["type"] not in SHAPES or not any(same(item, other) for other in items)
+    ]
 
 
 def _explain(item: dict[str, Any]) -> str:

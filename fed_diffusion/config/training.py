@@ -256,6 +256,11 @@ class PruningConfig(Section):
 
     @model_validator(mode="after")
     def _one_source_of_ratios(self) -> PruningConfig:
+        if self.keep is not None and self.level != "F":
+            raise ValueError(
+                f"keep: {self.keep} stands in place of a level, and level = {self.level} says "
+                "other ratios; leave out one of pruning.keep and pruning.level"
+            )
         if self.budget == "level":
             return self
         if self.level != "F" or self.keep is not None or self.baseline is not None:
@@ -323,6 +328,11 @@ class LocalConfig(Section):
             raise ValueError(
                 f"weight_decay: {self.weight_decay:g} does not go with optimizer adam, which would "
                 "divide it by the gradients' size; set local.optimizer to adamw"
+            )
+        if self.eta * self.decay >= 1:
+            raise ValueError(
+                f"weight_decay: {self.decay:g} times local.eta = {self.eta:g} is not below 1, so "
+                "that a step would turn every value's sign; 0.01 to 0.1 are usual"
             )
         return self
 

@@ -214,6 +214,12 @@ def _load_digits(
     config: DataConfig, shape: tuple[int, int, int], split: TrainOrTest, own: bool
 ) -> ImageSet:
     """Return all 1,797 digits; their 17 grey levels 0..16 are spread over 0..255."""
+    if config.dir is not None:
+        raise ConfigError(
+            f"data.dir = {config.dir!r} would not be read, since data.name = 'digits' comes with "
+            "the package. For a folder of your own images take the preset photos, or set "
+            "data.name=image_folder, data.size and data.channels."
+        )
     # scikit-learn's own file, of 64 values and a label in each line: its import takes seconds
     package = find_spec("sklearn")
     assert package is not None

@@ -80,4 +80,11 @@ def _folder(setup: Setup, path: str) -> ImageSet:
         "channels": channels,
         "size": size,
     }
-    return tell(load_dataset(setup.config.data.model_copy(update=folder)))
+    try:
+        return tell(load_dataset(setup.config.data.model_copy(update=folder)))
+    except ConfigError as error:
+        raise ConfigError(
+            f"evaluation.reference = {path!r} does not fit: its images must be of {size}x{size} "
+            f"pixels, as the run's are, so convert the others. The folder is read as data.dir is: "
+            f"{error}"
+        ) from error

@@ -7,6 +7,7 @@ from typing import Any
 
 from fed_diffusion.common.version import __version__
 from fed_diffusion.config import Config, ConfigError, method_name
+from fed_diffusion.config.schema import LocalConfig
 from fed_diffusion.config.section import HUB
 from fed_diffusion.data import image_shape
 from fed_diffusion.models import from_diffusers
@@ -131,11 +132,28 @@ def _onnx(config: Config) -> str:
     )
 
 
+def _locally(local: LocalConfig) -> str:
+    many, unit = (local.steps, "step") if local.epochs is None else (local.epochs, "epoch")
+    said = [
+        f"{many} {unit}{'' if many == 1 else 's'} of {local.optimizer} a round",
+        f"batches of {local.batch}",
+        f"eta {local.eta:g} ({local.schedule})",
+    ]
+    if local.state == "shared":
+        said.append("moments shared over the rounds")
+    if local.decay:
+        said.append(f"weight decay {local.decay:g}")
+    if local.max_grad_norm is not None:
+        said.append(f"gradients of norm {local.max_grad_norm:g} at most")
+    if local.prox:
+        said.append(f"proximal term {local.prox:g}")
+    return ", ".join(said)
+
+
 def _training(config: Config, results: dict[str, Any]) -> list[tuple[str, str]]:
     pruning, local, privacy = config.pruning, config.local, config.privacy
     channels, size, _ = image_shape(config.data)
     images = results.get("data", {}).get("images")
-    steps = f"{local.steps} steps" if local.epochs is None else f"{local.epochs} epochs"
     masks = f"pruning.kind = {pruning.kind}, level {pruning.level}"
     if pruning.keep is not None:
         masks = f"pruning.kind = {pruning.kind}, keep ratios {pruning.keep}"
@@ -143,7 +161,7 @@ def _training(config: Config, results: dict[str, Any]) -> list[tuple[str, str]]:
         ("Images", f"{data_name(config.data.name)}, {channels} x {size} x {size}"),
         ("Clients", f"{config.clients}, split {config.data.partition}"),
         ("Method", f"{config.method or method_name(config)}; {masks}"),
-        ("Locally", f"{steps} of {local.optimizer} a round, batches of {local.batch}"),
+        ("Locally", _locally(local)),
         ("Started from", _base(config)),
         ("Seed", str(config.seed)),
     ]

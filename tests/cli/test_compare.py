@@ -39,16 +39,19 @@ def test_compare_prints_a_table_and_ends_with_the_page(
             assert words in out
             assert words in (tmp_path / page).read_text()
     assert main(["compare", *runs, "--out", str(tmp_path / "mine.html")]) == 0
-    assert (tmp_path / "mine.html").is_file()
+    assert main(["compare", *runs, "--out", str(tmp_path / "new" / "mine.html")]) == 0
+    assert (tmp_path / "new" / "mine.html").is_file()
 
 
-@pytest.mark.parametrize("out", ["page.txt", "nowhere/page.html"])
 def test_a_comparison_that_has_no_place_is_refused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], out: str
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     runs = [str(finished(tmp_path / name)) for name in "ab"]
-    assert main(["compare", *runs, "--out", str(tmp_path / out)]) == 2
-    assert "is not a .html file in a folder that exists" in " ".join(capfd.readouterr().err.split())
+    assert main(["compare", *runs, "--out", str(tmp_path / "page.txt")]) == 2
+    assert "is not a .html file" in " ".join(capfd.readouterr().err.split())
+    (tmp_path / "file").touch()
+    assert main(["compare", *runs, "--out", str(tmp_path / "file" / "page.html")]) == 2
+    assert "cannot be written" in " ".join(capfd.readouterr().err.split())
     shutil.rmtree(tmp_path / "b")
     assert main(["compare", *runs, "--out", str(tmp_path / "page.html")]) == 2
     assert not (tmp_path / "page.html").exists()

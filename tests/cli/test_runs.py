@@ -189,6 +189,11 @@ def test_a_dry_run_says_what_the_run_would_be_and_writes_nothing(tmp_path, monke
     assert "time for sampling" in said
 
 
+def test_a_dry_run_refuses_the_directory_that_the_run_would_refuse(finished, capfd):
+    assert main(["run", "digits", "--out", str(finished), "--dry-run", *pairs()]) == 2
+    assert "holds a run already" in " ".join(capfd.readouterr().err.split())
+
+
 def test_the_other_commands_take_dry_run_too(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["resume", str(finished), "--rounds", "5", "--dry-run"]) == 0

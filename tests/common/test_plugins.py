@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fed_diffusion.common.plugins import resolve
+from fed_diffusion.common.plugins import blamed, resolve
 from fed_diffusion.config import ConfigError
 
 BUILT_IN = {"first": 1, "second": 2}
@@ -31,3 +31,16 @@ def test_what_a_setting_cannot_mean_is_refused_with_its_key(name, said):
     with pytest.raises(ConfigError, match=r"some\.key") as caught:
         resolve("some.key", name, BUILT_IN)
     assert said in str(caught.value)
+
+
+def test_what_fails_in_a_users_part_is_named_with_its_line():
+    def part():
+        return {}["oops"]
+
+    line = part.__code__.co_firstlineno + 1
+    with (
+        pytest.raises(ConfigError, match=r"some\.key = 'mine:part' failed with KeyError") as caught,
+        blamed("some.key", "mine:part"),
+    ):
+        part()
+    assert f"({__file__}, line {line})" in str(caught.value)

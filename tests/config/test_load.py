@@ -98,9 +98,30 @@ REFUSED = {
         r"model\.label_dropout: 0\.1.*model\.conditional",
     ),
     "a number for a list": ("digits", {"model.widths": 8}, r"model\.widths = 8 .*a list, as in"),
+    "ratios beside a level": (
+        "digits",
+        {"pruning.kind": "random", "pruning.level": "S", "pruning.keep": 0.5},
+        r"pruning\.keep: 0\.5 stands in place of a level.*level = S",
+    ),
+    "a decay that turns signs": (
+        "digits",
+        {"local.optimizer": "adamw", "local.eta": 0.1, "local.weight_decay": 10},
+        r"local\.weight_decay: 10 times local\.eta = 0\.1 is not below 1",
+    ),
     "no reference": ("digits", {"evaluation.reference": ""}, r"evaluation\.reference = ''"),
     "words for a number": ("digits", {"rounds": "many"}, r"rounds = 'many'"),
 }
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(0, "greater than 0"), ([1, 2], "less than or equal to 1"), ("half", "a valid number")],
+)
+def test_of_a_settings_alternatives_only_the_one_of_the_values_shape_complains(given, said):
+    with pytest.raises(ConfigError, match=r"pruning\.keep = ") as caught:
+        load_config("digits", {"pruning.keep": given})
+    assert said in str(caught.value)
+    assert str(caught.value).count("is not allowed") == 1
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fed_diffusion.config import load_config
 from fed_diffusion.config.schema import ConfigError, DataConfig
 from fed_diffusion.data import (
     ImageSet,
@@ -134,6 +135,11 @@ def test_the_digits_are_all_there_at_full_contrast() -> None:
     assert train.labels is not None
     assert train.labels.unique().tolist() == list(range(10))
     assert torch.equal(train.images, test.images)
+
+
+def test_the_digits_refuse_a_folder_that_would_not_be_read() -> None:
+    with pytest.raises(ConfigError, match=r"data\.dir = '.*photos' would not be read.*photos"):
+        load_dataset(load_config("digits", {"data.dir": "photos"}).data)
 
 
 def test_the_digits_are_scikit_learns_with_their_labels() -> None:

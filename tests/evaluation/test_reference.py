@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -157,3 +158,13 @@ def test_the_cache_is_where_the_environment_says(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "fed-diffusion" / "features"
+
+
+def test_a_reference_of_other_sides_is_refused_by_its_own_name(tmp_path: Path) -> None:
+    Image.new("L", (16, 16)).save(tmp_path / "a.png")
+    with pytest.raises(ConfigError) as caught:
+        reference_set(Setup.of(settings(str(tmp_path))), None)
+    said = str(caught.value)
+    assert said.startswith(f"evaluation.reference = {str(tmp_path)!r} does not fit")
+    assert "8x8 pixels" in said
+    assert "convert" in said

@@ -78,6 +78,14 @@ def test_the_card_says_how_it_was_trained_and_names_no_path(tiny, tmp_path):
     assert str(tmp_path) not in card + (folder / "config.json").read_text()
 
 
+def test_the_card_says_all_that_a_local_step_does(tiny, tmp_path):
+    own = {"optimizer": "adamw", "state": "shared", "weight_decay": 0.1, "max_grad_norm": 2.5}
+    run = untrained(tiny(**{f"local__{k}": v for k, v in own.items()}), tmp_path / "run")
+    card = " ".join((export(run, tmp_path / "out") / "README.md").read_text().split())
+    for words in ("adamw", "moments shared", "weight decay 0.1", "gradients of norm 2.5 at most"):
+        assert words in card
+
+
 def test_the_card_of_a_private_run_says_what_the_guarantee_leaves_out(tiny, tmp_path):
     first = untrained(tiny(), tmp_path / "first")
     private = tiny(
