@@ -12,6 +12,7 @@ from fed_diffusion.config.federation import (
     TheoryConfig,
     WireConfig,
 )
+from fed_diffusion.config.names import is_own
 from fed_diffusion.config.section import Section
 from fed_diffusion.config.training import LocalConfig, PruningConfig
 
@@ -45,6 +46,16 @@ class SecureConfig(Section):
                 f"neighbours: {self.neighbours} is odd; clients in a circle have as many "
                 "neighbours on either side, so give an even number"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> SecureConfig:
+        for name, field in type(self).model_fields.items():
+            if not self.aggregation and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} changes nothing, since updates are not "
+                    f"aggregated securely; set secure.aggregation to true, or leave {name} out"
+                )
         return self
 
 
@@ -114,12 +125,29 @@ def _check_group(secure: SecureConfig, asked: int, clients: int, pruning: Prunin
             f"(round.fraction), and a sum needs {max(secure.least, 2)} (secure.least); ask "
             "more clients"
         )
-    if secure.neighbours is not None and pruning.kind != "full":
+    if secure.neighbours is None:
+        return
+    if not _whole(pruning):
         raise ValueError(
             f"secure.neighbours: {secure.neighbours} cannot be chosen with pruning.kind = "
-            f"{pruning.kind!r}: under unequal masks two clients that share no secret could be the "
-            "only ones that keep a coordinate. Leave it out: then all are neighbours"
+            f"{pruning.kind!r} and clients that keep a part of the network: under unequal masks "
+            "two clients that share no secret could be the only ones that keep a coordinate. "
+            "Leave it out: then all are neighbours. Or set pruning.kind to full"
         )
+    if secure.neighbours > asked - 1:
+        raise ValueError(
+            f"secure.neighbours: {secure.neighbours} are more than the {asked - 1} others that a "
+            "round asks (clients, round.fraction). Leave it out, and all of them are neighbours"
+        )
+
+
+def _whole(pruning: PruningConfig) -> bool:
+    """Whether it is known before the run that every client keeps the whole network."""
+    if pruning.kind == "full" or pruning.baseline is not None:
+        return True
+    ratios = pruning.keep if isinstance(pruning.keep, tuple) else (pruning.keep or 1.0,)
+    built_in = not is_own(pruning.kind)
+    return built_in and pruning.budget == "level" and pruning.level == "F" and min(ratios) == 1
 
 
 def _typed(value: Any) -> str:

@@ -47,6 +47,8 @@ class SecureRound:
         theta_r, and the optimiser's state where local.state is shared; else empty.
     quorum
         How many updates the round needs.
+    attempt
+        The number of the attempt in the run.
 
     Attributes
     ----------
@@ -68,8 +70,10 @@ class SecureRound:
         rounds: Rounds,
         flights: Flights,
         quorum: int,
+        attempt: int,
     ):
-        self._open, self._round, self._quorum = open, round, quorum
+        self._open, self._quorum = open, quorum
+        self._round, self._attempt = round, attempt
         self._theta, self._state, self._rounds, self._flights = theta, state, rounds, flights
         self._summed = setup.config.secure.losses == "summed"
         self._packed: dict[int, Bits | None] = {}
@@ -159,7 +163,7 @@ class SecureRound:
             Stage.OPEN: gathering.open_parts,
         }[stage]
         for client in gathering.clients(stage):
-            task = m.task(stage, self._round, client, parts(client))
+            task = m.task(stage, self._round, client, parts(client), None, self._attempt)
             recipe = self._open.recipes[client]
             most = BESIDE if stage != Stage.SHARES else BESIDE + gathering.shares_size(client)
             self._send(task, Flight(self._round, recipe, 0, 1.0, 0.0, None, most=most))
@@ -173,7 +177,8 @@ class SecureRound:
         made = self._rounds.tasks(self._round, self._theta, self._state, recipes, open.masks)
         for plain, flight in made:
             parts = gathering.vector_parts(plain.client)
-            task = m.task(Stage.VECTORS, self._round, plain.client, parts, plain.payload)
+            about = self._round, plain.client, parts, plain.payload, self._attempt
+            task = m.task(Stage.VECTORS, *about)
             most = BESIDE + gathering.most(plain.client)
             known = flight.recipe, task.payload.nbytes, flight.kept, flight.w2
             self._send(task, Flight(self._round, *known, None, flight.steps, most))
@@ -276,6 +281,7 @@ class SecureCoordinator(Coordinator):
         self._rounds, self._setup = SecureRounds(setup, *parts), setup
         self._shunned: tuple[int, set[int]] = 0, set()
         """A round, and the clients that kept its attempts from a sum."""
+        self._attempts = 0
 
     def exchanges(
         self, round: int, available: Collection[int] | None = None
@@ -286,7 +292,8 @@ class SecureCoordinator(Coordinator):
         asked = [c for c in self.participants(round, available) if c not in shunned]
         self.open = self._rounds.begin(round, self.theta, self.moments, asked, available)
         parts = self.open, self.theta, self.moments, self._rounds, self.flights, self.quorum()
-        attempt = self._rounds.attempt = SecureRound(self._setup, round, *parts)
+        self._attempts += 1
+        attempt = self._rounds.attempt = SecureRound(self._setup, round, *parts, self._attempts)
         yield from attempt.exchanges()
         self._shunned = round, shunned | attempt.shunned
 
