@@ -33,7 +33,8 @@ class SecureConfig(Section):
     fewer of them know tells nothing."""
     least: int = Field(3, ge=1)
     """A sum of fewer clients than this is not opened: such coordinates keep theta_r, and `withheld`
-    in metrics.jsonl counts them. 1 opens everything."""
+    in metrics.jsonl counts them. 1 opens everything. With privacy.noise = clients it is also for
+    how many clients the noise is enough: the more, the less noise each of them adds."""
 
     losses: Literal["each", "summed"] = "each"
     """each: every client's losses, images and seconds travel in the clear. summed: only their sums
@@ -70,6 +71,13 @@ def check_secure(
     theory: TheoryConfig,
 ) -> None:
     """Raise a `ValueError` where the other settings need what sums alone do not tell."""
+    if not secure.aggregation:
+        if privacy.noise == "clients":
+            raise ValueError(
+                "privacy.noise: clients needs secure.aggregation = true: a client's share of the "
+                "noise does not hide its own difference, which the server would see"
+            )
+        return
     factor = None if round.norm_factor == "auto" else round.norm_factor
     lossless = not wire.differences or wire.down == "fp32"
     wanted: dict[str, tuple[Any, Any, str]] = {
@@ -90,9 +98,9 @@ def check_secure(
         ),
         "round.max_norm": (round.max_norm, None, "the server sees no update's norm"),
         "round.norm_factor": (factor, None, "the server sees no update's norm"),
-        "privacy.clip": (
-            privacy.clip,
-            None,
+        "privacy.noise": (
+            "clients" if privacy.clip is None else privacy.noise,
+            "clients",
             "the server clips each difference again before it adds noise, and sees none",
         ),
         "theory.every": (theory.every or None, None, "it measures single clients' gradients"),
@@ -114,7 +122,35 @@ def check_secure(
                 f"secure.aggregation: it needs {key} = {_typed(needed)} (not {_typed(value)}): "
                 f"{why}"
             )
+    if privacy.clip is not None:
+        _check_noise(secure, privacy.clip, privacy.noise_multiplier, round.fraction, clients)
     _check_group(secure, max(1, int(round.fraction * clients + 0.5)), clients, pruning)
+
+
+def _check_noise(
+    secure: SecureConfig, clip: float, multiplier: float, fraction: float, clients: int
+) -> None:
+    """Refuse noise of clients that would have no guarantee, or that the sums have no room for."""
+    if fraction < 1:
+        raise ValueError(
+            f"privacy.noise: clients needs round.fraction = 1 (not {fraction:g}): under secure "
+            "aggregation all know who takes part, so that a draw would hide nobody"
+        )
+    share = multiplier * clip / secure.least**0.5
+    if share < 2.0**-30:
+        raise ValueError(
+            f"privacy.noise: each client's share would have the standard deviation {share:.3g} "
+            f"(noise_multiplier {multiplier:g}, clip {clip:g}, secure.least {secure.least}), and "
+            f"it must be at least {2.0**-30:.3g}, some steps of the fixed-point numbers; raise "
+            "privacy.clip or privacy.noise_multiplier"
+        )
+    largest = clients * clip + 10 * share * clients**0.5
+    if largest >= 2.0**22:
+        raise ValueError(
+            f"privacy.noise: sums with noise could be as large as {largest:.3g}, and the "
+            f"fixed-point numbers have room for {2.0**22:.3g}; lower privacy.clip or "
+            "privacy.noise_multiplier, or raise secure.least"
+        )
 
 
 def _check_group(secure: SecureConfig, asked: int, clients: int, pruning: PruningConfig) -> None:

@@ -20,6 +20,7 @@ from fed_diffusion.secure.graph import degree_of
 from fed_diffusion.secure.keys import SIZE, KeyPair, SealBroken, digest, fresh, seal, unseal
 from fed_diffusion.secure.masking import chain
 from fed_diffusion.secure.messages import Stage
+from fed_diffusion.secure.noise import Share
 from fed_diffusion.secure.plan import Plan, PlanError
 from fed_diffusion.secure.shamir import SHARE, split
 from fed_diffusion.secure.vectors import Vectors
@@ -47,7 +48,9 @@ class Members:
         config = setup.config
         wire = Wire(config.wire, config.pruning, config.local, setup.family, config.seed)
         summed = config.secure.losses == "summed"
-        vectors = Vectors(config.round.weighting, summed, wire, setup.shapes, setup.layout)
+        noise = Share.of(config.privacy, config.secure.least)
+        parts = wire, setup.shapes, setup.layout, noise
+        vectors = Vectors(config.round.weighting, summed, *parts)
         return cls(config.secure, vectors)
 
     def answer(self, task: Task, memory: bytes | None) -> tuple[Update, bytes | None]:

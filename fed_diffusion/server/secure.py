@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.aggregation.named import heaviest_of
+from fed_diffusion.aggregation.private import PrivateMean
 from fed_diffusion.aggregation.stateful import StatefulMean
 from fed_diffusion.build import Setup
 from fed_diffusion.common.text import clean
@@ -82,7 +83,7 @@ class SecureRound:
         self._begin(Stage.KEYS)
         self.problem: str | None = "the round was not brought to its end"
         self.shunned: set[int] = set()
-        assert isinstance(open.mean, MaskedMean)
+        assert isinstance(open.mean, MaskedMean | PrivateMean)
         self._gathering = Gathering(
             round,
             setup.config.secure,
@@ -134,7 +135,7 @@ class SecureRound:
             The mean loss is beyond all that honest training makes.
         """
         open, opening = self._open, self._gathering.opening()
-        assert isinstance(open.mean, MaskedMean)
+        assert isinstance(open.mean, MaskedMean | PrivateMean)
         open.withheld = opening.into(open.mean, self._add_steps)
         if opening.numbers is None:
             return

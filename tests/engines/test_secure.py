@@ -223,7 +223,7 @@ REFUSED = {
         "secure__losses": "summed",
         **SHARED,
     },
-    "privacy.clip": {"privacy__clip": 1.0, "wire__differences": True},
+    "privacy.noise": {"privacy__clip": 1.0, "wire__differences": True},
     "theory.every": {"theory__every": 1},
     "wire.down": {"wire__down": "bf16", "wire__differences": True},
     "round.fraction": {"round__fraction": 0.2},
