@@ -4,9 +4,9 @@ A client clips its difference to C by itself, and adds to each of its whole numb
 discrete Gaussian N_Z(0, s^2), in units of the sums' last bit, with s^2 = (z C)^2 / `secure.least`.
 A coordinate is opened only if at least `secure.least` of the clients that are left keep it, whoever
 was lost, so that the noise on every opened sum has a variance of at least (z C)^2. That a sum of n
-discrete Gaussians is nearly one of n times the variance is Theorem 1 of Kairouz, Liu and Steinke
-(The Distributed Discrete Gaussian Mechanism, ICML 2021): with D coordinates the sum is
-eps^2 / 2 concentrated differentially private, for
+discrete Gaussians is nearly one of n times the variance is Proposition 14 of Kairouz, Liu and
+Steinke (The Distributed Discrete Gaussian Mechanism, ICML 2021, arXiv 2102.06387): with D
+coordinates the sum is eps^2 / 2 concentrated differentially private, for
 
     eps = C / (sqrt(n) s) + tau sqrt(D),  tau = 10 sum_{k=1}^{n-1} exp(-2 pi^2 s^2 k / (k + 1)).
 

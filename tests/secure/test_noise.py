@@ -142,7 +142,7 @@ def test_what_is_summed_is_the_clipped_difference_of_every_client():
 
 @pytest.mark.parametrize(("multiplier", "rounds"), [(0.7, 1), (1.6, 40), (8.0, 200)])
 def test_epsilon_is_the_accountants_within_the_bound_of_kairouz_liu_and_steinke(multiplier, rounds):
-    """Theorem 1, for the smallest share that a configuration may have and 10^8 coordinates."""
+    """Their Proposition 14, for the smallest share of a configuration and 10^8 coordinates."""
     clip, least, coordinates = 1.0, 10, 10**8
     s = 2.0**10
     z = s * math.sqrt(least) / SCALE / clip  # the multiplier that this share would be of
