@@ -1,6 +1,7 @@
 """Secure aggregation on Flower's messages: the bits of a run in one process without it."""
 
 import pytest
+import torch
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
@@ -98,3 +99,16 @@ def test_a_task_that_comes_after_its_attempt_costs_its_client_no_newer_keys(tiny
     assert len(grid.attempts) == 2
     assert "attempt 1: it knows attempt 2" in grid.errors[0]
     assert [client.client for client in secure.history[0].clients] == [0, 1, 2, 3, 4]
+
+
+def test_clients_that_add_noise_do_so_on_flower_too(tiny, tmp_path):
+    """With next to no noise the sum is the one of a run without any."""
+    settings = FAST | {"method": "FedDM-F", "wire__differences": True}
+    plain = run(tiny(**settings), tmp_path / "plain").coordinator.theta
+    quiet = {"privacy__clip": 100.0, "privacy__noise_multiplier": 1e-8, "privacy__noise": "clients"}
+    private = Experiment(tiny(**settings, **quiet, secure__aggregation=True), tmp_path / "private")
+    results = FedDiffusion(private).run(LocalGrid(NODES))
+    theta = private.coordinator.theta
+    assert all(torch.allclose(plain[name], value, atol=5e-6) for name, value in theta.items())
+    assert any(not torch.equal(plain[name], value) for name, value in theta.items())
+    assert (results["privacy"]["noise"], results["privacy"]["rounds"]) == ("clients", 1)
