@@ -15,7 +15,8 @@ test-slow: .venv/.test
 	$(BIN)/python -m pytest -m slow
 
 test-faults: .venv/.test
-	$(BIN)/python -m pytest -m slow tests/test_deployment.py tests/test_attacks.py tests/deploy/test_submit.py
+	$(BIN)/python -m pytest -m slow tests/test_deployment.py tests/test_attacks.py tests/deploy/test_submit.py \
+		tests/test_secure_deployment.py
 
 # as root, with iproute2, nginx and curl: hosts in network namespaces of their own
 test-lab: .venv/.test

@@ -2,7 +2,8 @@
 
 Flower keeps a ClientApp's `context.state` in the SuperNode's memory, until the SuperNode ends or
 the client's next attempt replaces it. A message that claims to bring such a memory along does not:
-it is replaced by the node's own.
+it is replaced by the node's own. A message of an attempt that is over is refused before anything is
+changed (`Members`), so that one that comes late costs no newer keys.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from fed_diffusion.data import ImageSet, augmentation, content_hash, load_datase
 from fed_diffusion.evaluation import check_evaluation
 from fed_diffusion.evaluation.reference import reference_set
 from fed_diffusion.generate import check_sampler
-from fed_diffusion.masks.plan import check_own_family, check_pruning
+from fed_diffusion.masks.plan import able, check_own_family, check_pruning
 from fed_diffusion.protocol import wire
 from fed_diffusion.report.trackers import check_trackers
 from fed_diffusion.server.defence import warn_of_undefended
@@ -83,6 +83,23 @@ def check_training(run: Config | Setup) -> None:
     layout, clients, seed = setup.layout, config.clients, config.seed
     check_pruning(pruning, clients, layout)
     check_own_family(setup.family, pruning, clients, seed, setup.shapes, layout)
+    _check_secure_trainers(setup)
+
+
+def _check_secure_trainers(setup: Setup) -> None:
+    """Refuse secure aggregation where fewer clients train than a sum must have."""
+    config, known = setup.config, setup.known_ratios()
+    if not config.secure.aggregation or not known:
+        return
+    trainers, needed = len(able(config.pruning, known)), max(config.secure.least, 2)
+    asked = policy_of(config).target(trainers)
+    if asked < needed:
+        raise ConfigError(
+            f"secure.aggregation: a round asks {asked} clients, since pruning.baseline = "
+            f"{config.pruning.baseline!r} leaves {trainers} that train, and a sum needs {needed} "
+            "(secure.least). Let more clients keep the whole network, or run this baseline "
+            "with secure.aggregation = false."
+        )
 
 
 def check_device(device: str) -> None:

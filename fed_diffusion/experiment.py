@@ -258,6 +258,8 @@ def exchanges(
         return
     experiment._round_began = time.perf_counter()
     experiment.live.round(round)
+    if experiment.config.privacy.clip is not None:
+        experiment.run.note_opened(round)
     threads, parts = experiment.config.worker.threads, coordinator.exchanges(round, available)
     while True:
         with experiment.record.timed("aggregate"), pinned_threads(threads):

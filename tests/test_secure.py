@@ -1,10 +1,13 @@
 """Secure aggregation on Flower's messages: the bits of a run in one process without it."""
 
 import pytest
+import torch
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
+from client_app.app import app
 from fed_diffusion.experiment import Experiment
+from fed_diffusion.protocol.errors import UpdateError
 from fed_diffusion.secure.messages import STAGE, Stage
 from server_app.strategy import FedDiffusion
 from tests.localgrid import LocalGrid
@@ -60,3 +63,52 @@ def test_both_engines_count_the_same_bytes(tiny, tmp_path):
     lines = local.history[0], flower.history[0]
     assert lines[0].bytes_up == lines[1].bytes_up
     assert lines[0].bytes_down == lines[1].bytes_down
+
+
+class Late(LocalGrid):
+    """Loses the vectors of the first attempt, and brings one of their tasks in the second one."""
+
+    def __init__(self):
+        super().__init__(NODES)
+        self.attempts, self.late, self.errors = [], None, []
+
+    def _push(self, message):
+        stage = message.content["metrics"].get(STAGE) if "metrics" in message.content else None
+        if stage == Stage.KEYS and message.content["about"]["client"] == 0:
+            self.attempts.append(stage)
+        if stage == Stage.VECTORS and len(self.attempts) == 1:
+            self.late = self.late or message
+            message.metadata.__dict__["_message_id"] = "late"
+            return f"lost {message.content['about']['client']}"
+        if stage == Stage.VECTORS and self.late is not None:
+            context = self.nodes[self.late.metadata.dst_node_id]
+            before = dict(context.state)
+            with pytest.raises(UpdateError) as refused:
+                app(self.late, context)
+            self.errors.append(str(refused.value))
+            assert dict(context.state) == before
+            self.late = None
+        return super()._push(message)
+
+
+def test_a_task_that_comes_after_its_attempt_costs_its_client_no_newer_keys(tiny, tmp_path):
+    plain = run(tiny(**SETTINGS), tmp_path / "plain")
+    secure, grid = Experiment(tiny(**SECURE, round__deadline_s=3), tmp_path / "secure"), Late()
+    FedDiffusion(secure).run(grid)
+    assert same(plain, secure)
+    assert len(grid.attempts) == 2
+    assert "attempt 1: it knows attempt 2" in grid.errors[0]
+    assert [client.client for client in secure.history[0].clients] == [0, 1, 2, 3, 4]
+
+
+def test_clients_that_add_noise_do_so_on_flower_too(tiny, tmp_path):
+    """With next to no noise the sum is the one of a run without any."""
+    settings = FAST | {"method": "FedDM-F", "wire__differences": True}
+    plain = run(tiny(**settings), tmp_path / "plain").coordinator.theta
+    quiet = {"privacy__clip": 100.0, "privacy__noise_multiplier": 1e-8, "privacy__noise": "clients"}
+    private = Experiment(tiny(**settings, **quiet, secure__aggregation=True), tmp_path / "private")
+    results = FedDiffusion(private).run(LocalGrid(NODES))
+    theta = private.coordinator.theta
+    assert all(torch.allclose(plain[name], value, atol=5e-6) for name, value in theta.items())
+    assert any(not torch.equal(plain[name], value) for name, value in theta.items())
+    assert (results["privacy"]["noise"], results["privacy"]["rounds"]) == ("clients", 1)

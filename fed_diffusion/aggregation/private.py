@@ -1,4 +1,4 @@
-"""Client-level differential privacy under masks, with a trusted server (central model).
+"""Client-level differential privacy under masks; the server adds the noise, or the clients do.
 
 What is released is theta_{r+1}, every round. With m_n the mask that client n has in round r whether
 or not it takes part, and P the clients that do,
@@ -18,6 +18,9 @@ draw is the operating system's and secret, and `metrics.jsonl`, which names the 
 not be published. Every round that was opened counts, also one that was repeated after a crash or
 stayed below its quorum: what clients were sent and did is not taken back. Noise comes from the
 operating system: a private run is not reproducible.
+
+With privacy.noise = server the server is trusted (central model). With clients, under secure
+aggregation, the sum comes with its noise (`secure.noise`), and here is nothing left to be added.
 """
 
 from __future__ import annotations
@@ -97,7 +100,8 @@ class PrivateMean:
         self._sums = ExactSums(self._theta, self._room)
         self.coverage = Coverage(self._theta, clients)
         self._clip = privacy.clip
-        self._sigma = privacy.noise_multiplier * privacy.clip
+        at_server = privacy.noise == "server"
+        self._sigma = privacy.noise_multiplier * privacy.clip if at_server else 0.0
         self._rate = rate
 
     def add(
@@ -120,21 +124,30 @@ class PrivateMean:
         self._sums.add(changes, found, 1)
         self.coverage.add(masks)
 
+    def fill(self, name: str, sums: Tensor, level: int = 0) -> None:
+        """Take a tensor's sums as secure aggregation has made them, of clients that have clipped
+        their differences and added the noise themselves; see `MaskedMean.fill`.
+        """
+        assert level == 0
+        assert not self._sigma
+        self._sums.fill(name, sums)
+
     def result(self) -> dict[str, Tensor]:
         """Return theta_{r+1}; a coordinate that no client's mask keeps stays as it is."""
         return {name: self._moved(name) for name in self._theta}
 
     def _moved(self, name: str) -> Tensor:
-        new = self._theta[name].flatten().clone()
+        new, unit = self._theta[name].flatten().clone(), SCALE * self._room.scale
         sums, kept = self._sums[name].flatten(), self.everyone[name].flatten()
         for start in range(0, new.numel(), BLOCK):
             part = slice(start, start + BLOCK)
             total = sums[part].clone()
-            # on the same grid as the sum: rounding after the noise, so no bit escapes it
-            noise = np.rint(self._sigma * SCALE * gaussian(len(total)))
-            total += torch.from_numpy(noise).to(torch.int64)
+            if self._sigma:
+                # on the same grid as the sum: rounding after the noise, so no bit escapes it
+                noise = np.rint(self._sigma * unit * gaussian(len(total)))
+                total += torch.from_numpy(noise).to(torch.int64)
             below = self._rate * kept[part].to(torch.float64)
-            step = total.to(torch.float64) / SCALE / below.clamp(min=1e-9)
+            step = total.to(torch.float64) / unit / below.clamp(min=1e-9)
             new[part] += torch.where(below > 0, step, 0.0).to(torch.float32)
         return new.view(self._theta[name].shape)
 
@@ -204,6 +217,7 @@ def spent(
         "sigma": privacy.noise_multiplier * privacy.clip,
         "clip": privacy.clip,
         "noise_multiplier": privacy.noise_multiplier,
+        "noise": privacy.noise,
         "sampling_rate": fraction,
         "rounds": opened,
         "repeated": opened - finished,

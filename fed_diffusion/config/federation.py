@@ -161,6 +161,19 @@ class PrivacyConfig(Section):
     """z: the noise that is added to the sum has the standard deviation z C on every coordinate."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """The delta of (epsilon, delta). It has to be below one over the number of clients."""
+    noise: Literal["server", "clients"] = "server"
+    """Who adds the noise. server: the server does, and sees clipped differences without noise;
+    clients: under secure.aggregation each client clips by itself and adds a share of the noise with
+    the variance (z C)^2 / secure.least, so that every opened sum has at least the server's."""
+
+    @model_validator(mode="after")
+    def _noise_needs_a_clip(self) -> PrivacyConfig:
+        if self.clip is None and self.noise != "server":
+            raise ValueError(
+                f"noise: {self.noise} changes nothing without privacy.clip, the length that "
+                "differences are clipped to; set privacy.clip, or leave privacy.noise out"
+            )
+        return self
 
 
 class TheoryConfig(Section):

@@ -245,9 +245,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sums_tell_enough(self) -> Config:
-        if self.secure.aggregation:
-            sections = self.round, self.local, self.wire, self.pruning, self.privacy, self.theory
-            check_secure(self.secure, self.clients, *sections)
+        sections = self.round, self.local, self.wire, self.pruning, self.privacy, self.theory
+        check_secure(self.secure, self.clients, *sections)
         return self
 
     def is_diagnostic(self, round: int) -> bool:

@@ -12,6 +12,7 @@ from fed_diffusion.config.federation import (
     TheoryConfig,
     WireConfig,
 )
+from fed_diffusion.config.names import is_own
 from fed_diffusion.config.section import Section
 from fed_diffusion.config.training import LocalConfig, PruningConfig
 
@@ -32,7 +33,8 @@ class SecureConfig(Section):
     fewer of them know tells nothing."""
     least: int = Field(3, ge=1)
     """A sum of fewer clients than this is not opened: such coordinates keep theta_r, and `withheld`
-    in metrics.jsonl counts them. 1 opens everything."""
+    in metrics.jsonl counts them. 1 opens everything. With privacy.noise = clients it is also for
+    how many clients the noise is enough: the more, the less noise each of them adds."""
 
     losses: Literal["each", "summed"] = "each"
     """each: every client's losses, images and seconds travel in the clear. summed: only their sums
@@ -47,6 +49,16 @@ class SecureConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> SecureConfig:
+        for name, field in type(self).model_fields.items():
+            if not self.aggregation and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} changes nothing, since updates are not "
+                    f"aggregated securely; set secure.aggregation to true, or leave {name} out"
+                )
+        return self
+
 
 def check_secure(
     secure: SecureConfig,
@@ -59,6 +71,13 @@ def check_secure(
     theory: TheoryConfig,
 ) -> None:
     """Raise a `ValueError` where the other settings need what sums alone do not tell."""
+    if not secure.aggregation:
+        if privacy.noise == "clients":
+            raise ValueError(
+                "privacy.noise: clients needs secure.aggregation = true: a client's share of the "
+                "noise does not hide its own difference, which the server would see"
+            )
+        return
     factor = None if round.norm_factor == "auto" else round.norm_factor
     lossless = not wire.differences or wire.down == "fp32"
     wanted: dict[str, tuple[Any, Any, str]] = {
@@ -79,9 +98,9 @@ def check_secure(
         ),
         "round.max_norm": (round.max_norm, None, "the server sees no update's norm"),
         "round.norm_factor": (factor, None, "the server sees no update's norm"),
-        "privacy.clip": (
-            privacy.clip,
-            None,
+        "privacy.noise": (
+            "clients" if privacy.clip is None else privacy.noise,
+            "clients",
             "the server clips each difference again before it adds noise, and sees none",
         ),
         "theory.every": (theory.every or None, None, "it measures single clients' gradients"),
@@ -103,7 +122,35 @@ def check_secure(
                 f"secure.aggregation: it needs {key} = {_typed(needed)} (not {_typed(value)}): "
                 f"{why}"
             )
+    if privacy.clip is not None:
+        _check_noise(secure, privacy.clip, privacy.noise_multiplier, round.fraction, clients)
     _check_group(secure, max(1, int(round.fraction * clients + 0.5)), clients, pruning)
+
+
+def _check_noise(
+    secure: SecureConfig, clip: float, multiplier: float, fraction: float, clients: int
+) -> None:
+    """Refuse noise of clients that would have no guarantee, or that the sums have no room for."""
+    if fraction < 1:
+        raise ValueError(
+            f"privacy.noise: clients needs round.fraction = 1 (not {fraction:g}): under secure "
+            "aggregation all know who takes part, so that a draw would hide nobody"
+        )
+    share = multiplier * clip / secure.least**0.5
+    if share < 2.0**-30:
+        raise ValueError(
+            f"privacy.noise: each client's share would have the standard deviation {share:.3g} "
+            f"(noise_multiplier {multiplier:g}, clip {clip:g}, secure.least {secure.least}), and "
+            f"it must be at least {2.0**-30:.3g}, some steps of the fixed-point numbers; raise "
+            "privacy.clip or privacy.noise_multiplier"
+        )
+    largest = clients * clip + 10 * share * clients**0.5
+    if largest >= 2.0**22:
+        raise ValueError(
+            f"privacy.noise: sums with noise could be as large as {largest:.3g}, and the "
+            f"fixed-point numbers have room for {2.0**22:.3g}; lower privacy.clip or "
+            "privacy.noise_multiplier, or raise secure.least"
+        )
 
 
 def _check_group(secure: SecureConfig, asked: int, clients: int, pruning: PruningConfig) -> None:
@@ -114,12 +161,29 @@ def _check_group(secure: SecureConfig, asked: int, clients: int, pruning: Prunin
             f"(round.fraction), and a sum needs {max(secure.least, 2)} (secure.least); ask "
             "more clients"
         )
-    if secure.neighbours is not None and pruning.kind != "full":
+    if secure.neighbours is None:
+        return
+    if not _whole(pruning):
         raise ValueError(
             f"secure.neighbours: {secure.neighbours} cannot be chosen with pruning.kind = "
-            f"{pruning.kind!r}: under unequal masks two clients that share no secret could be the "
-            "only ones that keep a coordinate. Leave it out: then all are neighbours"
+            f"{pruning.kind!r} and clients that keep a part of the network: under unequal masks "
+            "two clients that share no secret could be the only ones that keep a coordinate. "
+            "Leave it out: then all are neighbours. Or set pruning.kind to full"
         )
+    if secure.neighbours > asked - 1:
+        raise ValueError(
+            f"secure.neighbours: {secure.neighbours} are more than the {asked - 1} others that a "
+            "round asks (clients, round.fraction). Leave it out, and all of them are neighbours"
+        )
+
+
+def _whole(pruning: PruningConfig) -> bool:
+    """Whether it is known before the run that every client keeps the whole network."""
+    if pruning.kind == "full" or pruning.baseline is not None:
+        return True
+    ratios = pruning.keep if isinstance(pruning.keep, tuple) else (pruning.keep or 1.0,)
+    built_in = not is_own(pruning.kind)
+    return built_in and pruning.budget == "level" and pruning.level == "F" and min(ratios) == 1
 
 
 def _typed(value: Any) -> str:

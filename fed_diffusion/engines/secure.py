@@ -45,7 +45,7 @@ class SecureRunner:
             yield task, self._answer(task, outcome) if isinstance(outcome, Update) else outcome
 
     def _answer(self, task: Task, trained: Update | None = None) -> Update | Exception:
-        memory = self._memory.pop(task.client, None)
+        memory = self._memory.get(task.client)
         try:
             if trained is None:
                 answer, memory = self._members.answer(task, memory)
@@ -53,6 +53,8 @@ class SecureRunner:
                 answer, memory = self._members.mask(task, trained, memory)
         except Exception as error:  # a client that fails costs its own update
             return error
-        if memory is not None:
+        if memory is None:
+            self._memory.pop(task.client, None)
+        else:
             self._memory[task.client] = memory
         return answer

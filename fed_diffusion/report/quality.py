@@ -169,11 +169,12 @@ def _guarantee(found: Mapping[str, Any]) -> str:
         if repeated
         else ""
     )
+    who = " at least, which clients add in shares" if found.get("noise") == "clients" else ""
     text = (
         f"({number(found.get('epsilon'))}, {number(found.get('delta'))})-differential privacy of "
         f"clients after {number(found.get('rounds'))} rounds{again}: differences clipped to "
-        f"{number(found.get('clip'))}, noise of {number(found.get('sigma'))} on their sum, each "
-        f"client drawn with probability {number(found.get('sampling_rate'))}. It covers "
+        f"{number(found.get('clip'))}, noise of {number(found.get('sigma'))} on their sum{who}, "
+        f"each client drawn with probability {number(found.get('sampling_rate'))}. It covers "
         f"{plain(found.get('covers'))}. The noise is the operating system's: this run cannot be "
         "repeated to the bit."
     )

@@ -144,12 +144,15 @@ class Part:
         return {word: np.zeros(self.sent[tensor_of(word)].count, np.uint64) for word in self.words}
 
     def chosen(self, values: Mapping[Word, np.ndarray]) -> Vector:
-        """What is sent of the client's kept values, int64 as `fixed_point` makes them."""
+        """What is sent of the client's kept values, int64 as `fixed_point` makes them.
+
+        Where all of a tensor is sent, the vector takes over its memory.
+        """
         vector = {}
         for word in self.words:
             sent = self.sent[tensor_of(word)]
             kept = values[word] if sent.open is None else values[word][sent.open]
-            vector[word] = kept.view(np.uint64).copy()
+            vector[word] = kept.view(np.uint64)
         return vector
 
     def add_own(self, vector: Vector, seed: bytes, opened: int = 0, minus: bool = False) -> None:
@@ -242,7 +245,7 @@ def pair_key(pair: KeyPair, public: bytes, plan: Plan, one: int, other: int) -> 
 
 def flat(vector: Vector) -> bytes:
     """A vector as it travels: little-endian, tensor after tensor."""
-    return b"".join(part.astype("<u8", copy=False).tobytes() for part in vector.values())
+    return b"".join(part.astype("<u8", copy=False).data for part in vector.values())
 
 
 def parted(data: bytes | memoryview, like: Vector) -> Vector:

@@ -20,6 +20,7 @@ from fed_diffusion.secure.graph import degree_of
 from fed_diffusion.secure.keys import SIZE, KeyPair, SealBroken, digest, fresh, seal, unseal
 from fed_diffusion.secure.masking import chain
 from fed_diffusion.secure.messages import Stage
+from fed_diffusion.secure.noise import Share
 from fed_diffusion.secure.plan import Plan, PlanError
 from fed_diffusion.secure.shamir import SHARE, split
 from fed_diffusion.secure.vectors import Vectors
@@ -47,7 +48,9 @@ class Members:
         config = setup.config
         wire = Wire(config.wire, config.pruning, config.local, setup.family, config.seed)
         summed = config.secure.losses == "summed"
-        vectors = Vectors(config.round.weighting, summed, wire, setup.shapes, setup.layout)
+        noise = Share.of(config.privacy, config.secure.least)
+        parts = wire, setup.shapes, setup.layout, noise
+        vectors = Vectors(config.round.weighting, summed, *parts)
         return cls(config.secure, vectors)
 
     def answer(self, task: Task, memory: bytes | None) -> tuple[Update, bytes | None]:
@@ -60,7 +63,7 @@ class Members:
         """
         stage = m.stage_of(task)
         if stage == Stage.KEYS:
-            return self._keys(task)
+            return self._keys(task, memory)
         known = _known(task, memory)
         if stage == Stage.SHARES:
             return self._shares(task, known)
@@ -68,9 +71,13 @@ class Members:
             return _open(task, known), None
         raise UpdateError("a task of this exchange is trained first; see `mask`")
 
-    def _keys(self, task: Task) -> tuple[Update, bytes]:
+    def _keys(self, task: Task, memory: bytes | None) -> tuple[Update, bytes]:
+        attempt, before = m.attempt_of(task), _read(memory).get("attempt", 0)
+        if attempt <= before:  # a message that comes late must not cost newer keys
+            raise UpdateError(f"keys for attempt {attempt} are asked for, after those of {before}")
         sealing, pairs = KeyPair.new(), KeyPair.new()
-        known = {"round": task.round, "seal": sealing.private.hex(), "pair": pairs.private.hex()}
+        known: Known = {"round": task.round, "attempt": attempt}
+        known |= {"seal": sealing.private.hex(), "pair": pairs.private.hex()}
         return m.reply(Stage.KEYS, task, {m.KEYS: sealing.public + pairs.public}), _to_bytes(known)
 
     def _shares(self, task: Task, known: Known) -> tuple[Update, bytes]:
@@ -192,12 +199,19 @@ def _open(task: Task, known: Known) -> Update:
 
 
 def _known(task: Task, memory: bytes | None) -> Known:
-    known: Known = json.loads(memory) if memory else {}
-    if known.get("round") != task.round:
+    """Return what the client remembers of a task's attempt; that of another one stays as it is."""
+    known, attempt = _read(memory), m.attempt_of(task)
+    if (known.get("round"), known.get("attempt")) != (task.round, attempt):
+        there = f"it knows attempt {known['attempt']}" if known else "was its node started again?"
         raise UpdateError(
-            f"this client knows nothing of the secure aggregation of round {task.round}: was its "
-            "node started again?"
+            f"this client knows nothing of the secure aggregation of round {task.round}, attempt "
+            f"{attempt}: {there}"
         )
+    return known
+
+
+def _read(memory: bytes | None) -> Known:
+    known: Known = json.loads(memory) if memory else {}
     return known
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from enum import IntEnum
 from typing import Any
 
+from fed_diffusion.masks.recipe import Numbers
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.protocol.errors import UpdateError
 from fed_diffusion.protocol.messages import Task, Update
@@ -21,8 +22,9 @@ from fed_diffusion.secure.shamir import SHARE
 
 PREFIX = "secure:"
 """What the names of this protocol's arrays begin with."""
-STAGE, FAULT = "secure.stage", "secure.fault"
-"""The numbers that say which exchange a message is of, and why a client has not sent a vector."""
+STAGE, ATTEMPT, FAULT = "secure.stage", "secure.attempt", "secure.fault"
+"""The numbers that say of which exchange and attempt a message is, and why a client has sent no
+vector. A run counts its attempts, so that a later one has a higher number."""
 OUT_OF_RANGE, DIVERGED, OTHER_PLAN = 1, 2, 3
 """Values are beyond the client's share, or diverged, or a neighbour was told another plan."""
 KEYS, PLAN, SEALED_SHARES, SEEDS = "keys", "plan", "sealed", "seeds"
@@ -45,23 +47,27 @@ def task(
     client: int,
     parts: Mapping[str, bytes],
     payload: Payload | None = None,
+    attempt: int = 1,
 ) -> Task:
     """A message to a client, with a task's own payload where there is one."""
-    return Task(round, client, _payload(stage, parts, payload))
+    return Task(round, client, _payload(stage, attempt, parts, payload))
 
 
 def reply(
     stage: Stage, to: Task, parts: Mapping[str, bytes], payload: Payload | None = None
 ) -> Update:
     """A client's answer."""
-    return Update(to.round, to.client, _payload(stage, parts, payload))
+    return Update(to.round, to.client, _payload(stage, attempt_of(to), parts, payload))
 
 
-def _payload(stage: Stage, parts: Mapping[str, bytes], beside: Payload | None) -> Payload:
+def _payload(
+    stage: Stage, attempt: int, parts: Mapping[str, bytes], beside: Payload | None
+) -> Payload:
     arrays = {PREFIX + k: Packed("bytes", (len(data),), data) for k, data in parts.items()}
+    numbers: Numbers = {STAGE: int(stage), ATTEMPT: attempt}
     if beside is None:
-        return Payload(arrays, {STAGE: int(stage)})
-    return Payload(beside.arrays | arrays, beside.numbers | {STAGE: int(stage)})
+        return Payload(arrays, numbers)
+    return Payload(beside.arrays | arrays, beside.numbers | numbers)
 
 
 def stage_of(message: Task | Update) -> Stage | None:
@@ -72,6 +78,14 @@ def stage_of(message: Task | Update) -> Stage | None:
     if not isinstance(stage, int) or stage not in set(Stage):
         raise UpdateError(f"{STAGE} = {stage!r} is none of {[int(one) for one in Stage]}")
     return Stage(stage)
+
+
+def attempt_of(message: Task | Update) -> int:
+    """Which attempt of the run a message is of; `UpdateError` where it does not say."""
+    attempt = message.payload.numbers.get(ATTEMPT)
+    if type(attempt) is not int:
+        raise UpdateError(f"{ATTEMPT} = {attempt!r} is not the number of an attempt")
+    return attempt
 
 
 def part_of(message: Task | Update, name: str, size: int | None = None) -> bytes:
@@ -110,7 +124,7 @@ def client_list(clients: list[int]) -> bytes:
 def plain(message: Task) -> Task:
     """The task without what belongs to this protocol, as a worker runs it."""
     arrays = {k: v for k, v in message.payload.arrays.items() if not k.startswith(PREFIX)}
-    numbers = {k: v for k, v in message.payload.numbers.items() if k != STAGE}
+    numbers = {k: v for k, v in message.payload.numbers.items() if k not in (STAGE, ATTEMPT)}
     return Task(message.round, message.client, Payload(arrays, numbers))
 
 

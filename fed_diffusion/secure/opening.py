@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fed_diffusion.aggregation.coverage import Coverage
 from fed_diffusion.aggregation.mean import MaskedMean
+from fed_diffusion.aggregation.private import PrivateMean
 from fed_diffusion.masks.mask import Masks
 from fed_diffusion.secure.keys import SIZE, KeyPair, digest
 from fed_diffusion.secure.masking import Openings, pair_key
@@ -92,7 +93,9 @@ class Opening:
     _problems: list[str] = field(default_factory=list)
 
     def into(
-        self, mean: MaskedMean, known: Callable[[int, Masks], None] = lambda client, masks: None
+        self,
+        mean: MaskedMean | PrivateMean,
+        known: Callable[[int, Masks], None] = lambda client, masks: None,
     ) -> int:
         """Take all masks off the sums, and put these into an empty mean; it counts who is in it.
 

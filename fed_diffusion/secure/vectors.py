@@ -28,6 +28,7 @@ from fed_diffusion.protocol.wire import (
 from fed_diffusion.secure import messages as m
 from fed_diffusion.secure.keys import KeyPair
 from fed_diffusion.secure.masking import Openings, flat, pair_key
+from fed_diffusion.secure.noise import Share
 from fed_diffusion.secure.plan import Plan, PlanError, mask_digest
 from fed_diffusion.secure.words import NUMBERS, Word, summed_numbers, with_numbers
 
@@ -49,6 +50,8 @@ class Vectors:
         The network's parameters by name; only their shapes count.
     layout
         The network's channel spaces, where whole channels are dropped.
+    noise
+        What a client does for the privacy of the sums, where clients add the noise.
     """
 
     weighting: str
@@ -56,6 +59,7 @@ class Vectors:
     wire: Wire
     theta: Mapping[str, Tensor]
     layout: Layout | None
+    noise: Share | None = None
 
     def begin(self, task: Task, plan: Plan) -> tuple[Masks, dict[str, Tensor]]:
         """Return a client's masks, and theta_r as far as they keep it, zero elsewhere.
@@ -82,6 +86,8 @@ class Vectors:
     ) -> dict[Word, np.ndarray]:
         """Return an update in fixed point, exactly what a server would have made of it.
 
+        Where clients add noise, it is the update's clipped difference to theta_r, and the noise.
+
         Raises
         ------
         UpdateError
@@ -98,11 +104,15 @@ class Vectors:
         if self.shared:
             values |= decode_moments(moments, theta, masks, self.wire.settings.state)
             split = parts_of
+        if self.noise is not None:
+            values = self.noise.clipped(values, theta, masks, room.scale)
         found = {
             (name, level): fixed_point(name, part, weight, room)
             for name, value in values.items()
             for level, part in enumerate(split(value))
         }
+        if self.noise is not None:
+            self.noise.add_to(found.values(), room.scale)
         if self.summed:
             whole = plan.equal and not plan.members[0].mask
             found[NUMBERS, 0] = summed_numbers(numbers, whole, plan.workers)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.aggregation.named import heaviest_of
+from fed_diffusion.aggregation.private import PrivateMean
 from fed_diffusion.aggregation.stateful import StatefulMean
 from fed_diffusion.build import Setup
 from fed_diffusion.common.text import clean
@@ -47,6 +48,8 @@ class SecureRound:
         theta_r, and the optimiser's state where local.state is shared; else empty.
     quorum
         How many updates the round needs.
+    attempt
+        The number of the attempt in the run.
 
     Attributes
     ----------
@@ -68,8 +71,10 @@ class SecureRound:
         rounds: Rounds,
         flights: Flights,
         quorum: int,
+        attempt: int,
     ):
-        self._open, self._round, self._quorum = open, round, quorum
+        self._open, self._quorum = open, quorum
+        self._round, self._attempt = round, attempt
         self._theta, self._state, self._rounds, self._flights = theta, state, rounds, flights
         self._summed = setup.config.secure.losses == "summed"
         self._packed: dict[int, Bits | None] = {}
@@ -78,7 +83,7 @@ class SecureRound:
         self._begin(Stage.KEYS)
         self.problem: str | None = "the round was not brought to its end"
         self.shunned: set[int] = set()
-        assert isinstance(open.mean, MaskedMean)
+        assert isinstance(open.mean, MaskedMean | PrivateMean)
         self._gathering = Gathering(
             round,
             setup.config.secure,
@@ -130,7 +135,7 @@ class SecureRound:
             The mean loss is beyond all that honest training makes.
         """
         open, opening = self._open, self._gathering.opening()
-        assert isinstance(open.mean, MaskedMean)
+        assert isinstance(open.mean, MaskedMean | PrivateMean)
         open.withheld = opening.into(open.mean, self._add_steps)
         if opening.numbers is None:
             return
@@ -159,7 +164,7 @@ class SecureRound:
             Stage.OPEN: gathering.open_parts,
         }[stage]
         for client in gathering.clients(stage):
-            task = m.task(stage, self._round, client, parts(client))
+            task = m.task(stage, self._round, client, parts(client), None, self._attempt)
             recipe = self._open.recipes[client]
             most = BESIDE if stage != Stage.SHARES else BESIDE + gathering.shares_size(client)
             self._send(task, Flight(self._round, recipe, 0, 1.0, 0.0, None, most=most))
@@ -173,7 +178,8 @@ class SecureRound:
         made = self._rounds.tasks(self._round, self._theta, self._state, recipes, open.masks)
         for plain, flight in made:
             parts = gathering.vector_parts(plain.client)
-            task = m.task(Stage.VECTORS, self._round, plain.client, parts, plain.payload)
+            about = self._round, plain.client, parts, plain.payload, self._attempt
+            task = m.task(Stage.VECTORS, *about)
             most = BESIDE + gathering.most(plain.client)
             known = flight.recipe, task.payload.nbytes, flight.kept, flight.w2
             self._send(task, Flight(self._round, *known, None, flight.steps, most))
@@ -276,6 +282,7 @@ class SecureCoordinator(Coordinator):
         self._rounds, self._setup = SecureRounds(setup, *parts), setup
         self._shunned: tuple[int, set[int]] = 0, set()
         """A round, and the clients that kept its attempts from a sum."""
+        self._attempts = 0
 
     def exchanges(
         self, round: int, available: Collection[int] | None = None
@@ -286,7 +293,8 @@ class SecureCoordinator(Coordinator):
         asked = [c for c in self.participants(round, available) if c not in shunned]
         self.open = self._rounds.begin(round, self.theta, self.moments, asked, available)
         parts = self.open, self.theta, self.moments, self._rounds, self.flights, self.quorum()
-        attempt = self._rounds.attempt = SecureRound(self._setup, round, *parts)
+        self._attempts += 1
+        attempt = self._rounds.attempt = SecureRound(self._setup, round, *parts, self._attempts)
         yield from attempt.exchanges()
         self._shunned = round, shunned | attempt.shunned
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fed_diffusion.checks import check_training
 from fed_diffusion.config import ConfigError
 from fed_diffusion.engines.local import Exchange
 from fed_diffusion.engines.pool import task_runner
@@ -222,13 +223,19 @@ REFUSED = {
         "secure__losses": "summed",
         **SHARED,
     },
-    "privacy.clip": {"privacy__clip": 1.0, "wire__differences": True},
+    "privacy.noise": {"privacy__clip": 1.0, "wire__differences": True},
     "theory.every": {"theory__every": 1},
     "wire.down": {"wire__down": "bf16", "wire__differences": True},
     "round.fraction": {"round__fraction": 0.2},
     "secure.least": {"secure__least": 6},
     "secure.neighbours": {"secure__neighbours": 2, "method": "R-FedDM-S"},
     "neighbours: 3": {"secure__neighbours": 3},
+    "secure.neighbours: 6 are more": {"secure__neighbours": 6, "pruning__kind": "full"},
+    "secure.neighbours: 4 cannot": {
+        "secure__neighbours": 4,
+        "pruning__kind": "topk",
+        "pruning__keep": [1, 1, 1, 1, 0.5],
+    },
 }
 
 
@@ -238,3 +245,24 @@ def test_what_secret_sums_cannot_have_is_refused_with_the_key_and_the_reason(tin
         tiny(secure__aggregation=True, **REFUSED[key])
     assert "secure" in str(refused.value)
     assert len(str(refused.value)) > 80
+
+
+def test_settings_of_secret_sums_are_refused_where_nothing_is_summed_in_secret(tiny):
+    for name, value in (("least", 5), ("neighbours", 4), ("threshold", 0.7), ("losses", "summed")):
+        with pytest.raises(ConfigError, match=rf"{name}: {value} changes nothing") as refused:
+            tiny(**{f"secure__{name}": value})
+        assert "set secure.aggregation to true" in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["full", "random", "topk"])
+def test_neighbours_can_be_chosen_where_every_client_keeps_the_whole_network(tiny, kind):
+    config = tiny(secure__aggregation=True, secure__neighbours=4, pruning__kind=kind)
+    assert config.secure.neighbours == 4
+
+
+def test_a_baseline_that_leaves_too_few_clients_for_a_sum_is_refused_before_training(tiny):
+    settings = {"pruning__kind": "channels", "pruning__baseline": "exclusive"}
+    config = tiny(secure__aggregation=True, pruning__keep=[1, 1, 0.5, 0.5, 0.5], **settings)
+    with pytest.raises(ConfigError, match=r"'exclusive' leaves 2 that train, and a sum needs 3"):
+        check_training(config)
+    check_training(tiny(secure__aggregation=True, pruning__keep=[1, 1, 1, 0.5, 0.5], **settings))

@@ -10,6 +10,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from fed_diffusion.deploy.bundle import Deployment, init
 from fed_diffusion.generate import RunDir
@@ -51,6 +52,20 @@ def test_a_run_across_three_hosts_ends_with_a_report(lab, tmp_path):
         bundle = lab.bundles / f"node-{node}"
         checked = lab.run(node, PROGRAM, "doctor", bundle)
         assert checked.returncode == 0, checked.stdout
+
+
+def test_secret_sums_across_three_hosts_end_with_the_bits_of_plain_ones(lab, tmp_path):
+    """Every exchange goes through TLS and the proxy, to nodes that each have their own images."""
+    kinds = {"plain": {}, "secret": {"secure__aggregation": True, "secure__least": 1}}
+    for name, more in kinds.items():
+        code = lab.submit(tmp_path / name, **settings(rounds=2, **more)).wait(600)
+        assert code == 0, lab.read("train.log")
+        assert [[c["client"] for c in line["clients"]] for line in lines_of(tmp_path / name)] == [
+            [0, 1],
+            [0, 1],
+        ]
+    plain, secret = (RunDir.open(tmp_path / name).load_theta(ema=False) for name in kinds)
+    assert all(torch.equal(value, secret[name]) for name, value in plain.items())
 
 
 def test_flwr_run_by_the_printed_command_works(lab, tmp_path):

@@ -3,6 +3,7 @@
 import torch
 
 from fed_diffusion.aggregation.mean import MaskedMean
+from fed_diffusion.aggregation.private import PrivateMean
 from fed_diffusion.config import load_config
 from fed_diffusion.masks.families import derive, family_of
 from fed_diffusion.masks.mask import mask_of
@@ -14,6 +15,7 @@ from fed_diffusion.secure import messages as m
 from fed_diffusion.secure.gathering import Gathering
 from fed_diffusion.secure.member import Members
 from fed_diffusion.secure.messages import Stage
+from fed_diffusion.secure.noise import Share
 from fed_diffusion.secure.vectors import Vectors
 from tests.tiny import TINY
 
@@ -41,9 +43,9 @@ class Federation:
             object.__setattr__(recipe, "needs_bits", family.sends_bits)
         self.masks = {c: derive(family, r, self.theta) for c, r in self.recipes.items()}
         self.updates = {c: self._update(c, noise) for c in range(clients)}
-        vectors = Vectors(
-            config.round.weighting, config.secure.losses == "summed", self.wire, self.theta, None
-        )
+        noise = Share.of(config.privacy, config.secure.least)
+        parts = self.wire, self.theta, None, noise
+        vectors = Vectors(config.round.weighting, config.secure.losses == "summed", *parts)
         self.members = Members(config.secure, vectors)
 
     def _update(self, client, noise):
@@ -101,6 +103,9 @@ class Federation:
     def opened(self, gathering):
         """The mean that comes out, and how many coordinates stay hidden."""
         mean = MaskedMean(self.theta, len(self.recipes))
+        if self.config.privacy.clip is not None:
+            everyone = self.masks.values()
+            mean = PrivateMean(self.theta, everyone, 1.0, self.config.privacy)
         withheld = gathering.opening().into(mean)
         return mean, withheld
 

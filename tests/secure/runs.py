@@ -14,6 +14,7 @@ FAST = {"rounds": 1, "local__steps": 1, "evaluation__every": 0, "evaluation__gri
 def run(config, path, lost=None, plain_without=(), said=None):
     """An experiment that loses clients before their answer of a stage; it was closed in order.
 
+    `plain_without` names clients that are lost where nothing is secret, or round -> such clients.
     `said` is how many images each client's node named when it joined.
     """
     experiment = Experiment(config, path)
@@ -25,11 +26,14 @@ def run(config, path, lost=None, plain_without=(), said=None):
                 return OSError("its node is gone")
             return super()._answer(task, trained)
 
+    rounds = range(1, config.rounds + 1)
+    by_round = isinstance(plain_without, dict)
+    gone = plain_without if by_round else dict.fromkeys(rounds, plain_without)
     with task_runner(config, experiment.dataset, 1) as runner:
 
         def without(tasks):
             for task in tasks:
-                if task.client in plain_without:
+                if task.client in gone.get(task.round, ()):
                     yield task, OSError("its node is gone")
                 else:
                     yield from runner(iter([task]))

@@ -304,3 +304,23 @@ def test_what_a_client_remembers_follows_from_no_seed_of_the_run():
     answers = [Federation(3, seed=0).members.answer(task, None) for _ in range(2)]
     assert answers[0][0].payload.arrays != answers[1][0].payload.arrays
     assert answers[0][1] != answers[1][1]
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_a_message_of_an_attempt_that_is_over_changes_nothing_that_a_client_remembers(stage):
+    run, shares, told = Federation(3), m.PREFIX + m.SEALED_SHARES, {}
+    answer, mask = run.members.answer, run.members.mask
+
+    def keep(task, *rest):
+        told.setdefault(m.stage_of(task), task)
+        return (mask if m.stage_of(task) == Stage.VECTORS else answer)(task, *rest)
+
+    run.members.answer = run.members.mask = keep
+    run.attempt()
+    assert {m.attempt_of(task) for task in told.values()} == {1}
+    _, newer = answer(m.task(Stage.KEYS, 1, 0, {}, attempt=2), None)
+    late = told[stage]
+    with pytest.raises(UpdateError, match=r"attempt 1: it knows attempt 2|after those of 2"):
+        mask(late, run.updates[0], newer) if shares in late.payload.arrays else answer(late, newer)
+    _, newest = answer(m.task(Stage.KEYS, 1, 0, {}, attempt=3), newer)
+    assert newest != newer
