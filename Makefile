@@ -53,7 +53,7 @@ install: .venv/.test
 	touch $@
 
 .venv/.models: pyproject.toml .venv/.test
-	$(BIN)/python -m pip install --quiet --editable '.[test,diffusers,hf,onnx]' peft onnxruntime
+	$(BIN)/python -m pip install --quiet --editable '.[test,diffusers,text,hf,onnx]' peft onnxruntime
 	touch $@
 
 .venv/.docs: pyproject.toml .venv/.run

@@ -34,7 +34,7 @@ def worker_of(content: RecordDict, node: NodeConfig) -> Worker:
     about = content["about"]
     assert isinstance(about, ConfigRecord)
     settings = str(about["config"])
-    key = (settings, *_own(node), *(_path(node, name) for name in ("base", "vae")))
+    key = (settings, *_own(node), *(_path(node, name) for name in ("base", "vae", "text")))
     if _resident is None or _resident[0] != key:
         config = _with_copies(build_config(json.loads(settings)), node)
         data, conditional = config.data, config.model.conditional
@@ -56,10 +56,11 @@ def _path(node: NodeConfig, key: str) -> str | None:
 
 
 def _with_copies(config: Config, node: NodeConfig) -> Config:
-    """Return the configuration with this machine's copies of the network beside an adapter and of
-    the autoencoder; their hashes must be the run's.
+    """Return the configuration with this machine's copies of the network beside an adapter, the
+    autoencoder and the text encoder; their hashes must be the run's.
     """
     used = {"start": ("base", config.lora.rank), "vae": ("vae", config.model.vae)}
+    used["text"] = ("text", config.model.text)
     found = {key: _path(node, name) for key, (name, needed) in used.items() if needed is not None}
     copies = {key: path for key, path in found.items() if path is not None}
     return config.model_copy(update={"model": config.model.model_copy(update=copies)})

@@ -384,7 +384,7 @@ def _other_network(config: Config) -> nn.Module:
     refuse_unknown("model.name", name, NETWORKS)
     if name == from_diffusers.NAME:
         description = from_diffusers.describe(config.model)
-        return from_diffusers.network_of(description, channels, classes, config.model.label_dropout)
+        return from_diffusers.network_of(description, channels, classes, config.model)
     factory: NetworkFactory = resolve("model.name", name, {})
     with blamed("model.name", name):
         network = factory(config.model, channels, size, classes)

@@ -11,7 +11,7 @@ from fed_diffusion.aggregation.named import ROBUST, check_aggregator
 from fed_diffusion.aggregation.private import spent
 from fed_diffusion.build import Setup
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.data import ImageSet, augmentation, content_hash, load_dataset, tell
+from fed_diffusion.data import ImageSet, augmentation, captions_of, content_hash, load_dataset, tell
 from fed_diffusion.evaluation import check_evaluation
 from fed_diffusion.evaluation.reference import reference_set
 from fed_diffusion.generate import check_sampler
@@ -60,6 +60,8 @@ def check(
                 f"model.conditional = True needs labels, and data.name = {config.data.name!r} has "
                 "none (a folder needs a sub-folder per class); set model.conditional=false."
             )
+        if config.model.text is not None:
+            captions_of(dataset, config.data)
         setup.shares(dataset)
     if config.evaluation.samples and config.evaluation.reference not in ("data", "none"):
         reference_set(setup, dataset)  # a broken file in it is found now, not after training

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from fed_diffusion.diffusion.samplers import SAMPLERS, Solver
 from fed_diffusion.masks.budget import MARGIN, memory_allowed
 from fed_diffusion.store.origin import trained
 from fed_diffusion.store.rundir import DEFAULT_ROOT, RunDir
+from fed_diffusion.store.start import text_encoder_of
 
 __all__ = ["DEFAULT_ROOT", "RunDir", "Sampler", "batches_at_once"]
 
@@ -104,10 +105,20 @@ class Sampler:
         self._evaluate = setup.evaluator(self.network)
         self.shape, self.pixels, self.classes = setup.shape, setup.pixels, setup.classes
         self._autoencoder = setup.autoencoder
+        self._texts = _prompts(self.config, self.device)
+        if self._texts is not None:  # labels are numbers of prompts, and the one behind is no text
+            self.classes = len(self._texts) - 1
 
     @classmethod
-    def from_run(cls, path: str | Path, *, ema: bool = True) -> Sampler:
+    def from_run(
+        cls, path: str | Path, *, ema: bool = True, prompts: Sequence[str] | None = None
+    ) -> Sampler:
         """Return the model of a run directory; its moving average unless ema=False.
+
+        Parameters
+        ----------
+        prompts
+            Texts in place of evaluation.prompts, for a network of text (model.text).
 
         Raises
         ------
@@ -115,6 +126,7 @@ class Sampler:
             See `fed_diffusion.store.origin.trained`.
         """
         config, checkpoint = trained(RunDir.open(path))
+        config = config if prompts is None else _with_prompts(config, prompts)
         return cls(config, checkpoint.tensors["ema" if ema else "theta"])
 
     def score(self, labels: Tensor | None = None, guidance: float = 0.0) -> Score:
@@ -128,14 +140,18 @@ class Sampler:
         def evaluate(y: Tensor, u: Tensor) -> Tensor:
             if guidance and labels is not None:
                 both = torch.cat([labels, torch.full_like(labels, self.classes or 0)])
-                doubled = self._evaluate(torch.cat([y, y]), torch.cat([u, u]), both)
+                doubled = self._evaluate(torch.cat([y, y]), torch.cat([u, u]), self._told(both))
                 with_label, without = doubled.chunk(2)
                 eps = (1 + guidance) * with_label - guidance * without
             else:
-                eps = self._evaluate(y, u, labels)
+                eps = self._evaluate(y, u, self._told(labels))
             return -eps / per_image(sigma(u), y)
 
         return evaluate
+
+    def _told(self, labels: Tensor | None) -> Tensor | None:
+        """What the network is told: the labels themselves, or the embedded prompts."""
+        return labels if labels is None or self._texts is None else self._texts[labels]
 
     def decoded(self, y: Tensor) -> Tensor:
         """Return what the network has made as images uint8 on the CPU."""
@@ -203,7 +219,8 @@ class Sampler:
         steps
             Steps of the partition; default: evaluation.steps, then diffusion.K.
         labels
-            int64 [num], for a conditional network; default: every class in turn.
+            int64 [num], for a conditional network; default: every class in turn. For a network of
+            text they are numbers of evaluation.prompts.
         sampler, guidance
             The sampler and its guidance; by default evaluation.sampler and evaluation.guidance.
         partition
@@ -262,6 +279,22 @@ class Sampler:
     def calls(self, u: Tensor) -> int:
         """Calls of the score behind a batch on the partition u."""
         return len(u) - 1 + int(self.config.evaluation.denoise)
+
+
+def _prompts(config: Config, device: torch.device) -> Tensor | None:
+    """The embedded prompts, and last that of an empty text; None for a network without text."""
+    encoder = text_encoder_of(config.model, device)
+    if encoder is None:
+        return None
+    texts = (*config.evaluation.prompts, "")
+    with pinned_threads(config.worker.threads), kernels(config.worker, device):
+        return torch.cat([encoder.encode([text]) for text in texts])
+
+
+def _with_prompts(config: Config, prompts: Sequence[str]) -> Config:
+    settings = config.to_dict()
+    settings["evaluation"]["prompts"] = list(prompts)
+    return build_config(settings)
 
 
 @dataclass(frozen=True)

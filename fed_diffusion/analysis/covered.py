@@ -149,7 +149,8 @@ def images(setup: Setup) -> dict[str, Any]:
     diffusion, evaluation = config.diffusion, config.evaluation
     steps = evaluation.steps or diffusion.K
     averaged = config.ema.decay > 0
-    conditional = config.model.conditional
+    told = "labels" if config.model.text is None else "captions"
+    conditional = config.model.conditional or config.model.text is not None
     precision = setup.precision
     about = (
         f"theta_R, sampled by the exponential integrator in K = {diffusion.K} steps of the "
@@ -157,19 +158,20 @@ def images(setup: Setup) -> dict[str, Any]:
         "without a last denoising step and without guidance"
     )
     if conditional:
-        about += ", with labels drawn as they occur among the worker's images"
+        about += f", with {told} drawn as they occur among the worker's images"
     model = f"the moving average (ema.decay = {config.ema.decay:g})" if averaged else "theta_R"
     run = f"{model}, sampled by {evaluation.sampler} in {steps} steps"
     run += ", with a last denoising step" if evaluation.denoise else ""
     run += f", with guidance {evaluation.guidance:g}" if evaluation.guidance else ""
-    run += ", with every label equally often" if conditional else ""
+    every = "every label" if config.model.text is None else "every prompt"
+    run += f", with {every} equally often" if conditional else ""
     different = {
         "the moving average in place of theta_R": averaged,
         f"the sampler {evaluation.sampler}": evaluation.sampler != "exponential_integrator",
         f"{steps} steps in place of K = {diffusion.K}": steps != diffusion.K,
         "a last denoising (Tweedie) step": evaluation.denoise,
         f"guidance {evaluation.guidance:g}": evaluation.guidance > 0,
-        "every label equally often": conditional,
+        f"{every} equally often": conditional,
         f"arithmetic in {precision}": precision != "fp32",
     }
     return {

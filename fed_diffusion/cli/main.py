@@ -82,6 +82,13 @@ def parser() -> argparse.ArgumentParser:
         "--guidance", type=float, metavar="W", help="strength of guidance towards the label"
     )
     sample.add_argument("--labels", metavar="0,1,2", help="classes to draw, in turn (default: all)")
+    sample.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a text to draw, for a network of text; give it again for several, which are drawn in "
+        "turn (default: evaluation.prompts)",
+    )
     sample.set_defaults(command=sample_command)
 
     cli_evaluation.add_commands(commands)
@@ -146,7 +153,7 @@ def sample_command(arguments: argparse.Namespace) -> int:
     if arguments.steps is not None and arguments.steps < 1:
         raise ConfigError(f"--steps = {arguments.steps} is not allowed; give at least 1.")
     check_writable(arguments.out, "--out")
-    sampler = Sampler.from_run(arguments.run)
+    sampler = Sampler.from_run(arguments.run, prompts=arguments.prompt)
     images = sampler.sample(
         arguments.num,
         seed=arguments.seed,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fed_diffusion.build import Setup
 from fed_diffusion.client.latents import encoded
+from fed_diffusion.client.texts import embedded
 from fed_diffusion.common.rng import Purpose, generator
 from fed_diffusion.data import (
     ImageSet,
@@ -48,11 +49,15 @@ class ClientImages:
         self._images = (self.dataset.images if self._encoded is None else self._encoded).to(
             self._device
         )
-        labels = self.dataset.labels
+        labels = self.dataset.labels if setup.config.model.conditional else None
+        self._no_label = class_count(setup.config.data) or 0  # the label behind the last class
+        self._table: Tensor | None = None
+        if (texts := embedded(setup, self.dataset)) is not None:  # labels are numbers of texts
+            self._table, labels = texts.table.to(self._device), texts.numbers
+            self._no_label = len(texts.table) - 1
         self._labels = None if labels is None else labels.to(self._device)
         self._moments: dict[int, float] = {}
         self._augment = augmentation(setup.config.data)
-        self._no_label = class_count(setup.config.data) or 0  # the label behind the last class
 
     def of(self, client: int) -> Share:
         """What a client trains on and holds out, as indices of the images."""
@@ -91,7 +96,7 @@ class ClientImages:
         self, index: Tensor, noise: torch.Generator, changes: np.random.Generator
     ) -> tuple[Tensor, Tensor | None]:
         """Images in [-1, 1] as training sees them, changed at random, or their latents with
-        model.vae; and their labels.
+        model.vae; and their labels, or with model.text their embedded captions.
         """
         pixels = self._images[index]
         if self._augment is not None:
@@ -104,16 +109,18 @@ class ClientImages:
         if labels is not None and (part := self._config.model.label_dropout):
             dropped = torch.rand(len(labels), generator=noise, device=self._device) < part
             labels = torch.where(dropped, self._no_label, labels)
-        return images, labels
+        return images, self._told(labels)
 
     def plain(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images in [-1, 1] as they are, or their latents; and their labels."""
-        return self._seen(self._images[index]), self._labels_of(index)
+        return self._seen(self._images[index]), self._told(self._labels_of(index))
 
     def _seen(self, pixels: Tensor) -> Tensor:
         return to_unit(pixels) if self._encoded is None else pixels
 
     def _labels_of(self, index: Tensor) -> Tensor | None:
-        if not self._config.model.conditional or self._labels is None:
-            return None
-        return self._labels[index]
+        return None if self._labels is None else self._labels[index]
+
+    def _told(self, labels: Tensor | None) -> Tensor | None:
+        """What the network is told: the labels themselves, or the embedded texts."""
+        return labels if labels is None or self._table is None else self._table[labels]

@@ -231,6 +231,8 @@ class EvaluationConfig(Section):
     every: int = Field(0, ge=0)
     """After how many rounds a small grid of images is generated, always from the same noise; 0:
     never."""
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """For model.text: the texts that images are generated for, in turn."""
     grid: int = Field(64, ge=1)
     """The number of images on the final grid."""
     denoise: bool = False

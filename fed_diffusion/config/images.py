@@ -69,6 +69,10 @@ class DataConfig(Section):
     of the class folders, on every node that has images of its own; a node need not have all of
     them. By default they are the folders' names in plain string order, and are written to the
     run's config.yaml."""
+    caption: str | None = Field(None, min_length=1)
+    """For model.text: the caption of each image, in which {} stands for the name of its class, as
+    in "a photo of a {}". Without it captions are those of an image folder's metadata.jsonl, lines
+    with file_name and text."""
     partition: Annotated[str, part("iid", "dirichlet", "shards", "folders")] = "iid"
     """How the images are split over the clients. iid: at random; dirichlet: each class in unequal
     parts (`alpha`); shards: few classes for each client (`classes_per_client`); folders: each

@@ -190,9 +190,9 @@ def _absolute_data(data: DataConfig) -> DataConfig:
 
 
 def _absolute_model(model: ModelConfig) -> ModelConfig:
-    """model.pretrained and model.vae name what is on the Hub, unless it is here or seems a path."""
+    """model.pretrained, vae and text name what is on the Hub, unless it is here or seems a path."""
     files = {key: getattr(model, key) for key in ("config", "scheduler", "start")}
-    for key in ("pretrained", "vae"):
+    for key in ("pretrained", "vae", "text"):
         named = getattr(model, key)
         if named and (named[0] in "~./" or expanded(named, f"model.{key}").exists()):
             files[key] = named

@@ -166,8 +166,9 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _guidance_knows_no_label(self) -> Config:
-        if self.evaluation.guidance and not self.model.label_dropout:
+    def _told_what_is_sampled(self) -> Config:
+        _check_texts(self.model.text, self.evaluation.prompts, self.data.caption)
+        if self.evaluation.guidance and not _knows_no_label(self.model):
             raise ValueError(
                 f"evaluation.guidance: {self.evaluation.guidance:g} needs a network that has seen "
                 'images with "no label"; train with model.conditional = true and '
@@ -272,3 +273,23 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _check_texts(encoder: str | None, prompts: tuple[str, ...], caption: str | None) -> None:
+    """Refuse captions and prompts without a text encoder, and a text encoder without prompts."""
+    if encoder is not None and not prompts:
+        raise ValueError(
+            "evaluation.prompts: a network of text (model.text) needs texts to sample for; give "
+            "one or several, as in ['a photo of a cat']"
+        )
+    key = "evaluation.prompts" if prompts else "data.caption"
+    if encoder is None and (prompts or caption is not None):
+        raise ValueError(
+            f"{key}: it is for networks of text; name a text encoder in model.text, or leave {key} "
+            "out"
+        )
+
+
+def _knows_no_label(model: ModelConfig) -> bool:
+    """Whether the network has learned what to do without a label or a text."""
+    return bool(model.label_dropout) or (model.text is not None and model.pretrained is not None)

@@ -19,7 +19,8 @@ class ModelConfig(Section):
 
     name: str = "unet"
     """The network: unet, which is built in; diffusers, a UNet2DModel of the package diffusers that
-    `pretrained` or `config` names; or your_module:Net, see `models.own.NetworkFactory`."""
+    `pretrained` or `config` names, or with `text` a UNet2DConditionModel; or your_module:Net, see
+    `models.own.NetworkFactory`."""
     pretrained: str | None = None
     """For diffusers: the network that training starts from, the folder of a pipeline or of a
     network, or a name on the Hub. Only the machine that begins a run needs it."""
@@ -48,6 +49,14 @@ class ModelConfig(Section):
     vae_hash: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of the autoencoder's values. A run notes it in its config.yaml; where it is given,
     another autoencoder is refused."""
+    text: str | None = None
+    """For a network of diffusers that is conditioned on text: the folder of the pipeline, or its
+    name on the Hub, that has the text encoder and the tokenizer. Captions come from `data.caption`
+    or from the images' metadata.jsonl, and each client embeds its own once; samples are made for
+    `evaluation.prompts`. Every machine that trains or samples needs it."""
+    text_hash: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the text encoder's values and the tokenizer's words. A run notes it in its
+    config.yaml; where it is given, others are refused."""
     widths: tuple[int, ...] = Field((32, 64, 64), min_length=1)
     """The number of channels at each resolution level. Each is a multiple of `group`."""
     blocks: int = Field(1, ge=1)
@@ -64,7 +73,8 @@ class ModelConfig(Section):
     conditional: bool = False
     """Whether the network is told the class label of an image."""
     label_dropout: float = Field(0.0, ge=0, lt=1)
-    """The part of the labels that training replaces by "no label". evaluation.guidance needs it."""
+    """The part of the labels that training replaces by "no label", or of the captions that it
+    replaces by an empty text. evaluation.guidance needs it."""
     prediction: Literal["eps", "v", "x0"] = "eps"
     """What the network's output stands for: the noise (eps), the velocity (v) or the image (x0).
     All three are converted to the same score. Of a diffusers network
@@ -110,7 +120,12 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _labels_to_drop(self) -> ModelConfig:
-        if self.label_dropout and not self.conditional:
+        if self.text is not None and (self.conditional or self.name != "diffusers"):
+            raise ValueError(
+                "text: captions are for a network of diffusers without class labels; set "
+                "model.name to diffusers and model.conditional to false, or leave model.text out"
+            )
+        if self.label_dropout and not self.conditional and self.text is None:
             raise ValueError(
                 f"label_dropout: {self.label_dropout:g} has no labels to drop; set "
                 "model.conditional to true, or label_dropout to 0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fed_diffusion.data.augment import augmentation
+from fed_diffusion.data.captions import captions_of
 from fed_diffusion.data.datasets import (
     Loader,
     class_count,
@@ -24,6 +25,7 @@ __all__ = [
     "Share",
     "Split",
     "augmentation",
+    "captions_of",
     "class_count",
     "content_hash",
     "image_shape",

@@ -55,7 +55,7 @@ class Loader(Protocol):
 
 
 def content_hash(dataset: ImageSet) -> str:
-    """Return SHA-256 over the images' shape and bytes, their labels and their client folders."""
+    """Return SHA-256 over the images' shape and bytes, labels, client folders and captions."""
     digest = hashlib.sha256(repr(tuple(dataset.images.shape)).encode())
     digest.update(dataset.images.contiguous().numpy().data)
     if dataset.labels is not None:
@@ -63,6 +63,8 @@ def content_hash(dataset: ImageSet) -> str:
     if dataset.folder_of is not None:
         digest.update(repr(dataset.folders).encode())
         digest.update(dataset.folder_of.contiguous().numpy().data)
+    if dataset.captions is not None:
+        digest.update(repr(dataset.captions).encode())
     return digest.hexdigest()
 
 
@@ -207,6 +209,7 @@ def _load_folder(
         name=config.name,
         class_names=found.class_names,
         notes=found.notes,
+        captions=found.captions,
     )
 
 

@@ -19,6 +19,7 @@ import PIL
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config.schema import ConfigError, DataConfig
 from fed_diffusion.config.yaml import expanded
+from fed_diffusion.data.captions import METADATA, read_captions
 from fed_diffusion.data.decode import EXTENSIONS, BadImage, read_image
 from fed_diffusion.data.decoded import decoded
 from fed_diffusion.data.fit import HOW, fit
@@ -30,17 +31,11 @@ CHUNK = 256  # files per unit of work of a thread
 LEFT_BEHIND = frozenset(
     (
         *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
-        *(
-            "thumbs.db",
-            "ehthumbs.db",
-            "ehthumbs_vista.db",
-            "desktop.ini",
-            "$recycle.bin",
-        ),  # Windows
-        *("recycler", "system volume information"),
+        *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),  # Windows
+        *("$recycle.bin", "recycler", "system volume information"),
         *("lost+found", "lost.dir"),  # Linux, Android
         *("@eadir", "#recycle", "#snapshot", "@tmp", "@recycle", "@recently-snapshot"),  # NAS
-        *("__pycache__",),
+        *("__pycache__", METADATA),
     )
 )
 """Names, in lower case, that systems leave in folders; they and hidden files are not data."""
@@ -57,6 +52,8 @@ class FolderImages(NamedTuple):
         int64 [n], which of `class_names` and of `folders` each image is of; None without those.
     notes
         What was left out, as whole sentences.
+    captions
+        See `read_captions`.
     """
 
     images: np.ndarray
@@ -65,6 +62,7 @@ class FolderImages(NamedTuple):
     folder_of: np.ndarray | None
     class_names: tuple[str, ...] | None
     notes: tuple[str, ...]
+    captions: tuple[str, ...] | None
 
 
 class _File(NamedTuple):
@@ -131,6 +129,7 @@ def read_folder(config: DataConfig, shape: tuple[int, int, int], own: bool = Fal
         folder_of=None if tree.clients is None else owners,
         class_names=names or None,
         notes=_notes(root, tree),
+        captions=read_captions(root, paths),
     )
 
 

@@ -30,6 +30,8 @@ class ImageSet:
         Names of the classes, by label; None where they have none.
     notes
         What loading left out, as whole sentences for the user.
+    captions
+        What each image shows, in words, empty where nothing is said; None without captions.
 
     Raises
     ------
@@ -44,6 +46,7 @@ class ImageSet:
     name: str = ""
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    captions: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -55,6 +58,8 @@ class ImageSet:
         _check_indices("labels", self.labels, len(self), named)
         if (self.folders is None) != (self.folder_of is None):
             raise ValueError("folders and folder_of must be given together")
+        if self.captions is not None and len(self.captions) != len(self):
+            raise ValueError(f"{len(self.captions)} captions for {len(self)} images; give each one")
         _check_indices("folder_of", self.folder_of, len(self), len(self.folders or ()))
 
     def __len__(self) -> int:
@@ -68,6 +73,7 @@ class ImageSet:
             images=self.images[chosen],
             labels=None if self.labels is None else self.labels[chosen],
             folder_of=None if self.folder_of is None else self.folder_of[chosen],
+            captions=self.captions and tuple(self.captions[i] for i in chosen.tolist()),
         )
 
     def per_class(self) -> dict[str, int]:

@@ -8,10 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from fed_diffusion.config.schema import LoraConfig
-from fed_diffusion.models import lora
+from fed_diffusion.models import from_diffusers, lora
 from fed_diffusion.models.from_diffusers import PREFIX
 from fed_diffusion.store.files import save_tensors, write_atomic
 
+PIPELINED = from_diffusers.KINDS[1]
+"""The network whose pipeline has load_lora_weights."""
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 ADAPTER = "adapter"
 """The folder of the adapter in an export."""
 
@@ -20,7 +23,9 @@ def write_adapter(network: nn.Module, settings: LoraConfig, folder: Path) -> Non
     """Write a network's adapter into a new folder.
 
     `peft.PeftModel.from_pretrained(base, folder)` puts it beside the layers of the base, which is
-    the UNet2DModel itself for a network of diffusers.
+    the UNet2DModel itself for a network of diffusers. For a network of text there is also what
+    `pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")` takes: the
+    factors by the pipeline's names, with alpha / rank in B, since such a file says no alpha.
     """
     layers = {name.removeprefix(PREFIX): layer for name, layer in lora.adapters(network)}
     tensors = {
@@ -39,5 +44,12 @@ def write_adapter(network: nn.Module, settings: LoraConfig, folder: Path) -> Non
         "inference_mode": True,
     }
     folder.mkdir()
+    if type(getattr(network, "unet", None)).__name__ == PIPELINED:
+        factors = {
+            f"{PREFIX}{name}.{which}.weight": value.detach().contiguous()
+            for name, layer in layers.items()
+            for which, value in ((lora.A, layer.lora_A), (lora.B, settings.scale * layer.lora_B))
+        }
+        save_tensors(folder / LORA_WEIGHTS, factors, {"format": "pt"})
     save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_atomic(folder / "adapter_config.json", json.dumps(about, indent=2) + "\n")

@@ -35,6 +35,12 @@ with torch.no_grad():
         out = pipe.unet(x, t, class_labels=labels).sample
         x = pipe.scheduler.step(out, t, x).prev_sample
 ```"""
+PROMPTED = """```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("THIS FOLDER")
+image = pipe({prompt!r}, height={size}, width={size}).images[0]
+```"""
 OWN_CODE = """The folder holds the code of its network and its pipeline, so it needs diffusers and
 torch alone; diffusers runs that code where it is told to.
 
@@ -115,6 +121,8 @@ def _use(config: Config, format: str) -> str:
     if config.model.name != from_diffusers.NAME:
         return OWN_CODE.replace("LABELS", "[0]" if config.model.conditional else "None")
     channels, size, _ = image_shape(config.data)
+    if config.model.text is not None:
+        return PROMPTED.format(prompt=config.evaluation.prompts[0], size=size)
     labelled = LABELLED.replace("{channels}", str(channels)).replace("{size}", str(size))
     return labelled if config.model.conditional else PIPELINE
 
@@ -167,6 +175,10 @@ def _training(config: Config, results: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if config.model.vae is not None:
         lines.append(("Autoencoder", f"{Path(config.model.vae).name}, {config.model.vae_hash}"))
+    if config.model.text is not None:
+        name = Path(config.model.text).name
+        lines.append(("Text encoder", f"{name}, {config.model.text_hash}"))
+        lines.append(("Captions", config.data.caption or "those of the images' metadata"))
     if config.lora.rank is not None:
         text = f"LoRA of rank {config.lora.rank}, alpha / rank = {config.lora.scale:g}, training "
         text += f"{config.lora.train}; merged here, and by itself in the folder `adapter`"

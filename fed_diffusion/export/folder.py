@@ -25,7 +25,7 @@ from fed_diffusion.models.latent import seen_shape
 from fed_diffusion.store.files import save_tensors, write_atomic
 from fed_diffusion.store.origin import trained
 from fed_diffusion.store.rundir import RunDir
-from fed_diffusion.store.start import KEY, autoencoder_of, hash_of
+from fed_diffusion.store.start import KEY, autoencoder_of, hash_of, text_encoder_of
 
 Write = Callable[[Path], None]
 FORMATS = ("diffusers", "onnx", "safetensors")
@@ -74,6 +74,15 @@ def export(run: RunDir, folder: Path, format: str | None = None, weights: str = 
             "--format diffusers of a run with model.vae needs a network of diffusers, and "
             f"{run.path} has model.name = {name!r}; use --format safetensors."
         )
+    if format == "diffusers" and config.model.text and not config.model.vae:
+        raise ConfigError(
+            "--format diffusers of a run with model.text writes a StableDiffusionPipeline, which "
+            "has an autoencoder, and this run has no model.vae; use --format safetensors."
+        )
+    if format == "onnx" and config.model.text:
+        raise ConfigError(
+            "--format onnx is for networks without text (model.text); use --format diffusers."
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not empty; name a new folder.")
     theta = checkpoint.tensors[weights]
@@ -107,8 +116,20 @@ def _diffusers(config: Config, theta: Mapping[str, Tensor]) -> Write:
     import diffusers
 
     scheduler = from_diffusers.scheduler_of(description)
-    autoencoder = autoencoder_of(config.model)
-    if autoencoder is None:
+    autoencoder, text = autoencoder_of(config.model), text_encoder_of(config.model)
+    if text is not None:
+        assert autoencoder is not None
+        made: Any = diffusers.StableDiffusionPipeline(
+            vae=autoencoder.vae,
+            text_encoder=text.model,
+            tokenizer=text.tokenizer,
+            unet=network,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    elif autoencoder is None:
         made = getattr(diffusers, description["pipeline"])(unet=network, scheduler=scheduler)
     else:
         made = diffusers.LDMPipeline(vqvae=autoencoder.vae, unet=network, scheduler=scheduler)
@@ -182,7 +203,7 @@ def _tensors(config: Config, theta: Mapping[str, Tensor], weights: str, folder: 
 def _about(config: Config, theta: Mapping[str, Tensor], weights: str) -> dict[str, Any]:
     """What network the tensors are of, as JSON has it."""
     model = config.model.model_dump(
-        mode="json", exclude={"pretrained", "config", "scheduler", "vae"}
+        mode="json", exclude={"pretrained", "config", "scheduler", "vae", "text"}
     )
     model["start"] = None  # a path of the machine that the run began on
     channels, size, _ = image_shape(config.data)

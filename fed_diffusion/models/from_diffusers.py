@@ -1,15 +1,15 @@
 """Networks of diffusers: read, built, and asked at the time u for an estimate of the noise.
 
 What such a network is stands in a *description*, plain values that JSON takes: `unet` is the
-configuration of a UNet2DModel, `scheduler` that of the scheduler it was made with, and `pipeline`
-the name of the pipeline that holds both. With a description alone any machine can build the
-network; the weights of a pretrained one are needed only where a run begins.
+configuration of a UNet2DModel or, where text is the condition, of a UNet2DConditionModel;
+`scheduler` is that of the scheduler it was made with, and `pipeline` the name of the pipeline that
+holds both. With a description alone any machine can build the network; the weights of a pretrained
+one are needed only where a run begins.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,16 +19,26 @@ import torch
 from torch import Tensor, nn
 
 from fed_diffusion.config.schema import ConfigError, ModelConfig
-from fed_diffusion.config.yaml import read_text
 from fed_diffusion.diffusion.levels import level_of, times_of
+from fed_diffusion.models.described import (
+    INSTALL,
+    first_line,
+    found,
+    from_json,
+    kept,
+    refuse_unknown,
+    whole,
+)
+from fed_diffusion.models.text import width_of
 from fed_diffusion.models.unet import noise_of
 
 NAME = "diffusers"
-INSTALL = "pip install 'fed-diffusion[diffusers]'"
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 """What a scheduler calls what the network's output stands for, and what we call it."""
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 """Pipelines of one UNet2DModel and one scheduler; the first is what others are exported as."""
+KINDS = ("UNet2DModel", "UNet2DConditionModel")
+"""The networks that can be used; the second is conditioned on text (model.text)."""
 PREFIX = "unet."
 """Before the names of diffusers' own tensors in ours."""
 
@@ -36,7 +46,7 @@ Description = dict[str, Any]
 
 
 class DiffusersNetwork(nn.Module):
-    """A UNet2DModel that is asked at real-valued levels j(u); see `diffusion.levels`.
+    """A network of diffusers that is asked at real-valued levels j(u); see `diffusion.levels`.
 
     Parameters
     ----------
@@ -48,13 +58,24 @@ class DiffusersNetwork(nn.Module):
         What its output stands for: eps, v or x0.
     no_label
         The label that stands for a missing one; None for a network that takes no labels.
+    text_width
+        The width of the embedded texts that stand in the place of labels, float32
+        [n, tokens, width]; None for a network that takes none.
     """
 
-    def __init__(self, unet: nn.Module, levels: Tensor, prediction: str, no_label: int | None):
+    def __init__(
+        self,
+        unet: nn.Module,
+        levels: Tensor,
+        prediction: str,
+        no_label: int | None,
+        text_width: int | None = None,
+    ):
         super().__init__()
         self.unet = unet
         self.prediction = prediction
         self.no_label = no_label
+        self.text_width = text_width
         self.register_buffer("levels", levels, persistent=False)
 
     def forward(self, x: Tensor, u: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -65,6 +86,10 @@ class DiffusersNetwork(nn.Module):
         if self.no_label is not None:
             missing = torch.full(u.shape, self.no_label, device=u.device)
             given["class_labels"] = missing if labels is None else labels
+        if self.text_width is not None:
+            if labels is None:  # where only shapes and times are asked for
+                labels = x.new_zeros((len(x), 1, self.text_width))
+            given["encoder_hidden_states"] = labels
         (out,) = self.unet(x, level_of(u, levels), return_dict=False, **given)
         return noise_of(self.prediction, out, x, u)
 
@@ -86,10 +111,10 @@ def describe(model: ModelConfig) -> Description:
     if model.pretrained is not None:
         unet, scheduler, pipeline = _read(model.pretrained)
     else:
-        unet = _json(str(model.config), "model.config")
-        _refuse_unknown(unet, diffusers.UNet2DModel, "model.config")
+        unet = from_json(str(model.config), "model.config")
+        refuse_unknown(unet, getattr(diffusers, _kind(unet)), "model.config")
     if model.scheduler is not None:
-        scheduler = _json(model.scheduler, "model.scheduler")
+        scheduler = from_json(model.scheduler, "model.scheduler")
     if scheduler is None and model.pretrained is not None:
         raise ConfigError(
             f"model.pretrained = {model.pretrained!r} is a network without a scheduler, so its "
@@ -98,12 +123,12 @@ def describe(model: ModelConfig) -> Description:
     if scheduler is None:
         words = {ours: theirs for theirs, ours in PREDICTIONS.items()}
         scheduler = {"_class_name": "DDPMScheduler", "prediction_type": words[model.prediction]}
-    given = {"unet": _kept(unet), "scheduler": _kept(scheduler)}
+    given = {"unet": kept(unet), "scheduler": kept(scheduler)}
     with torch.device("meta"):
         network = unet_of(given)
     return {
-        "unet": _whole("UNet2DModel", network),
-        "scheduler": _whole(
+        "unet": whole(_kind(unet), network),
+        "scheduler": whole(
             given["scheduler"].get("_class_name", "DDPMScheduler"), scheduler_of(given)
         ),
         "pipeline": pipeline,
@@ -114,7 +139,7 @@ def network_of(
     description: Mapping[str, Any],
     channels: int,
     classes: int | None,
-    label_dropout: float,
+    model: ModelConfig,
 ) -> DiffusersNetwork:
     """A network with values that are drawn from torch's global generator.
 
@@ -124,7 +149,8 @@ def network_of(
         It is not for such images or labels, or cannot be asked at real-valued levels.
     """
     unet = unet_of(description)
-    _check_fits(unet.config, channels, classes, label_dropout)
+    _check_fits(unet.config, channels, classes, model.label_dropout)
+    text_width = _text_width(unet, model.text)
     fixed = [name for name, value in unet.named_parameters() if not value.requires_grad]
     fixed += unet.state_dict().keys() - dict(unet.named_parameters()).keys()
     if fixed:
@@ -135,27 +161,32 @@ def network_of(
     scheduler = scheduler_of(description)
     levels, prediction = levels_of(scheduler), PREDICTIONS[scheduler.config["prediction_type"]]
     no_label = None if classes is None else min(classes, unet.config["num_class_embeds"] - 1)
-    return DiffusersNetwork(unet, levels, prediction, no_label)
+    return DiffusersNetwork(unet, levels, prediction, no_label, text_width)
 
 
 def unet_of(description: Mapping[str, Any]) -> Any:
-    """The UNet2DModel of a description."""
+    """The UNet2DModel or UNet2DConditionModel of a description."""
     _require()
     import diffusers
 
     given = dict(description["unet"])
-    kind = given.get("_class_name", "UNet2DModel")
-    if kind != "UNet2DModel":
-        raise ConfigError(
-            f"model.name = 'diffusers' takes a UNet2DModel, and this network is a {kind}."
-        )
     try:
-        return diffusers.UNet2DModel.from_config(given).float()
+        return getattr(diffusers, _kind(given)).from_config(given).float()
     except Exception as error:  # what a library says of values that do not go together
         raise ConfigError(
             f"diffusers cannot build the network of model.name = 'diffusers' "
             f"({type(error).__name__}: {error})."
         ) from error
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    kind = str(config.get("_class_name", KINDS[0]))
+    if kind not in KINDS:
+        raise ConfigError(
+            f"model.name = 'diffusers' takes a {' or a '.join(KINDS)}, and this network is a "
+            f"{kind}."
+        )
+    return kind
 
 
 def scheduler_of(description: Mapping[str, Any]) -> Any:
@@ -225,8 +256,9 @@ def weights_of(source: str) -> dict[str, Tensor]:
     _require()
     import diffusers
 
+    config = diffusers.UNet2DModel.load_config(source, subfolder=_subfolder(source))
     try:
-        unet, info = diffusers.UNet2DModel.from_pretrained(
+        unet, info = getattr(diffusers, _kind(config)).from_pretrained(
             source,
             subfolder=_subfolder(source),
             torch_dtype=torch.float32,
@@ -288,45 +320,6 @@ def _subfolder(source: str) -> str | None:
     return "unet" if found(diffusers.UNet2DModel, source, "unet") is not None else None
 
 
-def found(kind: Any, source: str, folder: str | None = None) -> dict[str, Any] | None:
-    """The configuration of a part of a pipeline; None where there is no such file."""
-    try:
-        return dict(kind.load_config(source, subfolder=folder))
-    except OSError:
-        return None
-
-
-def _whole(kind: str, made: Any) -> dict[str, Any]:
-    """The configuration of a part with its defaults, as JSON has it."""
-    plain: dict[str, Any] = json.loads(json.dumps(_kept(made.config)))
-    return {"_class_name": kind} | {k: v for k, v in plain.items() if k != "_class_name"}
-
-
-def _kept(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without the version and the place that it was read from."""
-    return {k: v for k, v in given.items() if k == "_class_name" or not k.startswith("_")}
-
-
-def _json(path: str, key: str) -> dict[str, Any]:
-    try:
-        found = json.loads(read_text(Path(path), key))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{key} = {path!r} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{key} = {path!r} must be an object of names and values.")
-    return found
-
-
-def _refuse_unknown(given: Mapping[str, Any], kind: Any, key: str) -> None:
-    """Names that diffusers would pass over in silence."""
-    known = set(inspect.signature(kind.__init__).parameters) - {"self"}
-    if unknown := sorted(set(_kept(given)) - known - {"_class_name"}):
-        raise ConfigError(
-            f"{key}: {unknown[0]!r} is no setting of a {kind.__name__}. Allowed: "
-            f"{', '.join(sorted(known))}."
-        )
-
-
 def _check_fits(
     config: Mapping[str, Any], channels: int, classes: int | None, label_dropout: float
 ) -> None:
@@ -358,6 +351,29 @@ def _check_fits(
         )
 
 
-def first_line(error: Exception) -> str:
-    """The first line of what a library says, without its full stop."""
-    return str(error).strip().split("\n")[0].rstrip(".")
+def _text_width(unet: Any, text: str | None) -> int | None:
+    """The width of the texts that the network is conditioned on, which is that of model.text."""
+    conditioned = type(unet).__name__ == KINDS[1]
+    if conditioned != (text is not None):
+        raise ConfigError(
+            "model.text: the network is conditioned on text (UNet2DConditionModel); name the "
+            "pipeline that has its text encoder in model.text."
+            if conditioned
+            else f"model.text = {text!r} is for a UNet2DConditionModel, and the network is a "
+            f"{type(unet).__name__}; leave model.text out."
+        )
+    if text is None:
+        return None
+    config, width = unet.config, width_of(text)
+    more = [key for key in ("addition_embed_type", "encoder_hid_dim_type") if config[key]]
+    if more:
+        raise ConfigError(
+            f"model.name = 'diffusers': the network has {more[0]} = {config[more[0]]!r}, so it "
+            "needs more than a text. Networks as that of Stable Diffusion 1 and 2 can be used."
+        )
+    if config["cross_attention_dim"] != width:
+        raise ConfigError(
+            f"model.text = {text!r} embeds texts in {width} values, and the network has "
+            f"cross_attention_dim = {config['cross_attention_dim']}; name its own pipeline."
+        )
+    return width

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fed_diffusion.config.schema import ConfigError
-from fed_diffusion.models.from_diffusers import INSTALL, first_line, found
+from fed_diffusion.models.described import INSTALL, first_line, found
 
 Shape = tuple[int, int, int]
 

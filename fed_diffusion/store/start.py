@@ -18,6 +18,7 @@ from fed_diffusion.config.schema import ModelConfig
 from fed_diffusion.models import from_diffusers
 from fed_diffusion.models.from_diffusers import PREFIX
 from fed_diffusion.models.latent import Autoencoder
+from fed_diffusion.models.text import TextEncoder
 from fed_diffusion.store.origin import trained
 from fed_diffusion.store.rundir import RunDir
 
@@ -62,10 +63,11 @@ def start_of(model: ModelConfig, theta: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def hashes_of(model: ModelConfig, theta: Mapping[str, Tensor]) -> dict[str, str]:
-    """What a run notes of what it starts from and of its autoencoder; see `start_of`."""
-    start, autoencoder = start_of(model, theta), autoencoder_of(model)
+    """What a run notes of what it starts from, its autoencoder and its text encoder."""
+    start, autoencoder, text = start_of(model, theta), autoencoder_of(model), text_encoder_of(model)
     noted = {} if start is None else {"start_hash": hash_of(start)}
-    return noted if autoencoder is None else noted | {"vae_hash": hash_of(autoencoder.values())}
+    noted |= {} if autoencoder is None else {"vae_hash": hash_of(autoencoder.values())}
+    return noted | ({} if text is None else {"text_hash": hash_of(text.values())})
 
 
 def autoencoder_of(model: ModelConfig, device: torch.device | str = "cpu") -> Autoencoder | None:
@@ -83,6 +85,26 @@ def autoencoder_of(model: ModelConfig, device: torch.device | str = "cpu") -> Au
         raise ConfigError(
             f"model.vae = {model.vae!r} is another autoencoder than model.vae_hash = "
             f"{model.vae_hash[:12]}... says (SHA-256 {digest[:12]}...). Put the run's there."
+        )
+    return made.to(device)
+
+
+def text_encoder_of(model: ModelConfig, device: torch.device | str = "cpu") -> TextEncoder | None:
+    """The text encoder that model.text names, on a device; None where there is none.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be read, or is not that of model.text_hash.
+    """
+    if model.text is None:
+        return None
+    made = TextEncoder(model.text)
+    if model.text_hash is not None and (digest := hash_of(made.values())) != model.text_hash:
+        raise ConfigError(
+            f"model.text = {model.text!r} is another text encoder or tokenizer than "
+            f"model.text_hash = {model.text_hash[:12]}... says (SHA-256 {digest[:12]}...). Put the "
+            "run's there."
         )
     return made.to(device)
 
