@@ -81,11 +81,7 @@ def autoencoder_of(model: ModelConfig, device: torch.device | str = "cpu") -> Au
     if model.vae is None:
         return None
     made = Autoencoder(model.vae)
-    if model.vae_hash is not None and (digest := hash_of(made.values())) != model.vae_hash:
-        raise ConfigError(
-            f"model.vae = {model.vae!r} is another autoencoder than model.vae_hash = "
-            f"{model.vae_hash[:12]}... says (SHA-256 {digest[:12]}...). Put the run's there."
-        )
+    _prove(made.values(), f"model.vae = {model.vae!r}", "autoencoder", "vae_hash", model.vae_hash)
     return made.to(device)
 
 
@@ -100,13 +96,20 @@ def text_encoder_of(model: ModelConfig, device: torch.device | str = "cpu") -> T
     if model.text is None:
         return None
     made = TextEncoder(model.text)
-    if model.text_hash is not None and (digest := hash_of(made.values())) != model.text_hash:
-        raise ConfigError(
-            f"model.text = {model.text!r} is another text encoder or tokenizer than "
-            f"model.text_hash = {model.text_hash[:12]}... says (SHA-256 {digest[:12]}...). Put the "
-            "run's there."
-        )
+    what = "text encoder or tokenizer"
+    _prove(made.values(), f"model.text = {model.text!r}", what, "text_hash", model.text_hash)
     return made.to(device)
+
+
+def _prove(
+    values: Mapping[str, Tensor], named: str, what: str, key: str, wanted: str | None
+) -> None:
+    """Refuse what is not what the run noted."""
+    if wanted is not None and (digest := hash_of(values)) != wanted:
+        raise ConfigError(
+            f"{named} is another {what} than model.{key} = {wanted[:12]}... says (SHA-256 "
+            f"{digest[:12]}...). Put the run's there."
+        )
 
 
 def facts_of(model: ModelConfig) -> dict[str, str] | None:
