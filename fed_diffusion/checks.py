@@ -129,9 +129,16 @@ def check_resume(
     """
     found = standing(run, VERSIONS, accept_changes, changes)
     dataset = check(found.config)
-    data = None if dataset is None else content_hash(dataset)
+    data = data_hash(found.config, dataset)
     check_same_data(run, found.config.data, found.checkpoint, data)
     return found.config, data
+
+
+def data_hash(config: Config, dataset: ImageSet | None) -> str | None:
+    """Return the hash of a run's images, and of their captions where it trains on those."""
+    if dataset is None:
+        return None
+    return content_hash(dataset, config.model.text is not None and config.data.caption is None)
 
 
 VERSIONS = {"checkpoint": checkpoint.VERSION, "wire": wire.VERSION}

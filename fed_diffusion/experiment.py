@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fed_diffusion.build import Setup, with_class_names, with_start
-from fed_diffusion.checks import VERSIONS, check
+from fed_diffusion.checks import VERSIONS, check, data_hash
 from fed_diffusion.common.compute import pinned_threads
 from fed_diffusion.config import Config, ConfigError
-from fed_diffusion.data import ImageSet, content_hash
+from fed_diffusion.data import ImageSet
 from fed_diffusion.finish import finish, small_grid
 from fed_diffusion.protocol.errors import Fault
 from fed_diffusion.protocol.messages import Task, Update
@@ -76,7 +76,7 @@ class Experiment:
         self.setup = setup = setup if named is config else Setup.of(named)
         self.trackers = Trackers(named)
         self.engine = "local"  # it stands in the command that resumes the run
-        self._data = None if self.dataset is None else content_hash(self.dataset)
+        self._data = data_hash(named, self.dataset)
         self.run = RunDir.create(path, named, self._data) if run is None else run
         self.live = Live(self.run, config.rounds)
         self.page = LivePage(self.run)

@@ -112,9 +112,10 @@ def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _measure_again(run: RunDir, typed: dict[str, Any]) -> dict[str, Any]:
     from fed_diffusion.build import Setup
+    from fed_diffusion.checks import data_hash
     from fed_diffusion.cli.progress import Display, followed
     from fed_diffusion.config import ConfigError, with_overrides
-    from fed_diffusion.data import content_hash, load_dataset, tell
+    from fed_diffusion.data import load_dataset, tell
     from fed_diffusion.evaluation.checks import OWN_DATA, check_evaluation
     from fed_diffusion.evaluation.generated import evaluate, evaluation_entry
     from fed_diffusion.generate import Sampler, check_sampler
@@ -138,7 +139,7 @@ def _measure_again(run: RunDir, typed: dict[str, Any]) -> dict[str, Any]:
     dataset = None
     if config.evaluation.reference in OWN_DATA and config.evaluation.samples:
         dataset = tell(load_dataset(config.data))
-        check_same_data(run, config.data, checkpoint, content_hash(dataset))
+        check_same_data(run, config.data, checkpoint, data_hash(config, dataset))
     live = Live(run, config.rounds)
     try:
         with Display(config) as shown, followed(run, shown.live):

@@ -53,7 +53,7 @@ class ClientImages:
         self._no_label = class_count(setup.config.data) or 0  # the label behind the last class
         self._table: Tensor | None = None
         if (texts := embedded(setup, self.dataset)) is not None:  # labels are numbers of texts
-            self._table, labels = texts.table.to(self._device), texts.numbers
+            self._table, labels = texts.table, texts.numbers  # a file in memory: they may be many
             self._no_label = len(texts.table) - 1
         self._labels = None if labels is None else labels.to(self._device)
         self._moments: dict[int, float] = {}
@@ -123,4 +123,6 @@ class ClientImages:
 
     def _told(self, labels: Tensor | None) -> Tensor | None:
         """What the network is told: the labels themselves, or the embedded texts."""
-        return labels if labels is None or self._table is None else self._table[labels]
+        if labels is None or self._table is None:
+            return labels
+        return self._table[labels.cpu()].to(self._device)

@@ -36,9 +36,16 @@ def encoded(setup: Setup, dataset: ImageSet) -> Tensor | None:
                 latents = autoencoder.encode(to_unit(part.to(device))).float().cpu().contiguous()
                 yield latents.numpy().view(np.uint8)
 
-    data, threads = config.data, config.worker.threads
-    what = [hash_of(autoencoder.values()), data.name, data.dir, device.type, threads]
-    what.append(torch.__version__)
+    worker, data = config.worker, config.data
+    bits = worker.threads, worker.precision, worker.deterministic  # the last ones depend on them
+    what = [
+        hash_of(autoencoder.values()),
+        data.name,
+        data.dir,
+        device.type,
+        torch.__version__,
+        *bits,
+    ]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
     channels, height, width = setup.shape
     stored = (len(dataset), channels, height, width * np.dtype(np.float32).itemsize)

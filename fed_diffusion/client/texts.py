@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +55,9 @@ def embedded(setup: Setup, dataset: ImageSet) -> Texts | None:
                 part = encoder.encode(texts[start : start + BATCH]).cpu().contiguous()
                 yield part.numpy().view(np.uint8)
 
-    what = [hash_of(encoder.values()), device.type, config.worker.threads, torch.__version__]
+    worker, data = config.worker, config.data
+    bits = worker.threads, worker.precision, worker.deterministic  # the last ones depend on them
+    what = [hash_of(encoder.values()), data.name, data.dir, device.type, torch.__version__, *bits]
     key, state = _hash(what), _hash(texts)
     stored = (len(texts), encoder.tokens, encoder.width * np.dtype(np.float32).itemsize)
     found = decoded(f"texts-{key}", state, stored, chunks)
@@ -63,5 +65,5 @@ def embedded(setup: Setup, dataset: ImageSet) -> Texts | None:
     return Texts(torch.from_numpy(found.view(np.float32)), numbers)
 
 
-def _hash(what: list[object] | list[str]) -> str:
+def _hash(what: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]

@@ -110,7 +110,14 @@ def load_config(preset: str, overrides: Mapping[str, Any] | None = None) -> Conf
         )
     settings = load_preset(preset)
     _change(settings, flat)
-    return _absolute(build_config(settings))
+    config = build_config(settings)
+    keep, level = config.pruning.keep, config.pruning.level
+    if keep is not None and level != "F":  # here, so that runs that have it are still read
+        raise ConfigError(
+            f"pruning.keep: {keep} stands in place of a level, and pruning.level = {level} says "
+            "other ratios; leave one of them out."
+        )
+    return _absolute(config)
 
 
 def _change(settings: dict[str, Any], flat: Mapping[str, Any]) -> None:

@@ -271,11 +271,6 @@ class PruningConfig(Section):
 
     @model_validator(mode="after")
     def _one_source_of_ratios(self) -> PruningConfig:
-        if self.keep is not None and self.level != "F":
-            raise ValueError(
-                f"keep: {self.keep} stands in place of a level, and level = {self.level} says "
-                "other ratios; leave out one of pruning.keep and pruning.level"
-            )
         if self.budget == "level":
             return self
         if self.level != "F" or self.keep is not None or self.baseline is not None:

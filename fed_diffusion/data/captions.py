@@ -13,32 +13,41 @@ METADATA = "metadata.jsonl"
 """Lines with file_name, relative to the file's own folder, and text."""
 
 
-def read_captions(root: Path, images: Sequence[Path]) -> tuple[str, ...] | None:
-    """Return the caption of each image, empty where it has none; None where nothing has one.
+def read_captions(
+    root: Path, images: Sequence[Path]
+) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Return the caption of each image, and what could not be read.
 
-    The file may lie in the folder itself and in each folder that holds images.
-
-    Raises
-    ------
-    ConfigError
-        A file cannot be read.
+    Captions are empty where an image has none, and None where nothing has one. The file may lie in
+    the folder itself and in each folder below it, and tells of images below its own. One that
+    cannot be read is told and left out: only runs of texts need it, and they miss the captions.
     """
     texts: dict[Path, str] = {}
-    for folder in sorted({root, *(image.parent for image in images)}):
+    unread = []
+    between = (p for image in images for p in image.parents if p.is_relative_to(root))
+    for folder in sorted({root, *between}):
         file = folder / METADATA
-        if file.is_file():
-            texts |= _read(file)
-    return tuple(texts.get(image, "") for image in images) if texts else None
+        try:
+            texts |= _read(file) if file.is_file() else {}
+        except ConfigError as error:
+            unread.append(str(error))
+    return tuple(texts.get(image, "") for image in images) if texts else None, tuple(unread)
 
 
 def _read(file: Path) -> dict[Path, str]:
     found, at = {}, 0
     try:
-        for at, line in enumerate(file.read_text("utf-8").splitlines(), 1):  # noqa: B007
+        for at, line in enumerate(file.read_text("utf-8-sig").split("\n"), 1):  # noqa: B007
             entry = json.loads(line) if line.strip() else {}
-            if "text" in entry:
-                found[file.parent / str(entry["file_name"])] = str(entry["text"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            text = entry.get("text")
+            if not isinstance(text, str | None):
+                raise TypeError(f"the text is {type(text).__name__}, not a text")
+            if text is None or not text.strip():
+                continue
+            path = file.parent / str(entry["file_name"])
+            if path.is_relative_to(file.parent):
+                found[path] = text
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{file} cannot be read (line {at}: {type(error).__name__}: {error}). Each line is "
             'an object as in {"file_name": "0.png", "text": "a photo of a cat"}.'

@@ -54,8 +54,10 @@ class Loader(Protocol):
     def __call__(self, config: DataConfig, /) -> Loaded: ...
 
 
-def content_hash(dataset: ImageSet) -> str:
-    """Return SHA-256 over the images' shape and bytes, labels, client folders and captions."""
+def content_hash(dataset: ImageSet, captions: bool = False) -> str:
+    """Return SHA-256 over the images' shape and bytes, labels, client folders and, where a run
+    trains on them, captions.
+    """
     digest = hashlib.sha256(repr(tuple(dataset.images.shape)).encode())
     digest.update(dataset.images.contiguous().numpy().data)
     if dataset.labels is not None:
@@ -63,7 +65,7 @@ def content_hash(dataset: ImageSet) -> str:
     if dataset.folder_of is not None:
         digest.update(repr(dataset.folders).encode())
         digest.update(dataset.folder_of.contiguous().numpy().data)
-    if dataset.captions is not None:
+    if captions and dataset.captions is not None:
         digest.update(repr(dataset.captions).encode())
     return digest.hexdigest()
 

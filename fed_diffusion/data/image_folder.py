@@ -122,14 +122,15 @@ def read_folder(config: DataConfig, shape: tuple[int, int, int], own: bool = Fal
     labels = [index[file.category] for file in tree.files if file.category is not None]
     owners = np.array([file.client for file in tree.files], dtype=np.int64)
     paths = [file.path for file in tree.files]
+    captions, unread = read_captions(root, paths)
     return FolderImages(
         images=_decode_all(root, paths, shape, config),
         labels=np.array(labels, dtype=np.int64) if names else None,
         folders=tree.clients,
         folder_of=None if tree.clients is None else owners,
         class_names=names or None,
-        notes=_notes(root, tree),
-        captions=read_captions(root, paths),
+        notes=_notes(root, tree) + unread,
+        captions=captions,
     )
 
 

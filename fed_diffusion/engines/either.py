@@ -123,8 +123,7 @@ def ahead(config: Config, engine: Engine) -> Iterator[None]:
 
 def begin(config: Config, out: str | Path | None, engine: Engine) -> Experiment | RunDir:
     """Check everything and claim the directory of a new run; see `carry` for what is returned."""
-    from fed_diffusion.checks import check
-    from fed_diffusion.data import content_hash
+    from fed_diffusion.checks import check, data_hash
     from fed_diffusion.experiment import Experiment
     from fed_diffusion.store.rundir import RunDir
 
@@ -135,7 +134,7 @@ def begin(config: Config, out: str | Path | None, engine: Engine) -> Experiment 
         return Experiment(config, out)
     dataset = check(config)
     assert dataset is not None
-    return RunDir.create(out, config, content_hash(dataset))
+    return RunDir.create(out, config, data_hash(config, dataset))
 
 
 def begin_again(

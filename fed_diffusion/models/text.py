@@ -14,6 +14,12 @@ from fed_diffusion.config.schema import ConfigError
 from fed_diffusion.models.described import first_line
 
 INSTALL = "pip install 'fed-diffusion[text]'"
+PROBES = (
+    "a photo of A CAT",
+    "naïve café, l'été: 3.14 + 2 = 5.14!",
+    "antidisestablishmentarianism  😀",
+)
+"""Texts that show how a tokenizer cuts: by its merges, and whether it minds case and accents."""
 
 
 def width_of(source: str) -> int:
@@ -59,7 +65,8 @@ class TextEncoder:
 
     def values(self) -> dict[str, Tensor]:
         """All that says what a text becomes: the encoder's tensors and the tokenizer's words."""
-        words = json.dumps([sorted(self.tokenizer.get_vocab().items()), self.tokens])
+        cut = [list(self.tokenizer(text).input_ids) for text in PROBES]
+        words = json.dumps([sorted(self.tokenizer.get_vocab().items()), self.tokens, cut])
         return dict(self.model.state_dict()) | {"words": torch.tensor(list(words.encode()))}
 
     @property

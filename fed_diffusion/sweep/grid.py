@@ -25,14 +25,14 @@ import torch
 from pydantic import Field, ValidationError
 
 from fed_diffusion.build import with_class_names, with_start
-from fed_diffusion.checks import check
+from fed_diffusion.checks import check, data_hash
 from fed_diffusion.common.compute import device_of
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, ConfigError, conf_dir, load_config, refuse_overlaps
 from fed_diffusion.config.schema import LARGEST, DataConfig, Section, as_numbers
 from fed_diffusion.config.section import complaint
 from fed_diffusion.config.yaml import read_yaml
-from fed_diffusion.data import ImageSet, content_hash
+from fed_diffusion.data import ImageSet
 from fed_diffusion.engines.local import run_in_process
 from fed_diffusion.experiment import Experiment, Progress
 from fed_diffusion.store.locks import FileLock, LockLost
@@ -188,7 +188,7 @@ def check_runs(runs: Sequence[Run]) -> dict[str, ImageSet]:
         The message names the run, the key and how to fix it.
     """
     datasets: dict[str, ImageSet] = {}
-    hashes: dict[str, str] = {}
+    hashes: dict[tuple[str, str | None], str | None] = {}
     for run in runs:
         key = key_of(run.config.data)
         try:
@@ -199,10 +199,11 @@ def check_runs(runs: Sequence[Run]) -> dict[str, ImageSet]:
         datasets[key] = dataset
         if (run.path / "config.yaml").exists():
             _check_same(run, dataset)
-            if key not in hashes:
-                hashes[key] = content_hash(dataset)
+            what = key, run.config.model.text
+            if what not in hashes:
+                hashes[what] = data_hash(run.config, dataset)
             # a finished one too: a table is of one set of images
-            check_same_data(RunDir(run.path), run.config.data, None, hashes[key])
+            check_same_data(RunDir(run.path), run.config.data, None, hashes[what])
     return datasets
 
 

@@ -101,7 +101,7 @@ REFUSED = {
     "ratios beside a level": (
         "digits",
         {"pruning.kind": "random", "pruning.level": "S", "pruning.keep": 0.5},
-        r"pruning\.keep: 0\.5 stands in place of a level.*level = S",
+        r"pruning\.keep: 0\.5 stands in place of a level.*pruning\.level = S",
     ),
     "a decay that turns signs": (
         "digits",
