@@ -16,6 +16,7 @@ from fed_diffusion.evaluation import check_evaluation
 from fed_diffusion.evaluation.reference import reference_set
 from fed_diffusion.generate import check_sampler
 from fed_diffusion.masks.plan import able, check_own_family, check_pruning
+from fed_diffusion.models.checkpointing import METHODS, can_checkpoint
 from fed_diffusion.protocol import wire
 from fed_diffusion.report.trackers import check_trackers
 from fed_diffusion.server.defence import warn_of_undefended
@@ -77,6 +78,7 @@ def check_training(run: Config | Setup) -> None:
     check_device(config.worker.device)
     spent(config.privacy, config.round.fraction, 1)  # needs the accountant, if anything
     setup.check_network()
+    _check_checkpointing(setup)
     augmentation(config.data, setup.pixels)
     check_trackers(config.trackers)
     check_aggregator(config.round)
@@ -86,6 +88,16 @@ def check_training(run: Config | Setup) -> None:
     check_pruning(pruning, clients, layout)
     check_own_family(setup.family, pruning, clients, seed, setup.shapes, layout)
     _check_secure_trainers(setup)
+
+
+def _check_checkpointing(setup: Setup) -> None:
+    """Refuse worker.checkpointing for a network whose blocks cannot be computed again."""
+    if setup.config.worker.checkpointing and not can_checkpoint(setup.skeleton):
+        raise ConfigError(
+            f"worker.checkpointing: the network of model.name = {setup.config.model.name!r} has "
+            f"no {' and no '.join(f'{method}()' for method in METHODS)}. Give it both, or set "
+            "worker.checkpointing to false."
+        )
 
 
 def _check_secure_trainers(setup: Setup) -> None:

@@ -23,7 +23,8 @@ from fed_diffusion.masks.budget import (
     memory_allowed,
 )
 from fed_diffusion.masks.subnetwork import sub_network
-from fed_diffusion.models.unet import UNet, reset
+from fed_diffusion.models.checkpointing import checkpointed
+from fed_diffusion.models.unet import Stage, UNet, reset
 from fed_diffusion.protocol.moments import is_shared
 from fed_diffusion.theory.curvature import gradient, images_within, saved_bytes
 
@@ -95,9 +96,17 @@ def demand(setup: Setup, network: UNet, measures: bool = False) -> Demand:
 
     images, u, labels = _batch(setup, torch.device("meta"))
     own = list(network.parameters())
-    with FlopCounterMode(display=False) as flops, saved_bytes(own) as kept:
+    again = setup.config.worker.checkpointing
+    with (
+        checkpointed(network, again),
+        FlopCounterMode(display=False) as flops,
+        saved_bytes(own) as kept,
+    ):
         network(images, u, labels).square().mean().backward()
     bytes_each, activations = BYTES_PER_PARAMETER, kept()
+    if again:
+        whole, largest = _kept_of(network, images, u, labels)
+        activations += largest
     if is_shared(setup.config.local):
         bytes_each += MOMENT_BYTES
     if measures and setup.config.diagnostic_rounds():
@@ -106,6 +115,8 @@ def demand(setup: Setup, network: UNet, measures: bool = False) -> Demand:
         with saved_bytes(own) as kept, sdpa_kernel(SDPBackend.MATH):
             loss = network(images[:1], u[:1], one).square().mean()
             gradient(own, loss, create_graph=True)
+        if again:
+            activations = whole  # what measures keeps everything
         at_once = images_within(activations, kept(), len(images))
         activations = max(activations, at_once * kept())
     return Demand(
@@ -113,6 +124,28 @@ def demand(setup: Setup, network: UNet, measures: bool = False) -> Demand:
         activations=activations,
         work=flops.get_total_flops() / 2,
     )
+
+
+def _kept_of(network: UNet, images: Tensor, u: Tensor, labels: Tensor | None) -> tuple[int, int]:
+    """The bytes that autograd keeps of a step, and those of the stage of which it keeps most."""
+    before, most = 0, 0
+    with saved_bytes(list(network.parameters())) as kept:
+
+        def enter(*_: object) -> None:
+            nonlocal before
+            before = kept()
+
+        def leave(*_: object) -> None:
+            nonlocal most
+            most = max(most, kept() - before)
+
+        stages = [module for module in network.modules() if isinstance(module, Stage)]
+        hooks = [stage.register_forward_pre_hook(enter) for stage in stages]
+        hooks += [stage.register_forward_hook(leave) for stage in stages]
+        network(images, u, labels)
+    for hook in hooks:
+        hook.remove()
+    return kept(), most
 
 
 def training_step(setup: Setup, network: nn.Module, device: torch.device) -> Callable[[], None]:
@@ -124,7 +157,8 @@ def training_step(setup: Setup, network: nn.Module, device: torch.device) -> Cal
 
     def step() -> None:
         optimizer.zero_grad()
-        setup.loss(network, images, noise, labels).backward()
+        with checkpointed(network, setup.config.worker.checkpointing):
+            setup.loss(network, images, noise, labels).backward()
         optimizer.step()
 
     return step

@@ -23,6 +23,8 @@ class Networks:
         built_in = isinstance(setup.skeleton, UNet) and not adapted
         # now, because it draws; and not the skeleton, which is everybody's
         self._own = None if built_in else self._placed(setup.network(started=False))
+        if self._own is not None and setup.config.lora.base == setup.precision == "bf16":
+            lora.hold_in_bf16(self._own)
         self._rows = lora.frozen_rows(self._own) if self._own is not None and adapted else {}
         self._resident: dict[tuple[torch.Size, ...], tuple[nn.Module, Network, Network]] = {}
 

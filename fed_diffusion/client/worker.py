@@ -25,6 +25,7 @@ from fed_diffusion.diffusion.loss import Network, NoisyBatch
 from fed_diffusion.masks.budget import Budget
 from fed_diffusion.masks.mask import Masks
 from fed_diffusion.masks.recipe import Numbers
+from fed_diffusion.models.checkpointing import checkpointed
 from fed_diffusion.protocol.clipping import clipped
 from fed_diffusion.protocol.divergence import FIRST_LOSS, exploded
 from fed_diffusion.protocol.messages import PRECISION, PRECISIONS, Task, Update
@@ -88,12 +89,12 @@ class Worker:
         state = decode_state(arrays, self.shapes, masks, config.local, dtype)
         eta = eta_of(config.local, config.rounds, task.round)
         optimiser = optimiser_of(config.local, network, eta, state)
-        loss, first = self._train(network, forward, fast, task, batches, masks, optimiser)
+        with checkpointed(network, config.worker.checkpointing):
+            loss, first = self._train(network, forward, fast, task, batches, masks, optimiser)
         numbers["loss"] = loss
         if exploded(loss, first):
             numbers[FIRST_LOSS] = first
-        numbers["images"] = sum(map(len, batches))
-        numbers["examples"] = len(train)
+        numbers["images"], numbers["examples"] = sum(map(len, batches)), len(train)
         numbers[PRECISION] = PRECISIONS.index(self.setup.precision)
         numbers["seconds"] = time.perf_counter() - began
         end = parameters_of(network)

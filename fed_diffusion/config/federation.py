@@ -203,9 +203,23 @@ class WorkerConfig(Section):
     compile: bool = False
     """Whether the training step of each network size is compiled, once for all clients and rounds.
     That takes minutes at first, and makes the step faster on a GPU."""
+    checkpointing: bool = False
+    """Whether a training step keeps only what each block of the network is given, and computes the
+    block again in its backward pass. That takes less memory and more time, and gives the same
+    bits on a CPU. Rounds that measure for the theory take as much memory as without:
+    theory.every = 0 switches them off."""
     memory_mb: float | None = Field(None, gt=0)
     """For pruning.budget auto: how many megabytes a worker may use. By default it takes what is
     free on its machine."""
+
+    @model_validator(mode="after")
+    def _compiled_steps_keep_what_they_choose(self) -> WorkerConfig:
+        if self.checkpointing and self.compile:
+            raise ValueError(
+                "checkpointing: a compiled step chooses by itself what it keeps for its backward "
+                "pass; set worker.compile or worker.checkpointing to false"
+            )
+        return self
 
 
 class EvaluationConfig(Section):

@@ -151,6 +151,7 @@ class Config(Section):
             raise ValueError(
                 "pruning.kind: an adapter (lora.rank) has ranks and no channels to drop; use ranks"
             )
+        _check_base(self.lora.base, self.worker.precision, self.model.name)
         if pruning.baseline == "small":
             raise ValueError("pruning.baseline: for a small adapter set a smaller lora.rank")
         return self
@@ -273,6 +274,22 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _check_base(base: str, precision: str, network: str) -> None:
+    """Refuse a base in bf16 where it would be another function than one in fp32."""
+    if base != "bf16":
+        return
+    if precision in ("fp32", "tf32"):
+        raise ValueError(
+            f"lora.base: bf16 is for arithmetic in bf16, and worker.precision = {precision} needs "
+            "all bits of the base; set worker.precision to bf16 or auto, or lora.base to fp32"
+        )
+    if is_own(network):
+        raise ValueError(
+            f"lora.base: what model.name = {network} does with its weights is not known, so that "
+            "bf16 could change it; set lora.base to fp32"
+        )
 
 
 def _check_texts(encoder: str | None, prompts: tuple[str, ...], caption: str | None) -> None:

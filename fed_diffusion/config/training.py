@@ -153,10 +153,16 @@ class LoraConfig(Section):
     train: Literal["AB", "B"] = "AB"
     """What is trained. AB: both; averaging A and B is then not averaging their product. B: only B;
     A is drawn from the seed and is the same on all machines, so that the average is exact."""
+    base: Literal["fp32", "bf16"] = "fp32"
+    """What a worker holds the frozen network in. bf16: where it computes in bf16
+    (worker.precision), it holds the weights and biases of linear layers and convolutions in bf16,
+    as that arithmetic rounds them anyway, so that updates have the same bits and the base takes
+    half the memory; where it computes in fp32 it holds fp32. The adapter, its gradients and the
+    optimiser are in fp32 always."""
 
     @model_validator(mode="after")
     def _nothing_without_a_rank(self) -> LoraConfig:
-        default = {"alpha": None, "targets": (), "train": "AB"}
+        default = {"alpha": None, "targets": (), "train": "AB", "base": "fp32"}
         changed = [key for key, value in default.items() if getattr(self, key) != value]
         if self.rank is None and changed:
             raise ValueError(f"{changed[0]}: it describes an adapter; give its rank in lora.rank")

@@ -65,7 +65,7 @@ class DiffusersNetwork(nn.Module):
 
     def __init__(
         self,
-        unet: nn.Module,
+        unet: Any,
         levels: Tensor,
         prediction: str,
         no_label: int | None,
@@ -92,6 +92,14 @@ class DiffusersNetwork(nn.Module):
             given["encoder_hidden_states"] = labels
         (out,) = self.unet(x, level_of(u, levels), return_dict=False, **given)
         return noise_of(self.prediction, out, x, u)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute blocks again in the backward pass, as far as diffusers does so."""
+        self.unet.enable_gradient_checkpointing()
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep everything that the backward pass needs."""
+        self.unet.disable_gradient_checkpointing()
 
 
 def describe(model: ModelConfig) -> Description:

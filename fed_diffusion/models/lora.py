@@ -113,6 +113,21 @@ def adapters(network: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, layer
 
 
+def hold_in_bf16(network: nn.Module) -> None:
+    """Round the frozen weights and biases of linear layers and convolutions to bf16.
+
+    Under autocast to bf16 the network is the same function to the bit, because autocast rounds them
+    in each call and keeps the rounded copy for the backward pass. Normalisations and embeddings,
+    which it does not round, stay in fp32, and so does the adapter.
+    """
+    for layer in network.modules():
+        if type(layer) in (nn.Linear, nn.Conv2d):
+            for name in {"weight", "bias"} & layer._buffers.keys():
+                value = layer._buffers[name]
+                if value is not None:
+                    setattr(layer, name, value.to(torch.bfloat16))
+
+
 def resized(network: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
     """A copy with an adapter of these shapes, not initialised; both share what is frozen."""
     memo: dict[int, Any] = {id(value): value for value in network.buffers()}

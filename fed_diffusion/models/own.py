@@ -30,7 +30,8 @@ class NetworkFactory(Protocol):
         float64 [n], labels int64 [n] or None. It returns an estimate of the noise eps,
         shaped like x. Start values are drawn from torch's global generator, which is seeded by the
         run. Every parameter is trained and travels. Buffers do not travel, so what must be the same
-        on all machines has to be a parameter.
+        on all machines has to be a parameter. For worker.checkpointing it has the methods that
+        `models.checkpointing` names.
     """
 
     def __call__(

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fed_diffusion.diffusion.process import alpha, per_image, sigma
 
@@ -103,8 +104,8 @@ class Stage(nn.Module):
         self.block = block
         self.attention = attention
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.block(x, time)
+    def forward(self, x: Tensor, time: Tensor, skip: Tensor | None = None) -> Tensor:
+        h = self.block(x if skip is None else torch.cat([x, skip], 1), time)
         return h if self.attention is None else self.attention(h)
 
 
@@ -141,6 +142,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         self.prediction = prediction
+        self.checkpointing = False
         self.classes = classes
         self.frequencies = widths[0]
         time = 4 * widths[0]
@@ -212,27 +214,41 @@ class UNet(nn.Module):
         )
         angle = log_ratio[:, None] * scale
         waves = torch.cat([angle.sin(), angle.cos()], 1)
-        embedding: Tensor = self.time(waves.to(self.enter.weight.dtype))
+        # the norm's dtype: a base of an adapter may hold its layers in another one
+        embedding: Tensor = self.time(waves.to(self.norm.weight.dtype))
         if self.label is not None:
             if labels is None:
                 labels = torch.full((len(u),), self.label.num_embeddings - 1, device=u.device)
             embedding = embedding + self.label(labels)
         return F.silu(embedding)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only what a stage is given, and compute the stage again in the backward pass."""
+        self.checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep everything that the backward pass needs."""
+        self.checkpointing = False
+
+    def _through(self, stage: nn.Module, *given: Tensor) -> Tensor:
+        again = self.checkpointing and torch.is_grad_enabled()
+        h: Tensor = checkpoint(stage, *given, use_reentrant=False) if again else stage(*given)
+        return h
+
     def _network(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.enter(x)
         skips = [h]
         blocks = len(self.down) // (len(self.downsample) + 1)
         for i, stage in enumerate(self.down):
-            h = stage(h, time)
+            h = self._through(stage, h, time)
             skips.append(h)
             if (i + 1) % blocks == 0 and (level := i // blocks) < len(self.downsample):
                 h = self.downsample[level](h)
                 skips.append(h)
         for stage in self.middle:
-            h = stage(h, time)
+            h = self._through(stage, h, time)
         for i, stage in enumerate(self.up):
-            h = stage(torch.cat([h, skips.pop()], 1), time)
+            h = self._through(stage, h, time, skips.pop())
             if (i + 1) % (blocks + 1) == 0 and (level := i // (blocks + 1)) < len(self.upsample):
                 h = self.upsample[level](F.interpolate(h, scale_factor=2.0, mode="nearest"))
         out: Tensor = self.leave(F.silu(self.norm(h)))
