@@ -60,6 +60,11 @@ COVERS = (
     "report.html and the logs; nor that a round stayed below its quorum, or that a run ended early"
 )
 """What the stated epsilon covers, and what it does not cover."""
+LOST = (
+    "; nor who, or how many, were lost in a round: coordinates that keep their value and the size "
+    "of the noise show it"
+)
+"""What it does not cover either where clients add the noise."""
 _system = random.SystemRandom()
 
 
@@ -221,7 +226,7 @@ def spent(
         "sampling_rate": fraction,
         "rounds": opened,
         "repeated": opened - finished,
-        "covers": COVERS,
+        "covers": COVERS + (LOST if privacy.noise == "clients" else ""),
         "reproducible": False,
     }
 

@@ -26,7 +26,7 @@ from fed_diffusion.masks.budget import Budget
 from fed_diffusion.masks.mask import Masks
 from fed_diffusion.masks.recipe import Numbers
 from fed_diffusion.protocol.clipping import clipped
-from fed_diffusion.protocol.divergence import FIRST_LOSS, exploded
+from fed_diffusion.protocol.divergence import note_divergence
 from fed_diffusion.protocol.messages import PRECISION, PRECISIONS, Task, Update
 from fed_diffusion.protocol.moments import decode_state, encode_moments
 from fed_diffusion.protocol.schedules import eta_of
@@ -90,8 +90,8 @@ class Worker:
         optimiser = optimiser_of(config.local, network, eta, state)
         loss, first = self._train(network, forward, fast, task, batches, masks, optimiser)
         numbers["loss"] = loss
-        if exploded(loss, first):
-            numbers[FIRST_LOSS] = first
+        hide = config.privacy.noise == "clients"  # who is lost must not depend on the images
+        note_divergence(numbers, first, config.clients if hide else None)
         numbers["images"] = sum(map(len, batches))
         numbers["examples"] = len(train)
         numbers[PRECISION] = PRECISIONS.index(self.setup.precision)

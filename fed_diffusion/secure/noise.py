@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fed_diffusion.aggregation.exact import SCALE
@@ -139,6 +140,9 @@ class Share:
     ) -> dict[str, Tensor]:
         """Return kept values less theta, no longer than C after they are rounded to whole numbers.
 
+        A difference that is not finite becomes zero. It must not keep its client from the sum: who
+        is lost shows in theta, and must not depend on the images.
+
         Parameters
         ----------
         values
@@ -149,6 +153,8 @@ class Share:
             That of `Room`, by which whole numbers are multiplied beside 2^40.
         """
         square, count = difference(values, theta, masks)
+        if not math.isfinite(square):
+            return {name: torch.zeros_like(value) for name, value in values.items()}
         rounded = math.sqrt(count) / (SCALE * scale)  # twice of what rounding adds at most
         longest = max(0.0, self.clip - rounded)
         factor = factor_of(math.sqrt(square), longest)
