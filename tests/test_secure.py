@@ -34,8 +34,8 @@ class Losing(LocalGrid):
             self._replies[sent] = Message(gone, reply_to=message)
             return sent
         sent = super()._push(message)
-        states = [dict(context.state) for context in self.nodes.values()]
-        self.remembered.append(sum(len(state) for state in states))
+        states = [str(dict(context.state)) for context in self.nodes.values()]
+        self.remembered.append(sum("seal" in state for state in states))
         self.replies.append(self._replies.get(sent))
         return sent
 
