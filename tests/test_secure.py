@@ -97,7 +97,7 @@ def test_a_task_that_comes_after_its_attempt_costs_its_client_no_newer_keys(tiny
     FedDiffusion(secure).run(grid)
     assert same(plain, secure)
     assert len(grid.attempts) == 2
-    assert "attempt 1: it knows attempt 2" in grid.errors[0]
+    assert ": it knows attempt " in grid.errors[0]
     assert [client.client for client in secure.history[0].clients] == [0, 1, 2, 3, 4]
 
 
