@@ -112,3 +112,11 @@ def test_clients_that_add_noise_do_so_on_flower_too(tiny, tmp_path):
     assert all(torch.allclose(plain[name], value, atol=5e-6) for name, value in theta.items())
     assert any(not torch.equal(plain[name], value) for name, value in theta.items())
     assert (results["privacy"]["noise"], results["privacy"]["rounds"]) == ("clients", 1)
+
+
+def test_with_summed_losses_a_node_never_says_how_many_images_it_has(tiny, tmp_path):
+    config, grid = tiny(**SECURE, secure__losses="summed"), Losing({})
+    FedDiffusion(Experiment(config, tmp_path / "run")).run(grid)
+    told = [reply.content["metrics"].keys() for reply in grid.replies]
+    assert any("own-data" in numbers for numbers in told)
+    assert not any({"images", "examples"} & set(numbers) for numbers in told)
