@@ -12,7 +12,8 @@ coordinates the sum is eps^2 / 2 concentrated differentially private, for
 
 In the sums' unit s is at least 2^10, which the configuration is checked for, so that tau is below
 10 n exp(-10^6): no float64 tells eps from 1 / z, the Gaussian mechanism's, and the accountant is
-the same.
+the same. What is drawn is not quite that law: what its tail lacks is in the delta that a run states
+(`aggregation.private.spent`).
 """
 
 from __future__ import annotations
@@ -46,9 +47,14 @@ class DiscreteGaussian:
     the largest probability in the block, and r, uniform in the block, by random bits. It is
     accepted with probability exp(-(k^2 - (q B)^2) / (2 s^2)), which is 0.997 on average. So low
     bits come from random bits and no number is a rounded real one, whatever s is. A difference of
-    Poissons (Skellam) would need means of 10^20 in the sums' unit, beyond numpy's. Weights are
-    rounded to 2^-64, which leaves out what is beyond 8.8 s (2e-18 of all), and probabilities of
-    acceptance to 2^-53. Random bits are a ChaCha20 stream whose key is the operating system's.
+    Poissons (Skellam) would need means of 10^20 in the sums' unit, beyond numpy's. Random bits are
+    a ChaCha20 stream whose key is the operating system's.
+
+    Weights are rounded to 2^-64, which leaves out what is beyond 8.8 s, and probabilities of
+    acceptance to 2^-53. Over the weights below 2^-40, of which rounding may change a large part,
+    the distance to the exact law is below `SAMPLER` in total variation. Elsewhere the chi-squared
+    distance is below 1e-25: over 10^13 draws the logarithm of a likelihood ratio changes by some
+    1e-6.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fed_diffusion.aggregation.exact import SCALE, fixed_point
-from fed_diffusion.aggregation.private import epsilon, spent
+from fed_diffusion.aggregation.private import SAMPLER, epsilon, spent
 from fed_diffusion.aggregation.update import Room
 from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import ConfigError
@@ -76,6 +76,38 @@ def test_the_table_has_the_weights_of_the_discrete_gaussian_to_the_last_bit_of_a
     values = [math.exp(-0.5 * (q / s) ** 2) for q in range(CELLS)]
     total = math.fsum(values)
     assert all(abs(w - v / total * 2**64) <= 2**12 for w, v in zip(implied, values, strict=True))
+
+
+@given(st.floats(256, 512))
+@settings(max_examples=10)
+def test_the_table_is_as_far_from_the_exact_law_as_the_stated_delta_says(s):
+    """In total variation where weights are small; elsewhere by chi-squared, next to nothing."""
+    thresholds, aliases = _alias_table(s)
+    full, implied = 1 << CELL_BITS, [int(one) for one in thresholds]
+    for place, other in enumerate(aliases):
+        implied[int(other)] += full - int(thresholds[place])
+    found = np.array(implied, dtype=float) / 2.0**64
+    wanted = np.exp(-0.5 * (np.arange(CELLS) / s) ** 2)
+    wanted /= math.fsum(wanted)
+    tail = wanted < 2.0**-40
+    apart = abs(found - wanted)
+    assert math.fsum(apart[tail]) < SAMPLER
+    assert math.fsum(apart[~tail] ** 2 / wanted[~tail]) < 1e-25
+
+
+def test_the_stated_delta_holds_what_the_clients_sampler_lacks():
+    of = {"clip": 1.0, "noise_multiplier": 20.0}
+    clients, server = (
+        spent(PrivacyConfig(**of, noise=noise), 1.0, 100, drawn=10 * 24 * 10**6)
+        for noise in ("clients", "server")
+    )
+    assert clients["epsilon"] == server["epsilon"]
+    assert server["delta"] == 1e-5
+    more = (1 + math.exp(clients["epsilon"])) * 2.4e10 * SAMPLER
+    assert clients["delta"] == pytest.approx(1e-5 + more)
+    assert 1e-6 < more < 1e-5
+    loud = PrivacyConfig(clip=1.0, noise_multiplier=1e-3, noise="clients")
+    assert spent(loud, 1.0, 100, drawn=2.4e8)["delta"] == 1.0
 
 
 def test_noise_follows_from_no_seed():
@@ -170,6 +202,7 @@ def test_a_run_whose_clients_add_the_noise_says_the_epsilon_of_one_whose_server_
     )
     assert results["privacy"]["epsilon"] == epsilon(2.0, 1.0, 1, 1e-5)
     assert results["privacy"]["noise"] == "clients"
+    assert 1e-5 < results["privacy"]["delta"] < 1.001e-5
     assert results["rejected"] == 0
 
 
