@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flwr.app import Error, Message
+from flwr.app import ConfigRecord, Error, Message
 from flwr.common.constant import ErrorCode
 
 from client_app.app import app
@@ -120,3 +120,36 @@ def test_with_summed_losses_a_node_never_says_how_many_images_it_has(tiny, tmp_p
     told = [reply.content["metrics"].keys() for reply in grid.replies]
     assert any("own-data" in numbers for numbers in told)
     assert not any({"images", "examples"} & set(numbers) for numbers in told)
+
+
+class Forgetting(LocalGrid):
+    """Puts nothing, or what it was an exchange ago, in the place of what a client remembers."""
+
+    def __init__(self, old):
+        super().__init__(NODES)
+        self.old = old
+
+    def _push(self, message):
+        stage = message.content["metrics"].get(STAGE) if "metrics" in message.content else None
+        if stage != Stage.SHARES or message.content["about"]["client"] != 1:
+            return super()._push(message)
+        context = self.nodes[message.metadata.dst_node_id]
+        for key in list(context.state):
+            context.state[key] = ConfigRecord({"bytes": self.old})
+        with pytest.raises(UpdateError) as raised:
+            app(message, context)
+        message.metadata.__dict__["_message_id"] = "forgotten"
+        reason = f"{type(raised.value)}:<'{raised.value}'>"  # as Flower's ClientApp process says it
+        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+        self._replies["forgotten"] = Message(error, reply_to=message)
+        return "forgotten"
+
+
+@pytest.mark.parametrize("old", [b"", b'{"round": 1, "attempt": 1, "seal": "", "pair": ""}'])
+def test_what_a_client_has_forgotten_is_not_held_against_its_node(tiny, tmp_path, old):
+    experiment = Experiment(tiny(**SECURE), tmp_path / "run")
+    FedDiffusion(experiment).run(Forgetting(old))
+    (entry,) = experiment.history[0].rejected
+    assert (entry["client"], entry["fault"]) == (1, "network")
+    assert "knows nothing" in entry["reason"]
+    assert len(experiment.history[0].clients) == 4

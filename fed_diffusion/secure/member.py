@@ -12,7 +12,7 @@ from typing import Any
 
 from fed_diffusion.build import Setup
 from fed_diffusion.config.secure import SecureConfig
-from fed_diffusion.protocol.errors import DivergedError, UpdateError
+from fed_diffusion.protocol.errors import DivergedError, ForgottenError, UpdateError
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.protocol.wire import Wire
 from fed_diffusion.secure import messages as m
@@ -73,8 +73,10 @@ class Members:
 
     def _keys(self, task: Task, memory: bytes | None) -> tuple[Update, bytes]:
         attempt, before = m.attempt_of(task), _read(memory).get("attempt", 0)
-        if attempt <= before:  # a message that comes late must not cost newer keys
-            raise UpdateError(f"keys for attempt {attempt} are asked for, after those of {before}")
+        if attempt <= before:  # no attempt begins twice, or after a later one
+            raise ForgottenError(
+                f"keys for attempt {attempt} are asked for, after those of {before}"
+            )
         sealing, pairs = KeyPair.new(), KeyPair.new()
         known: Known = {"round": task.round, "attempt": attempt}
         known |= {"seal": sealing.private.hex(), "pair": pairs.private.hex()}
@@ -203,12 +205,12 @@ def _known(task: Task, memory: bytes | None) -> Known:
     known, attempt = _read(memory), m.attempt_of(task)
     if (known.get("round"), known.get("attempt")) != (task.round, attempt):
         there = f"it knows attempt {known['attempt']}" if known else "was its node started again?"
-        raise UpdateError(
+        raise ForgottenError(
             f"this client knows nothing of the secure aggregation of round {task.round}, attempt "
             f"{attempt}: {there}"
         )
     if "seal" not in known:
-        raise UpdateError(f"this client knows nothing of attempt {attempt} any more: it is over")
+        raise ForgottenError(f"this client knows nothing of attempt {attempt} any more: it is over")
     return known
 
 
