@@ -3,7 +3,9 @@
 Flower keeps a ClientApp's `context.state` in the SuperNode's memory, until the SuperNode ends or
 the client's next attempt replaces it. A message that claims to bring such a memory along does not:
 it is replaced by the node's own. A message of an attempt that is over is refused before anything is
-changed (`Members`), so that one that comes late costs no newer keys.
+changed (`Members`). But Flower reads the state when a message's process starts and writes all of it
+when the process ends, so that of two that overlap the one that ends last has its way. A message
+that comes late can cost its client the newer keys, and with them the attempt.
 """
 
 from __future__ import annotations

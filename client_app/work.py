@@ -99,7 +99,8 @@ def hello(content: RecordDict, node: NodeConfig) -> RecordDict:
         for key in ("partition-id", "num-partitions"):
             numbers[key] = int(_number(node, key, 0))
         worker = worker_of(content, node)
-        numbers["images"] = len(worker.dataset)
+        if worker.config.secure.losses != "summed":  # then no number of images travels
+            numbers["images"] = len(worker.dataset)
         if worker.config.pruning.budget == "node":
             numbers["keep"] = _number(node, "keep", 1.0)
         elif worker.config.pruning.budget == "auto":

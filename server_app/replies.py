@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from client_app.messages import to_update
 from fed_diffusion.common.text import clean
-from fed_diffusion.protocol.errors import Fault, UpdateError
+from fed_diffusion.protocol.errors import Fault, ForgottenError, UpdateError
 from fed_diffusion.protocol.messages import Update
 
 EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
@@ -216,6 +216,7 @@ def fault_of(error: Error) -> Fault:
     """Return whose fault an error is that came in place of a reply.
 
     A ClientApp that raises, dies or does not load is the node's; a message that is lost is the
-    network's, and a node that is gone with it.
+    network's, and a node that is gone with it, or what a node remembered.
     """
-    return "network" if error.code in UNANSWERED else "node"
+    lost = error.code in UNANSWERED or ForgottenError.__name__ in (error.reason or "")
+    return "network" if lost else "node"

@@ -84,7 +84,8 @@ class FedDiffusion:
     def _joined(self, host: Host) -> None:
         """Announce what a node can carry, for every client that it hosts."""
         whose = "of its own" if host.numbers["own-data"] else "of a shared set"
-        log(INFO, "node %d has %d images %s", host.node, host.numbers.get("images", 0), whose)
+        count = f"{host.numbers['images']:.0f} images" if "images" in host.numbers else "images"
+        log(INFO, "node %d has %s %s", host.node, count, whose)
         own = [client for client in range(self.config.clients) if host.owns(client)]
         self._weigh(host, own)
         if self.config.pruning.budget == "level":

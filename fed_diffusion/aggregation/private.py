@@ -60,6 +60,14 @@ COVERS = (
     "report.html and the logs; nor that a round stayed below its quorum, or that a run ended early"
 )
 """What the stated epsilon covers, and what it does not cover."""
+LOST = (
+    "; nor who, or how many, were lost in a round: coordinates that keep their value and the size "
+    "of the noise show it"
+)
+"""What it does not cover either where clients add the noise."""
+SAMPLER = 2e-17
+"""How far the law of a number that a client draws is from the discrete Gaussian in its tail, in
+total variation; see `fed_diffusion.secure.noise`."""
 _system = random.SystemRandom()
 
 
@@ -195,7 +203,7 @@ def epsilon(noise_multiplier: float, rate: float, rounds: int, delta: float) -> 
 
 
 def spent(
-    privacy: PrivacyConfig, fraction: float, opened: int, finished: int = 0
+    privacy: PrivacyConfig, fraction: float, opened: int, finished: int = 0, drawn: float = 0
 ) -> dict[str, Any] | None:
     """What results.json says of a run's privacy; None where it has none.
 
@@ -207,13 +215,19 @@ def spent(
         How many rounds were sent to clients; a round that was sent twice counts twice.
     finished
         How many of those rounds changed the model.
+    drawn
+        How many numbers the clients draw in a round at most, where they add the noise. What the
+        sampler's tail adds to delta is a bound: (1 + e^epsilon) `SAMPLER` for each of them.
     """
     if privacy.clip is None:
         return None
     found = epsilon(privacy.noise_multiplier, fraction, opened, privacy.delta)
+    delta = privacy.delta
+    if privacy.noise == "clients":
+        delta += (1 + math.exp(min(found, 100.0))) * SAMPLER * drawn * opened
     return {
         "epsilon": found,
-        "delta": privacy.delta,
+        "delta": min(1.0, delta),
         "sigma": privacy.noise_multiplier * privacy.clip,
         "clip": privacy.clip,
         "noise_multiplier": privacy.noise_multiplier,
@@ -221,7 +235,7 @@ def spent(
         "sampling_rate": fraction,
         "rounds": opened,
         "repeated": opened - finished,
-        "covers": COVERS,
+        "covers": COVERS + (LOST if privacy.noise == "clients" else ""),
         "reproducible": False,
     }
 

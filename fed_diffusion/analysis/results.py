@@ -68,7 +68,8 @@ def results_of(
         results["data"] = data
     if (start := facts_of(config.model)) is not None:
         results["start"] = start
-    privacy = spent(config.privacy, config.round.fraction, opened, last.round)
+    drawn = config.clients * sum(value.numel() for value in theta.values())
+    privacy = spent(config.privacy, config.round.fraction, opened, last.round, drawn)
     if privacy is not None:
         results["privacy"] = privacy
     recorded = {s.round for s in history}

@@ -10,7 +10,7 @@ from fed_diffusion.secure.member import Members
 from fed_diffusion.secure.messages import Stage
 
 
-def answer(worker: Worker, task: Task, memory: bytes | None) -> tuple[Update, bytes | None]:
+def answer(worker: Worker, task: Task, memory: bytes | None) -> tuple[Update, bytes]:
     """Return the answer to a task of any exchange, and what its client is to remember then.
 
     Raises

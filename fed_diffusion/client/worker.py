@@ -27,7 +27,7 @@ from fed_diffusion.masks.mask import Masks
 from fed_diffusion.masks.recipe import Numbers
 from fed_diffusion.models.checkpointing import checkpointed
 from fed_diffusion.protocol.clipping import clipped
-from fed_diffusion.protocol.divergence import FIRST_LOSS, exploded
+from fed_diffusion.protocol.divergence import note_divergence
 from fed_diffusion.protocol.messages import PRECISION, PRECISIONS, Task, Update
 from fed_diffusion.protocol.moments import decode_state, encode_moments
 from fed_diffusion.protocol.schedules import eta_of
@@ -92,8 +92,8 @@ class Worker:
         with checkpointed(network, config.worker.checkpointing):
             loss, first = self._train(network, forward, fast, task, batches, masks, optimiser)
         numbers["loss"] = loss
-        if exploded(loss, first):
-            numbers[FIRST_LOSS] = first
+        hide = config.privacy.noise == "clients"  # who is lost must not depend on the images
+        note_divergence(numbers, first, config.clients if hide else None)
         numbers["images"], numbers["examples"] = sum(map(len, batches)), len(train)
         numbers[PRECISION] = PRECISIONS.index(self.setup.precision)
         numbers["seconds"] = time.perf_counter() - began

@@ -38,7 +38,8 @@ class SecureConfig(Section):
 
     losses: Literal["each", "summed"] = "each"
     """each: every client's losses, images and seconds travel in the clear. summed: only their sums
-    are opened, and every client's entry in metrics.jsonl holds the mean."""
+    are opened, and every client's entry in metrics.jsonl holds the mean; no node says how many
+    images it has when it joins."""
 
     @model_validator(mode="after")
     def _circles_are_even(self) -> SecureConfig:

@@ -53,8 +53,5 @@ class SecureRunner:
                 answer, memory = self._members.mask(task, trained, memory)
         except Exception as error:  # a client that fails costs its own update
             return error
-        if memory is None:
-            self._memory.pop(task.client, None)
-        else:
-            self._memory[task.client] = memory
+        self._memory[task.client] = memory
         return answer

@@ -56,3 +56,13 @@ class DivergedError(UpdateError):
     def __init__(self, what: str, first: float | None = None):
         super().__init__(what)
         self.first = first
+
+
+class ForgottenError(UpdateError):
+    """A client does not know the attempt at a secure sum that a message is of.
+
+    Its node was started again, or a message that came late has put an old memory in the place of a
+    newer one. A node that only says so gains no more than one that says nothing.
+    """
+
+    strike = False

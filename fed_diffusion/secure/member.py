@@ -1,8 +1,8 @@
 """A client's half of secure aggregation: what it answers in each of the four exchanges.
 
 What it has to remember from one to the next is a string of bytes, which its engine keeps on the
-client's own machine and hands back; none of it ever travels. Of an attempt that is over, or of an
-earlier one, nothing is left in it.
+client's own machine and hands back; none of it ever travels. Of an attempt that is over nothing is
+left in it but its number, so that it cannot begin again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from fed_diffusion.build import Setup
 from fed_diffusion.config.secure import SecureConfig
-from fed_diffusion.protocol.errors import DivergedError, UpdateError
+from fed_diffusion.protocol.errors import DivergedError, ForgottenError, UpdateError
 from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.protocol.wire import Wire
 from fed_diffusion.secure import messages as m
@@ -53,7 +53,7 @@ class Members:
         vectors = Vectors(config.round.weighting, summed, *parts)
         return cls(config.secure, vectors)
 
-    def answer(self, task: Task, memory: bytes | None) -> tuple[Update, bytes | None]:
+    def answer(self, task: Task, memory: bytes | None) -> tuple[Update, bytes]:
         """Return the answer to a task of any exchange but the third, and what to remember then.
 
         Raises
@@ -68,13 +68,15 @@ class Members:
         if stage == Stage.SHARES:
             return self._shares(task, known)
         if stage == Stage.OPEN:
-            return _open(task, known), None
+            return _open(task, known), _over(task)
         raise UpdateError("a task of this exchange is trained first; see `mask`")
 
     def _keys(self, task: Task, memory: bytes | None) -> tuple[Update, bytes]:
         attempt, before = m.attempt_of(task), _read(memory).get("attempt", 0)
-        if attempt <= before:  # a message that comes late must not cost newer keys
-            raise UpdateError(f"keys for attempt {attempt} are asked for, after those of {before}")
+        if attempt <= before:  # no attempt begins twice, or after a later one
+            raise ForgottenError(
+                f"keys for attempt {attempt} are asked for, after those of {before}"
+            )
         sealing, pairs = KeyPair.new(), KeyPair.new()
         known: Known = {"round": task.round, "attempt": attempt}
         known |= {"seal": sealing.private.hex(), "pair": pairs.private.hex()}
@@ -114,11 +116,11 @@ class Members:
         if plan.degree != (degree := degree_of(*asked)):
             raise PlanError(f"the plan has {plan.degree} neighbours for each, and {degree} are due")
 
-    def mask(self, task: Task, update: Update, memory: bytes | None) -> tuple[Update, bytes | None]:
+    def mask(self, task: Task, update: Update, memory: bytes | None) -> tuple[Update, bytes]:
         """Return what the client sends in the place of the update that its worker has made.
 
         An update that must not count has no vector, and says why: nobody else could see it. Nor
-        has one where a neighbour was told another plan; nothing of that attempt is remembered.
+        has one where a neighbour was told another plan; that attempt is over then.
         """
         known = _known(task, memory)
         plan = _plan_of(known)
@@ -139,7 +141,7 @@ class Members:
         if odd:
             numbers.numbers[m.FAULT] = m.OTHER_PLAN
             parts = {m.COMPLAINTS: m.client_list(odd)}
-            return m.reply(Stage.VECTORS, task, parts, numbers), None
+            return m.reply(Stage.VECTORS, task, parts, numbers), _over(task)
         masks, theta = vectors.begin(task, plan)
         try:
             values = vectors.fixed(update, theta, masks, plan)
@@ -203,11 +205,18 @@ def _known(task: Task, memory: bytes | None) -> Known:
     known, attempt = _read(memory), m.attempt_of(task)
     if (known.get("round"), known.get("attempt")) != (task.round, attempt):
         there = f"it knows attempt {known['attempt']}" if known else "was its node started again?"
-        raise UpdateError(
+        raise ForgottenError(
             f"this client knows nothing of the secure aggregation of round {task.round}, attempt "
             f"{attempt}: {there}"
         )
+    if "seal" not in known:
+        raise ForgottenError(f"this client knows nothing of attempt {attempt} any more: it is over")
     return known
+
+
+def _over(task: Task) -> bytes:
+    """Return what is remembered of a task's attempt when it is over: keys come for later ones."""
+    return _to_bytes({"round": task.round, "attempt": m.attempt_of(task)})
 
 
 def _read(memory: bytes | None) -> Known:

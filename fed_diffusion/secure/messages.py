@@ -24,7 +24,7 @@ PREFIX = "secure:"
 """What the names of this protocol's arrays begin with."""
 STAGE, ATTEMPT, FAULT = "secure.stage", "secure.attempt", "secure.fault"
 """The numbers that say of which exchange and attempt a message is, and why a client has sent no
-vector. A run counts its attempts, so that a later one has a higher number."""
+vector. A later attempt has a higher number, also where the run was resumed between them."""
 OUT_OF_RANGE, DIVERGED, OTHER_PLAN = 1, 2, 3
 """Values are beyond the client's share, or diverged, or a neighbour was told another plan."""
 KEYS, PLAN, SEALED_SHARES, SEEDS = "keys", "plan", "sealed", "seeds"

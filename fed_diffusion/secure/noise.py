@@ -12,7 +12,8 @@ coordinates the sum is eps^2 / 2 concentrated differentially private, for
 
 In the sums' unit s is at least 2^10, which the configuration is checked for, so that tau is below
 10 n exp(-10^6): no float64 tells eps from 1 / z, the Gaussian mechanism's, and the accountant is
-the same.
+the same. What is drawn is not quite that law: what its tail lacks is in the delta that a run states
+(`aggregation.private.spent`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fed_diffusion.aggregation.exact import SCALE
@@ -45,9 +47,14 @@ class DiscreteGaussian:
     the largest probability in the block, and r, uniform in the block, by random bits. It is
     accepted with probability exp(-(k^2 - (q B)^2) / (2 s^2)), which is 0.997 on average. So low
     bits come from random bits and no number is a rounded real one, whatever s is. A difference of
-    Poissons (Skellam) would need means of 10^20 in the sums' unit, beyond numpy's. Weights are
-    rounded to 2^-64, which leaves out what is beyond 8.8 s (2e-18 of all), and probabilities of
-    acceptance to 2^-53. Random bits are a ChaCha20 stream whose key is the operating system's.
+    Poissons (Skellam) would need means of 10^20 in the sums' unit, beyond numpy's. Random bits are
+    a ChaCha20 stream whose key is the operating system's.
+
+    Weights are rounded to 2^-64, which leaves out what is beyond 8.8 s, and probabilities of
+    acceptance to 2^-53. Over the weights below 2^-40, of which rounding may change a large part,
+    the distance to the exact law is below `SAMPLER` in total variation. Elsewhere the chi-squared
+    distance is below 1e-25: over 10^13 draws the logarithm of a likelihood ratio changes by some
+    1e-6.
 
     Parameters
     ----------
@@ -139,6 +146,9 @@ class Share:
     ) -> dict[str, Tensor]:
         """Return kept values less theta, no longer than C after they are rounded to whole numbers.
 
+        A difference that is not finite becomes zero. It must not keep its client from the sum: who
+        is lost shows in theta, and must not depend on the images.
+
         Parameters
         ----------
         values
@@ -149,6 +159,8 @@ class Share:
             That of `Room`, by which whole numbers are multiplied beside 2^40.
         """
         square, count = difference(values, theta, masks)
+        if not math.isfinite(square):
+            return {name: torch.zeros_like(value) for name, value in values.items()}
         rounded = math.sqrt(count) / (SCALE * scale)  # twice of what rounding adds at most
         longest = max(0.0, self.clip - rounded)
         factor = factor_of(math.sqrt(square), longest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
@@ -49,7 +50,7 @@ class SecureRound:
     quorum
         How many updates the round needs.
     attempt
-        The number of the attempt in the run.
+        The number of the attempt; a later one has a higher number.
 
     Attributes
     ----------
@@ -282,7 +283,8 @@ class SecureCoordinator(Coordinator):
         self._rounds, self._setup = SecureRounds(setup, *parts), setup
         self._shunned: tuple[int, set[int]] = 0, set()
         """A round, and the clients that kept its attempts from a sum."""
-        self._attempts = 0
+        # clients outlive this process: they take no attempt that is not after all they have seen
+        self._attempts = time.time_ns() // 1000
 
     def exchanges(
         self, round: int, available: Collection[int] | None = None

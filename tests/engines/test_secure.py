@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fed_diffusion.build import Setup, build_network, parameters_of
 from fed_diffusion.checks import check_training
 from fed_diffusion.config import ConfigError
 from fed_diffusion.engines.local import Exchange
@@ -14,8 +15,10 @@ from fed_diffusion.engines.secure import SecureRunner
 from fed_diffusion.experiment import Experiment, RunStopped
 from fed_diffusion.protocol.codecs import Packed
 from fed_diffusion.secure import messages as m
+from fed_diffusion.secure.member import Members
 from fed_diffusion.secure.messages import Stage
 from fed_diffusion.secure.words import MEASURED
+from fed_diffusion.server.secure import coordinator_of
 from fed_diffusion.store.rundir import RunDir
 from tests.secure.runs import FAST, run, same
 
@@ -266,3 +269,14 @@ def test_a_baseline_that_leaves_too_few_clients_for_a_sum_is_refused_before_trai
     with pytest.raises(ConfigError, match=r"'exclusive' leaves 2 that train, and a sum needs 3"):
         check_training(config)
     check_training(tiny(secure__aggregation=True, pruning__keep=[1, 1, 1, 0.5, 0.5], **settings))
+
+
+def test_clients_that_remember_an_attempt_take_the_first_one_after_their_run_was_resumed(tiny):
+    setup, memory = Setup.of(tiny(secure__aggregation=True, **FAST)), None
+    theta = parameters_of(build_network(setup.config))
+    for _ in range(2):  # processes of the server
+        coordinator = coordinator_of(setup, theta)
+        for _ in range(3):
+            task = next(next(coordinator.exchanges(1)))
+            _, memory = Members.of(setup).answer(task, memory)
+    assert task.client == 0

@@ -11,14 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fed_diffusion.aggregation.exact import SCALE, fixed_point
-from fed_diffusion.aggregation.private import epsilon
+from fed_diffusion.aggregation.private import SAMPLER, epsilon, spent
 from fed_diffusion.aggregation.update import Room
+from fed_diffusion.client.worker import Worker
 from fed_diffusion.config import ConfigError
+from fed_diffusion.config.schema import PrivacyConfig
 from fed_diffusion.engines.local import simulate
 from fed_diffusion.experiment import RunStopped
 from fed_diffusion.masks.mask import Scattered, kept_values
+from fed_diffusion.protocol.divergence import note_divergence
 from fed_diffusion.secure.messages import Stage
 from fed_diffusion.secure.noise import CELL_BITS, CELLS, DiscreteGaussian, Share, _alias_table
+from fed_diffusion.secure.words import summed_numbers
 from fed_diffusion.store.rundir import RunDir
 from tests.secure.federation import Federation
 from tests.secure.runs import FAST, run
@@ -72,6 +76,38 @@ def test_the_table_has_the_weights_of_the_discrete_gaussian_to_the_last_bit_of_a
     values = [math.exp(-0.5 * (q / s) ** 2) for q in range(CELLS)]
     total = math.fsum(values)
     assert all(abs(w - v / total * 2**64) <= 2**12 for w, v in zip(implied, values, strict=True))
+
+
+@given(st.floats(256, 512))
+@settings(max_examples=10)
+def test_the_table_is_as_far_from_the_exact_law_as_the_stated_delta_says(s):
+    """In total variation where weights are small; elsewhere by chi-squared, next to nothing."""
+    thresholds, aliases = _alias_table(s)
+    full, implied = 1 << CELL_BITS, [int(one) for one in thresholds]
+    for place, other in enumerate(aliases):
+        implied[int(other)] += full - int(thresholds[place])
+    found = np.array(implied, dtype=float) / 2.0**64
+    wanted = np.exp(-0.5 * (np.arange(CELLS) / s) ** 2)
+    wanted /= math.fsum(wanted)
+    tail = wanted < 2.0**-40
+    apart = abs(found - wanted)
+    assert math.fsum(apart[tail]) < SAMPLER
+    assert math.fsum(apart[~tail] ** 2 / wanted[~tail]) < 1e-25
+
+
+def test_the_stated_delta_holds_what_the_clients_sampler_lacks():
+    of = {"clip": 1.0, "noise_multiplier": 20.0}
+    clients, server = (
+        spent(PrivacyConfig(**of, noise=noise), 1.0, 100, drawn=10 * 24 * 10**6)
+        for noise in ("clients", "server")
+    )
+    assert clients["epsilon"] == server["epsilon"]
+    assert server["delta"] == 1e-5
+    more = (1 + math.exp(clients["epsilon"])) * 2.4e10 * SAMPLER
+    assert clients["delta"] == pytest.approx(1e-5 + more)
+    assert 1e-6 < more < 1e-5
+    loud = PrivacyConfig(clip=1.0, noise_multiplier=1e-3, noise="clients")
+    assert spent(loud, 1.0, 100, drawn=2.4e8)["delta"] == 1.0
 
 
 def test_noise_follows_from_no_seed():
@@ -166,6 +202,7 @@ def test_a_run_whose_clients_add_the_noise_says_the_epsilon_of_one_whose_server_
     )
     assert results["privacy"]["epsilon"] == epsilon(2.0, 1.0, 1, 1e-5)
     assert results["privacy"]["noise"] == "clients"
+    assert 1e-5 < results["privacy"]["delta"] < 1.001e-5
     assert results["rejected"] == 0
 
 
@@ -205,3 +242,46 @@ def test_noise_of_clients_that_would_have_no_guarantee_is_refused(tiny, why):
     with pytest.raises(ConfigError, match="noise") as refused:
         tiny(**FAST | PRIVATE | {"privacy__clip": 0.1} | REFUSED[why])
     assert why in str(refused.value)
+
+
+@pytest.mark.parametrize("losses", ["each", "summed"])
+@pytest.mark.parametrize("loss", [math.nan, 1e30, 500.0])
+def test_no_client_is_lost_by_what_its_images_make_of_its_training(
+    tiny, tmp_path, monkeypatch, losses, loss
+):
+    """Else theta shows it: it has fewer coordinates that change, and less noise."""
+    train = Worker._train
+
+    def diverging(self, network, plain, fast, task, *rest):
+        said = train(self, network, plain, fast, task, *rest)
+        if task.client != 2:
+            return said
+        with torch.no_grad():
+            next(network.parameters()).fill_(loss)
+        return loss, 1e-3
+
+    monkeypatch.setattr(Worker, "_train", diverging)
+    config = tiny(**FAST | PRIVATE | {"rounds": 2}, privacy__clip=0.1, secure__losses=losses)
+    for line in run(config, tmp_path / "run").history:
+        assert line.rejected == []
+        assert len(line.clients) == 5
+
+
+def test_a_difference_that_is_not_finite_is_zero_and_has_its_noise():
+    theta = {"a": torch.ones(40)}
+    bad = {"a": torch.tensor([math.inf, math.nan] * 20)}
+    assert not Share(1.0, 1.0).clipped(bad, theta, {}, 1.0)["a"].any()
+
+
+def test_losses_that_are_hidden_fit_into_the_sums_of_all_clients():
+    for clients in (3, 10**4, 10**6):
+        numbers = {"loss": math.nan, "holdout_loss": 1e9, "images": 1, "seconds": 1.0}
+        note_divergence(numbers, math.nan, clients)
+        assert summed_numbers(numbers, True, clients)[0] > 0
+
+
+def test_who_was_lost_is_named_among_what_is_not_covered_where_clients_add_the_noise():
+    of = {noise: PrivacyConfig(clip=1.0, noise=noise) for noise in ("server", "clients")}
+    covers = {noise: spent(settings, 1.0, 1)["covers"] for noise, settings in of.items()}
+    assert "were lost in a round" in covers["clients"]
+    assert "were lost in a round" not in covers["server"]

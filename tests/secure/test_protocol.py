@@ -225,7 +225,9 @@ def test_a_server_that_tells_one_client_another_plan_is_found_out_before_any_vec
         parts = gathering.vector_parts(client)
         task = m.task(Stage.VECTORS, 1, client, parts, run.task_payload(client))
         answer, after = run.members.mask(task, run.updates[client], memory[client])
-        assert after is None  # nothing of the attempt can be opened any more
+        assert b"seal" not in after  # nothing of the attempt can be opened any more
+        with pytest.raises(UpdateError, match="after those of 1"):
+            run.members.answer(m.task(Stage.KEYS, 1, client, {}), after)
         assert m.PREFIX + m.VECTOR not in answer.payload.arrays
         with pytest.raises(UpdateError, match="another plan of the round"):
             gathering.take_vector(answer, 1, run.masks[client])
@@ -297,6 +299,30 @@ def test_no_client_opens_a_sum_of_fewer_than_least_or_anything_twice():
     _, after = answer(m.task(Stage.OPEN, 1, 0, {m.LEFT: m.client_list([0, 1, 2])}), kept[0])
     with pytest.raises(UpdateError, match="knows nothing"):
         answer(two, after)
+
+
+def test_an_attempt_that_was_opened_neither_begins_nor_goes_on_again():
+    """Else a client would send a second vector, of which no account of privacy knows."""
+    run, told, left = Federation(3), [], {}
+    answer, mask = run.members.answer, run.members.mask
+
+    def keep(task, *rest):
+        told.append(task)
+        said, left[task.client] = whole(task)(task, *rest)
+        return said, left[task.client]
+
+    def whole(task):
+        return mask if m.stage_of(task) == Stage.VECTORS else answer
+
+    run.members.answer = run.members.mask = keep
+    run.attempt()
+    keys = m.task(Stage.KEYS, 1, 0, {}, attempt=0)
+    for late in [keys, *(task for task in told if task.client == 0)]:
+        rest = (run.updates[0],) if m.stage_of(late) == Stage.VECTORS else ()
+        with pytest.raises(UpdateError, match=r"after those of 1|attempt 0|attempt 1 any more"):
+            whole(late)(late, *rest, left[0])
+    assert b"seal" not in left[0]
+    answer(m.task(Stage.KEYS, 1, 0, {}, attempt=2), left[0])
 
 
 def test_what_a_client_remembers_follows_from_no_seed_of_the_run():
