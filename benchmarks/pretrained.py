@@ -7,7 +7,9 @@ own documentation (DDPMScheduler.add_noise, mean squared error, AdamW). Then ten
 keep ratios of `digits-unequal` train on the digits 5 to 9, from that network and from drawn values,
 and FD is measured after some of the rounds. Then they train an adapter beside the same network, of
 ranks 16, 16, 8, 8, 4, 4, 2, 2, 1 and 1, and of all 16, all 1, and with only the two of rank 16.
-Needs the extra `diffusers`. Everything runs in one process; a finished run is not run again.
+First they train such adapters beside the network of a text-to-image pipeline with drawn weights,
+on the latents of all digits and captions of their names. --only-text does this alone. Needs the
+extras `diffusers` and `text`. Everything runs in one process; a finished run is not run again.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # data.name below names this file as a module
+sys.path.insert(0, str(ROOT))  # data.name below names this file as a module
 
 from fed_diffusion.build import Setup  # noqa: E402
+from fed_diffusion.client.images import ClientImages  # noqa: E402
 from fed_diffusion.config import Config, load_config  # noqa: E402
 from fed_diffusion.config.schema import DataConfig  # noqa: E402
 from fed_diffusion.data import ImageSet, load_dataset, to_unit  # noqa: E402
@@ -35,6 +37,7 @@ from fed_diffusion.engines.local import simulate  # noqa: E402
 from fed_diffusion.evaluation.features import train_classifier  # noqa: E402
 from fed_diffusion.evaluation.figures import frechet_distance  # noqa: E402
 from fed_diffusion.generate import RunDir, Sampler  # noqa: E402
+from tests.models.pipelines import save_text_pipeline  # noqa: E402
 
 UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -149,11 +152,11 @@ def held_out(path: Path) -> float:
 @torch.no_grad()
 def loss_of(setup: Setup, theta: dict[str, torch.Tensor]) -> float:
     """The loss on the held-out images of all ten clients, with the same noise for every run."""
-    images = half(5)
-    index = [i for share in setup.shares(images) for i in share.held.tolist()]
-    network = setup.network_with(theta)
-    x0 = to_unit(images.images[index]).repeat(20, 1, 1, 1)
-    return float(setup.loss(network, x0, torch.Generator().manual_seed(0)))
+    images = ClientImages(setup, None, own=False)
+    assert images.shares is not None
+    index = torch.tensor([i for share in images.shares for i in share.held.tolist()]).repeat(20)
+    x0, told = images.plain(index)
+    return float(setup.loss(setup.network_with(theta), x0, torch.Generator().manual_seed(0), told))
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -200,18 +203,35 @@ def starts(pipeline: Path, seeds: int, rounds: int, out: Path) -> None:
     print(f"FD of one half of the real images 5 to 9 to the other: {floor:.2f}", flush=True)
 
 
-def adapters(pipeline: Path, seeds: int, rounds: int, out: Path) -> None:
+def text_of(folder: Path) -> dict[str, Any]:
+    """Settings of a run of captions, beside a pipeline with drawn weights that is written here."""
+    if not folder.exists():
+        save_text_pipeline(folder)
+    return {
+        "data.name": "digits",
+        "data.classes": None,
+        "data.caption": "the digit {}",
+        "evaluation.prompts": ["the digit 3"],
+        "model.text": str(folder),
+        "model.vae": str(folder),
+    }
+
+
+def adapters(
+    pipeline: Path, seeds: int, rounds: int, out: Path, more: dict[str, Any] | None = None
+) -> None:
     """Print held-out loss, bytes and the gap of adapters of several ranks."""
+    base, label = BASE | (more or {}), "text-ranks" if more else "ranks"
     half_way = f"in round {rounds // 2}"
     print(f"\n| ranks | held-out loss | MB, both ways | gap in round 1 | {half_way} |")
     print("|---|---|---|---|---|", flush=True)
     for name, ranks in RANKS.items():
         losses, moved, gaps = [], 0.0, []
         for seed in range(seeds):
-            more = {"seed": seed, "rounds": rounds, "model.pretrained": str(pipeline)}
-            more |= {"lora.rank": 16, "pruning.kind": "ranks", "pruning.choice": "ordered"}
-            path = out / f"ranks-{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-            run(load_config("digits-unequal", BASE | more | ranks), path)
+            own = {"seed": seed, "rounds": rounds, "model.pretrained": str(pipeline)}
+            own |= {"lora.rank": 16, "pruning.kind": "ranks", "pruning.choice": "ordered"}
+            path = out / f"{label}-{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+            run(load_config("digits-unequal", base | own | ranks), path)
             losses.append(held_out(path))
             lines = [json.loads(line) for line in (path / "metrics.jsonl").open()]
             gaps.append([line["adapter_gap"]["relative"] for line in lines])
@@ -225,10 +245,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only-text", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrained"))
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    drawn = out / "drawn"
+    adapters(drawn, arguments.seeds, arguments.rounds, out, text_of(drawn))
+    if arguments.only_text:
+        return
     if not (out / "base").exists():
         print(f"pretrained: loss {pretrain(out / 'base'):.4f}", flush=True)
     starts(out / "base", arguments.seeds, arguments.rounds, out)

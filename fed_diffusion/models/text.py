@@ -65,7 +65,8 @@ class TextEncoder:
 
     def values(self) -> dict[str, Tensor]:
         """All that says what a text becomes: the encoder's tensors and the tokenizer's words."""
-        cut = [list(self.tokenizer(text).input_ids) for text in PROBES]
+        most = {"truncation": True, "max_length": self.tokens}
+        cut = [list(self.tokenizer(text, **most).input_ids) for text in PROBES]
         words = json.dumps([sorted(self.tokenizer.get_vocab().items()), self.tokens, cut])
         return dict(self.model.state_dict()) | {"words": torch.tensor(list(words.encode()))}
 
