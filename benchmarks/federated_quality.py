@@ -25,10 +25,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from made import made
+
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import load_config
-from fed_diffusion.engines.local import simulate
-from fed_diffusion.generate import RunDir
 
 PRESET = "digits-quick"
 N = 10
@@ -98,12 +98,10 @@ ALL = VARIANTS | CAUSES | STATE
 def run(name: str, seed: int, out: Path) -> dict[str, Any]:
     """The results of one run, made unless it is there."""
     path = out / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"
-    if not (path.exists() and RunDir(path).finished()):
-        config = load_config(PRESET, BASE | ALL[name] | {"seed": seed})
-        images = config.rounds * config.clients * (config.local.steps or 0) * config.local.batch
-        assert images == IMAGES * (4 if "4 x" in name else 1)
-        simulate(config, path, processes=1)  # variants side by side, each on a core of its own
-    return RunDir(path).results()
+    config = load_config(PRESET, BASE | ALL[name] | {"seed": seed})
+    images = config.rounds * config.clients * (config.local.steps or 0) * config.local.batch
+    assert images == IMAGES * (4 if "4 x" in name else 1)
+    return made(config, path, processes=1)  # variants side by side, each on a core of its own
 
 
 def main() -> None:

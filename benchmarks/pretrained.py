@@ -7,8 +7,8 @@ own documentation (DDPMScheduler.add_noise, mean squared error, AdamW). Then ten
 keep ratios of `digits-unequal` train on the digits 5 to 9, from that network and from drawn values,
 and FD is measured after some of the rounds. Then they train an adapter beside the same network, of
 ranks 16, 16, 8, 8, 4, 4, 2, 2, 1 and 1, and of all 16, all 1, and with only the two of rank 16.
-First they train such adapters beside the network of a text-to-image pipeline with drawn weights,
-on the latents of all digits and captions of their names. --only-text does this alone. Needs the
+At last they train such adapters beside the network of a text-to-image pipeline with drawn weights,
+on the latents of all digits and captions of their names; --only-text does this alone. Needs the
 extras `diffusers` and `text`. Everything runs in one process; a finished run is not run again.
 """
 
@@ -28,12 +28,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # data.name below names this file as a module
 
+from benchmarks.made import made  # noqa: E402
 from fed_diffusion.build import Setup  # noqa: E402
 from fed_diffusion.client.images import ClientImages  # noqa: E402
 from fed_diffusion.config import Config, load_config  # noqa: E402
 from fed_diffusion.config.schema import DataConfig  # noqa: E402
 from fed_diffusion.data import ImageSet, load_dataset, to_unit  # noqa: E402
-from fed_diffusion.engines.local import simulate  # noqa: E402
 from fed_diffusion.evaluation.features import train_classifier  # noqa: E402
 from fed_diffusion.evaluation.figures import frechet_distance  # noqa: E402
 from fed_diffusion.generate import RunDir, Sampler  # noqa: E402
@@ -119,29 +119,26 @@ def pretrain(folder: Path) -> float:
 
 
 def run(config: Config, path: Path, look: Callable[[int], None] | None = None) -> None:
-    """Train, unless it is done; `look` is called after each round."""
-    if path.exists() and RunDir(path).finished():
-        return
+    """Train, as far as it is not done; `look` is called after each round."""
     began = time.process_time()
-    simulate(config, path, processes=1, progress=lambda line: look and look(line["round"]))
+    made(config, path, processes=1, progress=lambda line: look and look(line["round"]))
     print(f"{path.name}: {time.process_time() - began:.0f} s of CPU", flush=True)
 
 
 def distances(config: Config, path: Path, features: Callable[[torch.Tensor], torch.Tensor]) -> dict:
     """FD of the moving average after each round of LOOKS, which is kept beside the run."""
     kept = path.with_suffix(".json")
-    found: dict[str, float] = {}
+    found: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
     real = features(half(5).images)
 
     def look(round: int) -> None:
         if round in LOOKS:
             sampler = Sampler(RunDir(path).config(), RunDir(path).load_theta(ema=True))
             found[str(round)] = frechet_distance(features(sampler.sample(SAMPLES)), real)
+            kept.write_text(json.dumps(found))
 
     run(config, path, look)
-    if found:
-        kept.write_text(json.dumps(found))
-    return json.loads(kept.read_text())
+    return found
 
 
 def held_out(path: Path) -> float:
@@ -250,14 +247,13 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    drawn = out / "drawn"
-    adapters(drawn, arguments.seeds, arguments.rounds, out, text_of(drawn))
-    if arguments.only_text:
-        return
-    if not (out / "base").exists():
-        print(f"pretrained: loss {pretrain(out / 'base'):.4f}", flush=True)
-    starts(out / "base", arguments.seeds, arguments.rounds, out)
-    adapters(out / "base", arguments.seeds, arguments.rounds, out)
+    seeds, rounds, base, drawn = arguments.seeds, arguments.rounds, out / "base", out / "drawn"
+    if not arguments.only_text:
+        if not base.exists():
+            print(f"pretrained: loss {pretrain(base):.4f}", flush=True)
+        starts(base, seeds, rounds, out)
+        adapters(base, seeds, rounds, out)
+    adapters(drawn, seeds, rounds, out, text_of(drawn))
     print(f"\n{time.process_time():.0f} s of CPU, torch {torch.__version__}")
 
 

@@ -15,9 +15,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from made import made
+
 from fed_diffusion.config import load_config
-from fed_diffusion.engines.local import simulate
-from fed_diffusion.generate import RunDir
 
 COMMON: dict[str, Any] = {
     "model.widths": [16, 32],
@@ -32,9 +32,7 @@ COMMON: dict[str, Any] = {
 
 def run(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The results of one run, made unless it is there."""
-    if not (path.exists() and RunDir(path).finished()):
-        simulate(load_config("digits", settings), path, processes=1)
-    return RunDir(path).results()
+    return made(load_config("digits", settings), path, processes=1)
 
 
 def main() -> None:

@@ -21,13 +21,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from made import made
 
 from fed_diffusion.config import ConfigError, load_config
 from fed_diffusion.data import load_dataset, to_unit
-from fed_diffusion.engines.local import simulate
 from fed_diffusion.evaluation.features import fingerprint, reproducible, trained_classifier
 from fed_diffusion.evaluation.quality import fid_floor, frechet_distance
-from fed_diffusion.generate import RunDir, Sampler
+from fed_diffusion.generate import Sampler
 
 EVALUATIONS = (5, 10, 20, 40, 100, 200)
 VARIANTS = {
@@ -171,8 +171,8 @@ def main() -> None:
     began, out = time.perf_counter(), arguments.out
     out.mkdir(parents=True, exist_ok=True)
     run = arguments.run or out / "run"
-    if arguments.run is None and not RunDir(run).finished():
-        simulate(load_config("digits"), run)
+    if arguments.run is None:
+        made(load_config("digits"), run)
     model = Sampler.from_run(run)
     judge = Judge(model)
     floor = fid_floor(judge.real, min(arguments.samples, len(judge.real) // 2), model.config.seed)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made import made
 
 from fed_diffusion.aggregation.mean import MaskedMean
 from fed_diffusion.build import Setup
 from fed_diffusion.common.hardware import usable_cores
 from fed_diffusion.config import Config, load_config, parse_pairs
-from fed_diffusion.engines.local import simulate
 from fed_diffusion.generate import RunDir
 from fed_diffusion.masks.families import derive
 from fed_diffusion.masks.mask import kept_values, pruning_error
@@ -63,17 +63,11 @@ VARIANTS = {
 
 
 def run(variant: str, seed: int, root: Path, changes: dict[str, Any]) -> Path:
-    """The finished run directory of one variant; an unfinished one is started anew beside it."""
-    name = variant.replace(", ", "-").replace(" ", "-")
-    for attempt in range(100):
-        path = root / (f"{name}-seed{seed}" + (f"-{attempt}" if attempt else ""))
-        if (path / "results.json").exists() and "finished" in (path / "status.json").read_text():
-            return path
-        if not path.exists():
-            break
+    """The finished run directory of one variant."""
+    path = root / f"{variant.replace(', ', '-').replace(' ', '-')}-seed{seed}"
     config = load_config(PRESET, VARIANTS[variant] | {"seed": seed} | changes)
     began = time.perf_counter()
-    results = simulate(config, path)
+    results = made(config, path)
     fid = results["quality"]["fid"]
     print(f"{path.name}: FID {fid:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
     return path
