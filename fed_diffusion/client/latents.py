@@ -38,14 +38,8 @@ def encoded(setup: Setup, dataset: ImageSet) -> Tensor | None:
 
     worker, data = config.worker, config.data
     bits = worker.threads, worker.precision, worker.deterministic  # the last ones depend on them
-    what = [
-        hash_of(autoencoder.values()),
-        data.name,
-        data.dir,
-        device.type,
-        torch.__version__,
-        *bits,
-    ]
+    noted = config.model.vae_hash or hash_of(autoencoder.values())
+    what = [noted, data.name, data.dir, device.type, torch.__version__, *bits]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
     channels, height, width = setup.shape
     stored = (len(dataset), channels, height, width * np.dtype(np.float32).itemsize)

@@ -57,7 +57,8 @@ def embedded(setup: Setup, dataset: ImageSet) -> Texts | None:
 
     worker, data = config.worker, config.data
     bits = worker.threads, worker.precision, worker.deterministic  # the last ones depend on them
-    what = [hash_of(encoder.values()), data.name, data.dir, device.type, torch.__version__, *bits]
+    noted = config.model.text_hash or hash_of(encoder.values())
+    what = [noted, data.name, data.dir, device.type, torch.__version__, *bits]
     key, state = _hash(what), _hash(texts)
     stored = (len(texts), encoder.tokens, encoder.width * np.dtype(np.float32).itemsize)
     found = decoded(f"texts-{key}", state, stored, chunks)

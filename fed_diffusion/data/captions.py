@@ -24,8 +24,9 @@ def read_captions(
     """
     texts: dict[Path, str] = {}
     unread = []
-    between = (p for image in images for p in image.parents if p.is_relative_to(root))
-    for folder in sorted({root, *between}):
+    holding = {image.parent for image in images}
+    between = (p for folder in holding for p in folder.parents if p.is_relative_to(root))
+    for folder in sorted({root, *holding, *between}):
         file = folder / METADATA
         try:
             texts |= _read(file) if file.is_file() else {}

@@ -52,9 +52,9 @@ class DiscreteGaussian:
 
     Weights are rounded to 2^-64, which leaves out what is beyond 8.8 s, and probabilities of
     acceptance to 2^-53. Over the weights below 2^-40, of which rounding may change a large part,
-    the distance to the exact law is below `SAMPLER` in total variation. Elsewhere the chi-squared
-    distance is below 1e-25: over 10^13 draws the logarithm of a likelihood ratio changes by some
-    1e-6.
+    the distance to the exact law is below `aggregation.private.SAMPLER` in total variation.
+    Elsewhere the chi-squared distance is below 1e-25: over 10^13 draws the logarithm of a
+    likelihood ratio changes by some 1e-6.
 
     Parameters
     ----------

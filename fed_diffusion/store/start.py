@@ -81,7 +81,7 @@ def autoencoder_of(model: ModelConfig, device: torch.device | str = "cpu") -> Au
     if model.vae is None:
         return None
     made = Autoencoder(model.vae)
-    _prove(made.values(), f"model.vae = {model.vae!r}", "autoencoder", "vae_hash", model.vae_hash)
+    _prove(made, f"model.vae = {model.vae!r}", "autoencoder", "vae_hash", model.vae_hash)
     return made.to(device)
 
 
@@ -97,15 +97,15 @@ def text_encoder_of(model: ModelConfig, device: torch.device | str = "cpu") -> T
         return None
     made = TextEncoder(model.text)
     what = "text encoder or tokenizer"
-    _prove(made.values(), f"model.text = {model.text!r}", what, "text_hash", model.text_hash)
+    _prove(made, f"model.text = {model.text!r}", what, "text_hash", model.text_hash)
     return made.to(device)
 
 
 def _prove(
-    values: Mapping[str, Tensor], named: str, what: str, key: str, wanted: str | None
+    made: Autoencoder | TextEncoder, named: str, what: str, key: str, wanted: str | None
 ) -> None:
     """Refuse what is not what the run noted."""
-    if wanted is not None and (digest := hash_of(values)) != wanted:
+    if wanted is not None and (digest := hash_of(made.values())) != wanted:
         raise ConfigError(
             f"{named} is another {what} than model.{key} = {wanted[:12]}... says (SHA-256 "
             f"{digest[:12]}...). Put the run's there."

@@ -204,6 +204,13 @@ def test_a_run_of_an_adapter_is_the_same_bits_through_flowers_messages(base, run
     assert gaps[0] == gaps[1]
 
 
+def test_an_adapter_has_the_same_bits_where_the_server_learns_sums_alone(base, run, tmp_path):
+    secret = adapted(base, **UNEQUAL, secure__aggregation=True, secure__least=2)
+    simulate(secret, tmp_path / "run", processes=1)
+    assert same_bits(run, tmp_path / "run")
+    assert [line["withheld"] for line in lines_of(tmp_path / "run")] == [0, 0]
+
+
 def test_a_node_whose_base_is_another_one_is_refused_with_both_hashes(base, tmp_path):
     other = tmp_path / "other.safetensors"
     save_tensors(other, {n: v + 1 for n, v in load_file(base).items()}, {"format": "pt"})

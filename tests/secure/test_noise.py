@@ -65,14 +65,20 @@ def test_a_wide_discrete_gaussian_is_normal_and_its_last_bits_are_uniform():
         assert chi_squared(((drawn >> 14) & 255).astype(np.uint8).tobytes()) < UNIFORM
 
 
+def weights_of(s):
+    """The whole weights that a table stands for, which the program forgets."""
+    thresholds, aliases = _alias_table(s)
+    implied = [int(one) for one in thresholds]
+    for place, other in enumerate(aliases):
+        implied[int(other)] += (1 << CELL_BITS) - int(thresholds[place])
+    return implied
+
+
 @given(st.floats(0.3, 512))
 @settings(max_examples=20)
 def test_the_table_has_the_weights_of_the_discrete_gaussian_to_the_last_bit_of_a_word(s):
-    thresholds, aliases = _alias_table(s)
-    full, implied = 1 << CELL_BITS, [int(one) for one in thresholds]
-    for place, other in enumerate(aliases):
-        implied[int(other)] += full - int(thresholds[place])
-    assert sum(implied) == CELLS * full == 2**64
+    implied = weights_of(s)
+    assert sum(implied) == CELLS << CELL_BITS == 2**64
     values = [math.exp(-0.5 * (q / s) ** 2) for q in range(CELLS)]
     total = math.fsum(values)
     assert all(abs(w - v / total * 2**64) <= 2**12 for w, v in zip(implied, values, strict=True))
@@ -82,11 +88,7 @@ def test_the_table_has_the_weights_of_the_discrete_gaussian_to_the_last_bit_of_a
 @settings(max_examples=10)
 def test_the_table_is_as_far_from_the_exact_law_as_the_stated_delta_says(s):
     """In total variation where weights are small; elsewhere by chi-squared, next to nothing."""
-    thresholds, aliases = _alias_table(s)
-    full, implied = 1 << CELL_BITS, [int(one) for one in thresholds]
-    for place, other in enumerate(aliases):
-        implied[int(other)] += full - int(thresholds[place])
-    found = np.array(implied, dtype=float) / 2.0**64
+    found = np.array(weights_of(s), dtype=float) / 2.0**64
     wanted = np.exp(-0.5 * (np.arange(CELLS) / s) ** 2)
     wanted /= math.fsum(wanted)
     tail = wanted < 2.0**-40
