@@ -21,7 +21,7 @@ from fed_diffusion.models import latent
 from fed_diffusion.store.rundir import RunDir
 from server_app.strategy import FedDiffusion
 from tests.localgrid import LocalGrid
-from tests.models.pipelines import SHAPE, save_pipeline
+from tests.models.pipelines import SHAPE, autoencoder, save_pipeline
 from tests.models.test_from_diffusers import models
 from tests.test_engines import same_bits
 from tests.tiny import TINY
@@ -42,20 +42,8 @@ def test_changes_of_images_in_each_step_are_refused_with_an_autoencoder(change):
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     """An autoencoder for grey images whose latents have 2 channels and half the side."""
-    import diffusers
-
     torch.manual_seed(0)
-    made = diffusers.AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=2,
-        norm_num_groups=4,
-        scaling_factor=0.7,
-        shift_factor=0.1,
-    )
+    made = autoencoder(latent_channels=2, scaling_factor=0.7, shift_factor=0.1)
     path = tmp_path_factory.mktemp("vae") / "vae"
     made.save_pretrained(path)
     return path

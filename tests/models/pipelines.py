@@ -27,6 +27,21 @@ def save_pipeline(folder, *, scheduler=None, kind="DDPMPipeline", seed=0, **chan
     return folder
 
 
+def autoencoder(**changes):
+    """An autoencoder of grey images with drawn weights, whose latents have half the side."""
+    import diffusers
+
+    return diffusers.AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        **changes,
+    )
+
+
 def save_text_pipeline(folder, *, seed=0, width=16):
     """Write a text-to-image pipeline for grey images of 8 x 8, with drawn weights; returns it.
 
@@ -60,16 +75,8 @@ def save_text_pipeline(folder, *, seed=0, width=16):
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
-    vae = diffusers.AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    )
     pipe = diffusers.StableDiffusionPipeline(
-        vae=vae,
+        vae=autoencoder(),
         text_encoder=CLIPTextModel(text),
         tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=24),
         unet=unet,
