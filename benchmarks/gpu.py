@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py check [--minutes 3]
     python benchmarks/gpu.py speed [--minutes 4]
-    python benchmarks/gpu.py train [--minutes 8] --data FOLDER_OF_CLASSES [--work DIR]
+    python benchmarks/gpu.py train [--minutes 8] [--preset cifar10-small] [--data DIR] [--work DIR]
 
 Needs torch, numpy and the project's small dependencies, but neither Flower nor Ray nor a network.
 Every part stops by itself when its minutes are over, prints a table last, and writes what it has
@@ -16,11 +16,16 @@ import argparse
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from gpu_record import Record
+
+if TYPE_CHECKING:
+    from gpu_train import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = {"check": 3.0, "speed": 4.0, "train": 8.0}
@@ -48,9 +53,32 @@ class Reporter:
 def check(record: Record) -> int:
     """Run the tests marked `gpu`, each a row with its outcome and its seconds."""
     os.chdir(ROOT)
-    chosen = ["tests/gpu", "--confcutdir=tests/gpu", "-m", "gpu", "-o", "addopts="]
+    sys.path.insert(0, str(ROOT))
+    marks = "gpu"
+    if find_spec("diffusers") is None:
+        marks = "gpu and not models"
+        record.say("diffusers is not installed: its networks are left out")
+    chosen = ["tests/gpu", "--confcutdir=tests/gpu", "-m", marks, "-o", "addopts="]
     code = pytest.main([*chosen, "-p", "no:cacheprovider", "-q", "--tb=short"], [Reporter(record)])
     return int(code)
+
+
+def planned(arguments: argparse.Namespace) -> Plan:
+    from gpu_train import VARIANTS, Plan
+
+    from fed_diffusion.config import parse_pairs
+
+    return Plan(
+        preset=arguments.preset,
+        data=arguments.data,
+        given=parse_pairs(arguments.set),
+        variants=arguments.variants or tuple(VARIANTS),
+        judges=arguments.judges,
+        resnet56=arguments.resnet56,
+        chunk=1 if arguments.tiny else arguments.rounds,
+        samples=40 if arguments.tiny else arguments.samples,
+        tiny=arguments.tiny,
+    )
 
 
 def main() -> int:
@@ -60,9 +88,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--tiny", action="store_true", help="a reduced form, for tests")
-    parser.add_argument("--data", type=Path, help="train: a folder with a sub-folder per class")
+    parser.add_argument("--preset", default="cifar10-small", help="train: what is trained")
+    parser.add_argument("--data", type=Path, help="train: the preset's data.dir")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="train: settings")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="train: some of the five")
+    parser.add_argument("--rounds", type=int, default=10, help="train: rounds of a turn")
+    parser.add_argument("--samples", type=int, default=5000, help="train: images that are judged")
     parser.add_argument(
-        "--judges", nargs="+", default=[], help="train: further judges, as efficientnet_lite0"
+        "--judges", nargs="+", default=["classifier"], help="train: as evaluation.extractor"
     )
     parser.add_argument("--resnet56", type=Path, help="train: resnet56_cifar10's file of weights")
     parser.add_argument("--work", type=Path, help="train: where its runs lie (default: OUT/runs)")
@@ -82,11 +115,10 @@ def main() -> int:
 
         speed(record, torch.device(device), arguments.tiny)
     else:
-        from gpu_train import Judges, train
+        from gpu_train import train
 
         work = (arguments.work or record.out / "runs").resolve()
-        judges = Judges(arguments.judges, arguments.resnet56)
-        train(record, torch.device(device), arguments.tiny, arguments.data, work, judges)
+        train(record, torch.device(device), planned(arguments), work)
     print("\n" + record.table())
     return code
 

@@ -1,4 +1,4 @@
-"""The `train` part of gpu.py: five variants on CIFAR-10 at equal images, as long as time lasts.
+"""The `train` part of gpu.py: five variants of a preset at equal images, as long as time lasts.
 
 The variants take turns, some rounds each, with a constant step size and a moving average: whenever
 the time ends, those that are furthest have a row at the same number of images. F comes first. Runs
@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -40,30 +42,14 @@ ROUNDS = 100_000
 """More than any time allows: the step size is constant, so a run has no end of its own."""
 RECIPE: dict[str, Any] = {
     "rounds": ROUNDS,
-    "clients": 10,
-    "data.flip": True,
-    "model.widths": [64, 128, 128],
-    "model.blocks": 2,
-    "model.group": 16,
-    "model.attention": [16],
-    "model.conditional": True,
-    "model.dropout": 0.1,
-    "diffusion.K": 300,
-    "local.steps": 40,
+    "local.schedule": "constant",
     "local.batch": 64,
-    "local.eta": 4e-4,
-    "local.warmup": 5,
     "round.checkpoint_every": 10,
-    "ema.decay": 0.9,
-    "evaluation.sampler": "second_order_sde",
-    "evaluation.steps": 29,
-    "evaluation.denoise": True,
-    "evaluation.extractor": "classifier",
     "evaluation.every": 0,
     "evaluation.batch": 1000,
     "theory.every": 0,
 }
-"""Small enough that its bf16 weights are one file; otherwise as cifar10-best."""
+"""What a card and an open end change in a preset."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "F": {"method": "FedDM-F"},
     "T-S": {"method": "T-FedDM-S"},
@@ -71,12 +57,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "C-S": {"method": "C-FedDM-S", "pruning.choice": "rolling"},
     "one client": {"clients": 1, "local.batch": 640},
 }
-CHUNK, SAMPLES = 10, 5000
-"""Rounds of a turn, and images behind a row's figures."""
 TINY: dict[str, Any] = {
     "model.widths": [8, 16],
-    "model.group": 8,
-    "model.attention": [],
     "local.steps": 2,
     "local.batch": 4,
     "clients": 3,
@@ -86,78 +68,66 @@ TINY: dict[str, Any] = {
 }
 
 
-class Judges(NamedTuple):
-    """Who judges beside the classifier: names as evaluation.extractor takes, and ResNet-56's file.
+class Plan(NamedTuple):
+    """What the command line says: the preset, its data and settings, who trains, who judges.
 
-    Their packages must be where this Python finds them.
+    A turn is `chunk` rounds of a variant, then `samples` images for its figures. The packages of
+    the judges must be where this Python finds them; `resnet56` is the file of ResNet-56's weights.
     """
 
-    names: list[str]
-    resnet56: Path | None
+    preset: str = "cifar10-small"
+    data: Path | None = None
+    given: Mapping[str, Any] = MappingProxyType({})
+    variants: Sequence[str] = tuple(VARIANTS)
+    judges: Sequence[str] = ("classifier",)
+    resnet56: Path | None = None
+    chunk: int = 10
+    samples: int = 5000
+    tiny: bool = False
 
-    def settings(self, classifier: Path | None) -> dict[str, Any]:
+    def settings(self, name: str, device: torch.device, classifier: Path | None = None) -> Config:
+        """Return the configuration of a variant, judged by what is there of the judges."""
         files = {"classifier": classifier, "resnet56_cifar10": self.resnet56}
-        weights = {name: str(path.absolute()) for name, path in files.items() if path is not None}
-        names = ["classifier", *self.names]
-        return {"evaluation.extractor": names, "evaluation.weights": weights or None}
-
-
-NONE_BESIDE = Judges([], None)
+        weights = {judge: str(path.absolute()) for judge, path in files.items() if path is not None}
+        used = {judge: file for judge, file in weights.items() if judge in self.judges}
+        judged = {"evaluation.extractor": list(self.judges), "evaluation.weights": used or None}
+        given = RECIPE | VARIANTS[name] | judged | {"worker.device": device.type} | dict(self.given)
+        if self.tiny:
+            small = TINY | ({"clients": 1, "local.batch": 12} if name == "one client" else {})
+            return load_config("digits", given | small)
+        where = {"data.dir": str(self.data)} if self.data is not None else {}
+        return load_config(self.preset, given | where)
 
 
 class Turn(Exception):
     """A variant has had its rounds, or the time is over; its checkpoint is written."""
 
 
-def train(
-    record: Record,
-    device: torch.device,
-    tiny: bool,
-    data: Path | None,
-    work: Path,
-    judges: Judges = NONE_BESIDE,
-) -> None:
+def train(record: Record, device: torch.device, plan: Plan, work: Path) -> None:
     began = time.monotonic()
-    dataset = load_dataset(settings("F", device, tiny, data).data)
+    dataset = load_dataset(plan.settings(plan.variants[0], device).data)
     record.add("data", images=len(dataset), seconds=time.monotonic() - began)
-    extractor = None if tiny else trained_extractor(record, device, data)
-    chunk, samples = (1, 40) if tiny else (CHUNK, SAMPLES)
-    for name in cycle(VARIANTS):
-        config = settings(name, device, tiny, data, judges.settings(extractor))
+    own = "classifier" in plan.judges and not plan.tiny
+    extractor = trained_extractor(record, device, plan) if own else None
+    for name in cycle(plan.variants):
+        config = plan.settings(name, device, extractor)
         check_evaluation(config)
-        record.add(name, **turn(record, name, config, dataset, work / slug(name), chunk, samples))
+        record.add(name, **turn(record, name, config, dataset, work / slug(name), plan))
         if record.left() < 0:
             return
-
-
-def settings(
-    name: str,
-    device: torch.device,
-    tiny: bool,
-    data: Path | None,
-    judged: dict[str, Any] | None = None,
-) -> Config:
-    given = RECIPE | VARIANTS[name] | {"worker.device": device.type} | (judged or {})
-    if tiny:
-        small = TINY | ({"clients": 1, "local.batch": 12} if name == "one client" else {})
-        return load_config("digits", given | small | {"data.flip": False})
-    assert data is not None, "train needs --data FOLDER, with a sub-folder of images per class"
-    given |= {"data.name": "image_folder", "data.dir": str(data), "data.size": 32}
-    given |= {"data.channels": 3, "data.classes": 10}
-    return load_config("cifar10", given)
 
 
 def slug(name: str) -> str:
     return name.replace(" ", "-")
 
 
-def trained_extractor(record: Record, device: torch.device, data: Path | None) -> Path:
+def trained_extractor(record: Record, device: torch.device, plan: Plan) -> Path:
     """A classifier of the data's classes, trained once: its features are behind every row."""
     path = record.out / "extractor.safetensors"
     if not path.exists():
         began = time.monotonic()
-        config = settings("F", device, False, data)
-        network, header = train_features(config.data, 10, 0, device)
+        data = plan.settings(plan.variants[0], device).data
+        network, header = train_features(data, 10, 0, device)
         save_features(path, network, header)
         seconds = time.monotonic() - began
         record.add("extractor", accuracy=header.accuracy, seconds=seconds)
@@ -170,8 +140,7 @@ def turn(
     config: Config,
     dataset: ImageSet,
     run: Path,
-    chunk: int,
-    samples: int,
+    plan: Plan,
 ) -> dict[str, Any]:
     """Some more rounds of one variant, and what its model is worth after them."""
     kept = record.out / slug(name)
@@ -180,7 +149,7 @@ def turn(
     began = time.monotonic()
 
     def progress(line: dict[str, Any]) -> None:
-        if line["round"] >= first + chunk or record.left() < 0:
+        if line["round"] >= first + plan.chunk or record.left() < 0:
             raise Turn
 
     with suppress(Turn):
@@ -199,7 +168,7 @@ def turn(
     export(coordinator.ema, kept, {"round": coordinator.round, "name": name})
     shutil.copy(run / "metrics.jsonl", kept / "metrics.jsonl")
     sampler = Sampler(config, coordinator.ema)
-    generated = sampler.sample(samples)
+    generated = sampler.sample(plan.samples)
     save_grid(generated[:64], kept / "grid.png")
     try:
         quality = measure(sampler, generated, dataset)

@@ -82,7 +82,7 @@ def test_train_killed_in_the_middle_leaves_whole_files_and_goes_on(tmp_path):
     shutil.rmtree(tmp_path / "work")
     done = int(json.loads((tmp_path / "out" / "F" / "state.json").read_text())["round"])
     torch.save(ResNet56().state_dict(), tmp_path / "resnet56.pth")
-    judges = ("--judges", "resnet56_cifar10", "--resnet56", tmp_path / "resnet56.pth")
+    judges = ("--judges", "classifier", "resnet56_cifar10", "--resnet56", tmp_path / "resnet56.pth")
     assert run(*words, *work, "--minutes", 0.01, *judges).returncode == 0
     last = rows(tmp_path / "out", "train")[-1]
     assert last["fid"] > last["fid_floor"] > 0

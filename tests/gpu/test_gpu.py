@@ -158,10 +158,47 @@ def one_round(settings, images):
     return coordinator.theta, loss
 
 
-@pytest.mark.parametrize("method", ["FedDM-F", "T-FedDM-S", "C-FedDM-S"])
-def test_two_runs_are_equal_to_the_bit_with_deterministic_kernels(config, images, method):
-    first, second = (one_round(config(method=method), images)[0] for _ in range(2))
+def two_rounds(settings, images):
+    coordinator = Coordinator(settings, parameters_of(build_network(settings)))
+    worker = Worker(settings, images)
+    for round in (1, 2):
+        for task in coordinator.tasks(round):
+            assert coordinator.receive(worker.run(task))
+        coordinator.close_round()
+    return coordinator.theta
+
+
+KINDS = {
+    "whole networks": {"method": "FedDM-F"},
+    "top-k masks": {"method": "T-FedDM-S"},
+    "smaller networks": {"method": "C-FedDM-S"},
+    "balanced by magnitude": {"pruning__kind": "balanced", "pruning__by": "magnitude"},
+    "shared moments": {"local__state": "shared", "wire__state": "int4", "wire__up": "int8"},
+    "checkpointing": {"worker__checkpointing": True, "model__dropout": 0.1},
+    "bf16": {"worker__precision": "bf16"},
+    "theory": {"theory__every": 1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_runs_are_equal_to_the_bit_with_deterministic_kernels(config, images, kind):
+    first, second = (two_rounds(config(**KINDS[kind]), images) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_checkpointing_changes_no_bit_and_keeps_less(config, images, device):
+    found, needed = [], []
+    for checkpointing in (False, True):
+        settings = config(worker__checkpointing=checkpointing, local__batch=32, clients=1)
+        coordinator = Coordinator(settings, parameters_of(build_network(settings)))
+        worker = Worker(settings, images)
+        task = next(iter(coordinator.tasks(1)))
+        needed.append(peak(device, lambda task=task, worker=worker: worker.run(task)))
+        coordinator.receive(worker.run(task))
+        coordinator.close_round()
+        found.append(coordinator.theta)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert needed[1] < needed[0]
 
 
 def test_bf16_trains_an_fp32_theta_to_nearly_the_same_loss(config, images):
