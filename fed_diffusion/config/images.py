@@ -72,7 +72,7 @@ class DataConfig(Section):
     caption: str | None = Field(None, min_length=1)
     """For model.text: the caption of each image, in which {} stands for the name of its class, as
     in "a photo of a {}". Without it captions are those of an image folder's metadata.jsonl, lines
-    with file_name and text."""
+    with file_name and text, or of the column text or caption of a set of the package datasets."""
     partition: Annotated[str, part("iid", "dirichlet", "shards", "folders")] = "iid"
     """How the images are split over the clients. iid: at random; dirichlet: each class in unequal
     parts (`alpha`); shards: few classes for each client (`classes_per_client`); folders: each

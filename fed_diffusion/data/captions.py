@@ -81,7 +81,8 @@ def captions_of(dataset: ImageSet, data: DataConfig) -> list[str]:
         raise ConfigError(
             f"model.text needs a caption for each image, and {missing} of {len(captions)} have "
             f"none. Write them into {METADATA} in data.dir, a line for each image as in "
-            '{"file_name": "0.png", "text": "a photo of a cat"}, or make them of the names of the '
-            "classes with data.caption, as in 'a photo of a {}'."
+            '{"file_name": "0.png", "text": "a photo of a cat"} (a set of hf: has them in its '
+            "column text or caption), or make them of the names of the classes with data.caption, "
+            "as in 'a photo of a {}'."
         )
     return captions

@@ -26,13 +26,16 @@ from fed_diffusion.data.image_set import ImageSet
 INSTALL = "pip install 'fed-diffusion[hf]'"
 TYPICAL = {"image": ("image", "img"), "label": ("label", "labels")}
 """The usual names of columns, where several could be meant."""
+TEXTS = ("text", "caption", "captions")
+"""The usual names of the column of captions."""
 
 
 def load_hub(config: DataConfig, shape: tuple[int, int, int], split: str, own: bool) -> ImageSet:
     """Load what data.name = hf:NAME-OR-PATH names.
 
     The images are in the column of type Image, the classes in that of type ClassLabel, or in the
-    column `label`, as whole numbers from 0 or as names.
+    column `label`, as whole numbers from 0 or as names. Captions are in the first column of `TEXTS`
+    that holds texts, or lists of them, of which the first counts.
 
     Parameters
     ----------
@@ -62,7 +65,7 @@ def load_hub(config: DataConfig, shape: tuple[int, int, int], split: str, own: b
     labels, names = (None, None) if label is None else _labels(config, rows, label, own)
     images = torch.from_numpy(_images(config, shape, rows, image))
     try:
-        made = ImageSet(images, name=config.name)
+        made = ImageSet(images, name=config.name, captions=_captions(rows))
         return made if labels is None else replace(made, labels=labels, class_names=names)
     except ValueError as error:
         raise ConfigError(f"data.name = {config.name!r}: {error}.") from error
@@ -161,6 +164,17 @@ def _labels(
         values = np.asarray([place[names[value]] if value >= 0 else value for value in values])
     names = wanted or names
     return torch.from_numpy(values.astype(np.int64)), names
+
+
+def _captions(rows: Any) -> tuple[str, ...] | None:
+    """The caption of each image, empty where it has none; None without a column of texts."""
+    for column in (name for name in TEXTS if name in rows.column_names):
+        given = [
+            (value or [None])[0] if isinstance(value, list) else value for value in rows[column]
+        ]
+        if any(given) and all(isinstance(value, str | None) for value in given):
+            return tuple((value or "").strip() for value in given)
+    return None
 
 
 def _images(config: DataConfig, shape: tuple[int, int, int], rows: Any, column: str) -> np.ndarray:

@@ -115,6 +115,22 @@ def test_parquet_and_saved_sets_have_the_images_labels_and_names_that_were_writt
 
 
 @needs("datasets")
+@pytest.mark.parametrize(
+    ("column", "given", "expected"),
+    [
+        ("text", ["a bird", None, " an ant "], ("a bird", "", "an ant")),
+        ("caption", [["a bird", "wings"], [], None], ("a bird", "", "")),
+        ("text", [1, 2, 3], None),
+        ("notes", ["a bird", "a cat", "an ant"], None),
+    ],
+)
+def test_a_column_of_texts_has_the_captions(column, given, expected, tmp_path):
+    made = table(3).add_column(column, given)
+    made.to_parquet(tmp_path / "mine.parquet")
+    assert load_dataset(config(tmp_path / "mine.parquet").data).captions == expected
+
+
+@needs("datasets")
 def test_a_folder_of_images_has_its_folders_as_classes(tmp_path):
     for i, image in enumerate(pixels(9)):
         place = tmp_path / "photos" / "train" / NAMES[i % 3]
