@@ -67,7 +67,8 @@ def turn(checkout: Path, folder: Path, engines: list[str]) -> dict[str, Seconds]
     found = {"--help": timed(checkout, ["--help"])}
     for engine in engines:
         run = folder / engine
-        words = ["run", "digits", "--engine", engine, "--set", *ONE_STEP, "--out", str(run)]
+        changes = [word for pair in ONE_STEP for word in ("--set", pair)]
+        words = ["run", "digits", "--engine", engine, *changes, "--out", str(run)]
         found[f"one step, {engine}"] = timed(checkout, words, run)
     grid = str(folder / "grid.png")
     words = ["sample", str(folder / engines[0]), "--num", "16", "--out", grid]

@@ -24,7 +24,7 @@ from fed_diffusion.protocol.messages import Task, Update
 from fed_diffusion.protocol.moments import PREFIXES, is_shared
 from fed_diffusion.server.coordinator import Coordinator
 
-START_S = {"local": 8.0, "flower": 22.0}
+START_S = {"local": 5.0, "flower": 16.0}
 """The seconds to the first round and to end the workers, for each engine, on two quiet cores."""
 ROUND_S = 0.2
 """The seconds of the server at the end of a round, mostly for the checkpoint on disk."""
