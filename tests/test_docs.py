@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from docs.generated import built_in, is_section
+from fed_diffusion.cli.arguments import spread
 from fed_diffusion.cli.main import main, parser
 from fed_diffusion.config import Config, load_config, parse_pairs
 from fed_diffusion.engines import local
@@ -131,7 +132,7 @@ def pair(key, value):
 @pytest.mark.parametrize("name", [name for name in PAGES if commands(name)])
 def test_every_command_of_a_page_is_one_that_the_command_line_takes(name):
     for words in commands(name):
-        typed = parser().parse_args(words)
+        typed = parser().parse_args(spread(words))
         if words[0] == "run":
             load_config(typed.preset, parse_pairs(typed.set))
 
