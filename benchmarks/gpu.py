@@ -68,11 +68,14 @@ def planned(arguments: argparse.Namespace) -> Plan:
 
     from fed_diffusion.config import parse_pairs
 
+    variants = arguments.variants or tuple(VARIANTS)
+    if odd := set(variants) - set(VARIANTS):
+        raise SystemExit(f"--variants: {odd.pop()!r} is none of {', '.join(map(repr, VARIANTS))}.")
     return Plan(
         preset=arguments.preset,
         data=arguments.data,
         given=parse_pairs(arguments.set),
-        variants=arguments.variants or tuple(VARIANTS),
+        variants=variants,
         judges=arguments.judges,
         resnet56=arguments.resnet56,
         chunk=1 if arguments.tiny else arguments.rounds,

@@ -13,11 +13,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -75,15 +74,15 @@ class Plan(NamedTuple):
     the judges must be where this Python finds them; `resnet56` is the file of ResNet-56's weights.
     """
 
-    preset: str = "cifar10-small"
-    data: Path | None = None
-    given: Mapping[str, Any] = MappingProxyType({})
-    variants: Sequence[str] = tuple(VARIANTS)
-    judges: Sequence[str] = ("classifier",)
-    resnet56: Path | None = None
-    chunk: int = 10
-    samples: int = 5000
-    tiny: bool = False
+    preset: str
+    data: Path | None
+    given: dict[str, Any]
+    variants: Sequence[str]
+    judges: Sequence[str]
+    resnet56: Path | None
+    chunk: int
+    samples: int
+    tiny: bool
 
     def settings(self, name: str, device: torch.device, classifier: Path | None = None) -> Config:
         """Return the configuration of a variant, judged by what is there of the judges."""
@@ -91,7 +90,7 @@ class Plan(NamedTuple):
         weights = {judge: str(path.absolute()) for judge, path in files.items() if path is not None}
         used = {judge: file for judge, file in weights.items() if judge in self.judges}
         judged = {"evaluation.extractor": list(self.judges), "evaluation.weights": used or None}
-        given = RECIPE | VARIANTS[name] | judged | {"worker.device": device.type} | dict(self.given)
+        given = RECIPE | VARIANTS[name] | judged | {"worker.device": device.type} | self.given
         if self.tiny:
             small = TINY | ({"clients": 1, "local.batch": 12} if name == "one client" else {})
             return load_config("digits", given | small)

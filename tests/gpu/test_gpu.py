@@ -149,23 +149,15 @@ def test_the_exact_mean_takes_tensors_from_the_device(device):
     assert torch.equal(here.result()["w"], there.result()["w"])
 
 
-def one_round(settings, images):
+def trained(settings, images, rounds=1):
+    """Theta after some rounds, and the last one's loss."""
     coordinator = Coordinator(settings, parameters_of(build_network(settings)))
     worker = Worker(settings, images)
-    for task in coordinator.tasks(1):
-        assert coordinator.receive(worker.run(task))
-    loss = coordinator.close_round().loss
-    return coordinator.theta, loss
-
-
-def two_rounds(settings, images):
-    coordinator = Coordinator(settings, parameters_of(build_network(settings)))
-    worker = Worker(settings, images)
-    for round in (1, 2):
+    for round in range(1, rounds + 1):
         for task in coordinator.tasks(round):
             assert coordinator.receive(worker.run(task))
-        coordinator.close_round()
-    return coordinator.theta
+        loss = coordinator.close_round().loss
+    return coordinator.theta, loss
 
 
 KINDS = {
@@ -182,7 +174,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_runs_are_equal_to_the_bit_with_deterministic_kernels(config, images, kind):
-    first, second = (two_rounds(config(**KINDS[kind]), images) for _ in range(2))
+    first, second = (trained(config(**KINDS[kind]), images, rounds=2)[0] for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -202,8 +194,8 @@ def test_checkpointing_changes_no_bit_and_keeps_less(config, images, device):
 
 
 def test_bf16_trains_an_fp32_theta_to_nearly_the_same_loss(config, images):
-    _, exact = one_round(config(), images)
-    theta, rounded = one_round(config(worker__precision="bf16"), images)
+    _, exact = trained(config(), images)
+    theta, rounded = trained(config(worker__precision="bf16"), images)
     assert all(value.dtype == torch.float32 for value in theta.values())
     assert rounded == pytest.approx(exact, rel=0.02)
 
